@@ -1,0 +1,4 @@
+// The Python module scrl_fast._host: each file of this folder adds its functions through one bind_<op>(module).
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_host, m) { m.doc() = "Input side of scrl_fast: NumPy in, NumPy out, GIL released."; }

@@ -1,0 +1,90 @@
+"""Which implementation of an operation runs: native (compiled), triton, or reference (plain PyTorch).
+
+Automatic choice: native, then triton (on a GPU only), then reference; decided once for each operation and device. The
+argument ``backend=`` of an operation, or the environment variable SCRL_FAST_BACKEND, forces one, and a forced one that
+cannot run raises with the reason instead of falling back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+Backend = Literal["native", "triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The implementations of one operation.
+
+    native, triton, reference: callables of one signature; None where DESIGN leaves the blank on purpose.
+    native_failure(device_type), triton_failure(device_type): '' when it can run there, else the reason.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    native: Callable[..., Any] | None = None
+    native_failure: Callable[[str], str] = lambda device_type: ""
+    triton: Callable[..., Any] | None = None
+    triton_failure: Callable[[str], str] = field(default=lambda device_type: triton_failure(device_type))
+
+    def failure(self, backend: str, device_type: str) -> str:
+        """'' when backend runs on device_type, else the reason why not."""
+        if backend == "reference":
+            return ""
+        implementation = self.native if backend == "native" else self.triton
+        if implementation is None:
+            return f"{self.name} has no {backend} form"
+        return self.native_failure(device_type) if backend == "native" else self.triton_failure(device_type)
+
+    def resolve(self, device_type: str, backend: str | None = None) -> Callable[..., Any]:
+        """The callable that runs on device_type ('cpu' or 'cuda'); backend forces one.
+
+        Raises ValueError for an unknown backend name and RuntimeError for a forced one that cannot run.
+        """
+        forced = backend if backend is not None else os.environ.get("SCRL_FAST_BACKEND") or None
+        return getattr(self, _choose(self, device_type, forced))
+
+
+@functools.cache
+def _choose(operation: Operation, device_type: str, forced: str | None) -> str:
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise ValueError(f"backend {forced!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if failure := operation.failure(forced, device_type):
+            raise RuntimeError(f"{operation.name}: backend {forced!r} cannot run on {device_type}: {failure}")
+        return forced
+    if not operation.failure("native", device_type):
+        return "native"
+    if device_type != "cpu" and not operation.failure("triton", device_type):
+        return "triton"
+    return "reference"
+
+
+@functools.cache
+def triton_failure(device_type: str) -> str:
+    """'' when Triton kernels run on device_type: on a GPU compiled, on a CPU under TRITON_INTERPRET=1."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with torch's CUDA build)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "on a CPU Triton runs only under TRITON_INTERPRET=1"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no GPU is available"
+    return ""
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation of scrl_fast.ops by name; filled as its module is imported, read by scrl_fast.info."""
+
+
+def register(operation: Operation) -> Operation:
+    OPERATIONS[operation.name] = operation
+    return operation
