@@ -1,0 +1,44 @@
+"""SCRL and BYOL pre-training that costs what its backbone costs.
+
+``import scrl_fast`` imports nothing heavy: every name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from scrl_fast._version import __version__
+
+if TYPE_CHECKING:
+    from scrl_fast import models as models
+    from scrl_fast import ops as ops
+    from scrl_fast import optim as optim
+    from scrl_fast.config import Config as Config
+    from scrl_fast.models import load_encoder as load_encoder
+    from scrl_fast.recipes import load_recipe as load_recipe
+    from scrl_fast.trainer import SCRLTrainer as SCRLTrainer
+
+_SUBMODULES = ("models", "ops", "optim")
+_ATTRIBUTES = {
+    "Config": "scrl_fast.config",
+    "SCRLTrainer": "scrl_fast.trainer",
+    "load_encoder": "scrl_fast.models",
+    "load_recipe": "scrl_fast.recipes",
+}
+
+__all__ = ["Config", "SCRLTrainer", "__version__", "load_encoder", "load_recipe", "models", "ops", "optim"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

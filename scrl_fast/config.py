@@ -1,0 +1,221 @@
+"""The options of a run: one tree of dataclasses, filled from a recipe, YAML files and the command line.
+
+This file holds names, types, defaults and ranges; ``cli.py`` holds the parsing. Each field's docstring is what
+``python -m scrl_fast.train --help`` shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from."""
+
+    source: Literal["demo", "folder", "imagefolder", "imagenet", "list"] = "demo"
+    """demo: generated digit scenes; folder: any tree of images; imagefolder, imagenet: one folder a class; list: a
+    text file with one path a line."""
+    root: str = ""
+    """Folder (or list file) of the images; the demo needs none."""
+    workers: int = 2
+    """Threads that read images and make views."""
+    prefetch: int = 2
+    """Batches prepared ahead of the one in training."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this share of an epoch's images cannot be read."""
+    max_pixels: int = 178_000_000
+    """Images with more pixels than this are refused before they are decoded."""
+    demo_images: int = 2048
+    """Scenes in the generated training set (source=demo)."""
+    demo_size: int = 96
+    """Height and width of a generated scene in pixels (source=demo)."""
+
+
+@dataclass
+class ViewsConfig:
+    """The two random views of an image (SCRL section 4; BYOL appendix B)."""
+
+    recipe: Literal["simclr", "simple", "none"] = "simclr"
+    """simclr: all transforms; simple: crop and flip; none: resize and centre crop."""
+    size: int = 224
+    """Height and width of a view in pixels."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of a crop's area, as a share of the image."""
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    """Range of a crop's width over height."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from [1 - x, 1 + x]."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from [1 - x, 1 + x]."""
+    saturation: float = 0.2
+    """Saturation factor is drawn from [1 - x, 1 + x]."""
+    hue: float = 0.1
+    """Hue shift is drawn from [-x, x], in turns of the colour circle."""
+    grayscale: float = 0.2
+    """Probability of turning grey."""
+    blur: Literal["resize", "gaussian"] = "resize"
+    """resize: bicubic down by 1.1, 1.2 or 1.5 and up again; gaussian: 23 taps, sigma from blur_sigma."""
+    blur_probability: tuple[float, float] = (1.0, 0.1)
+    """Probability of blur in view 1 and in view 2."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of sigma in pixels (blur=gaussian)."""
+    solarize_probability: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarisation in view 1 and in view 2."""
+    solarize_threshold: int = 128
+    """Values from this on (0..255) are inverted by solarisation."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of red, green, blue that is taken off, for values in 0..1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Deviation of red, green, blue that is divided by."""
+
+
+@dataclass
+class BoxesConfig:
+    """The matched boxes drawn in the overlap of the two views."""
+
+    per_image: int = 10
+    """Box pairs per image."""
+    min_size: int = 32
+    """Least box side, in pixels of a view."""
+    iou_threshold: float = 0.5
+    """A box is drawn again when its IoU with an accepted one reaches this; 1 accepts all."""
+    grid: bool = True
+    """Draw boxes inside the cells of a random grid (else anywhere in the overlap)."""
+    jitter: float = 0.0
+    """Random shift and stretch of the box in view 2, as a share of its size; 0 is off, 0.1 the published value."""
+
+
+@dataclass
+class ModelConfig:
+    """The networks."""
+
+    method: Literal["scrl", "byol"] = "scrl"
+    """scrl: matched boxes; byol: the same without boxes, on the average-pooled feature."""
+    backbone: str = "resnet50"
+    """resnet10_tiny (demo), resnet18/34/50/101/152, resnext*, wide_resnet* of torchvision, or timm:NAME."""
+    hidden_dim: int = 4096
+    """Width of the hidden layer of projector and predictor."""
+    projection_dim: int = 256
+    """Width of the projections that are compared."""
+    pool_size: int = 1
+    """RoIAlign output is pool_size x pool_size."""
+    pool_reduce: Literal["flatten", "average"] = "flatten"
+    """What a pool_size above 1 hands to the projector: all bins side by side, or their mean."""
+    sampling_ratio: int = -1
+    """Samples per bin and axis; -1 adapts to the box size."""
+    aligned: bool = False
+    """Shift boxes by half a cell (RoIAlign v2)."""
+    target_init: Literal["online", "random"] = "online"
+    """Where the target network starts: a copy of the online one, or its own random weights."""
+
+
+@dataclass
+class OptimConfig:
+    """LARS with warm-up and cosine, and the momentum of the target network."""
+
+    lr: float = 0.45
+    """Learning rate for reference_batch images; scaled by the global batch."""
+    reference_batch: int = 256
+    """Batch for which lr is given."""
+    momentum: float = 0.9
+    """Momentum of SGD inside LARS."""
+    weight_decay: float = 1.0e-6
+    """Weight decay of parameters with two or more axes."""
+    trust_coefficient: float = 1.0e-3
+    """LARS trust coefficient."""
+    eps: float = 1.0e-8
+    """Added to the LARS denominator."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up, counted per step."""
+    ema_momentum: float = 0.97
+    """Momentum of the target network at the first step; rises to 1 on a cosine."""
+    probe_lr: float = 0.2
+    """Learning rate of the online linear probe (plain SGD with momentum), for reference_batch images."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and numerics."""
+
+    batch_size: int = 256
+    """Images per process and step."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step; the global batch grows with it."""
+    epochs: int = 200
+    """Passes over the images."""
+    max_steps: int = 0
+    """Stop after this many steps; schedules stay as planned for all epochs. 0 is off."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    channels_last: bool = True
+    """Memory layout of images and encoder."""
+    compile: bool = False
+    """torch.compile for the encoders."""
+    deterministic: bool = False
+    """Make torch's own operations bit-equal from run to run as well (slower on GPU)."""
+
+
+@dataclass
+class RunConfig:
+    """What is written, and where."""
+
+    dir: str = ""
+    """Run folder; empty: runs/<recipe>-<time>."""
+    log_every: int = 10
+    """Steps between logging points."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: once an epoch."""
+    keep: int = 2
+    """Checkpoints kept beside the best one; at least 2, since the newest may be the one being written."""
+    tensorboard: bool = True
+    """Write TensorBoard events where tensorboard is installed."""
+    wandb: str = ""
+    """Name of a Weights & Biases project; empty is off."""
+
+
+@dataclass
+class EvalConfig:
+    """What is measured when the run ends."""
+
+    roi_linear: bool = False
+    """Compare RoI linear accuracy of random and trained encoder on held-out scenes (source=demo)."""
+    scenes: int = 1000
+    """Held-out scenes used for it."""
+
+
+@dataclass
+class Config:
+    """Self-supervised pre-training for localisation (SCRL)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images come from."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """The two random views of an image."""
+    boxes: BoxesConfig = field(default_factory=BoxesConfig)
+    """The matched boxes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The networks."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and the schedules."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch and numerics."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """What is written, and where."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured when the run ends."""
+    compat: Literal["none", "kakaobrain"] = "none"
+    """kakaobrain: reproduce the published implementation, quirks included."""
+    resume: str = ""
+    """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
+    init: str = ""
+    """Start from the weights of this checkpoint, with a fresh optimizer and schedule."""

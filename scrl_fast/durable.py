@@ -1,0 +1,136 @@
+"""Files that are either there and whole or not there at all, and checksums beside them.
+
+A rename is atomic but not durable: data is safe after the file's fsync, its name after the folder's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
+
+
+class HashingWriter:
+    """A binary file open for writing that hashes what passes.
+
+    It keeps the operating system's error as well, since ``torch.save`` replaces it by one of its own that says
+    nothing ("unexpected pos").
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_synced(path: Path, write: Callable[[HashingWriter], object]) -> str:
+    """Let ``write`` fill the new file, fsync it, and return the SHA-256 of what was written.
+
+    Raises the operating system's own OSError when the disk refuses.
+    """
+    with open(path, "wb") as file:
+        writer = HashingWriter(file)
+        try:
+            write(writer)
+        except RuntimeError as error:
+            raise (writer.error or error) from None
+        file.flush()
+        os.fsync(file.fileno())
+    return writer.sha256.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the text file at once and durably: readers see the old content or the new, never a part."""
+    temporary = temporary_name(path)
+    try:
+        write_synced(temporary, lambda file: file.write(text.encode()))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path, digest: str) -> None:
+    """Give the whole file ``temporary`` its final name, with its SHA-256 beside it.
+
+    A crash in between leaves a file without a checksum, never one beside the checksum of another, which would read
+    as damage.
+    """
+    sidecar = sidecar_of(path)
+    if sidecar.exists():
+        sidecar.unlink()
+        sync_folder(path.parent)
+    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # rename does nothing when both names are already links to one file
+    sync_folder(path.parent)
+    write_text(sidecar, f"{digest}  {path.name}\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the file, or a synced copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with open(source, "rb") as file:
+            write_synced(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name in the same folder, since a rename is atomic only within one file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sidecar_of(path: Path) -> Path:
+    """Where the checksum of the file stands, in the format of ``sha256sum``."""
+    return path.with_name(path.name + ".sha256")
+
+
+def expected_digest(path: Path) -> str | None:
+    """The checksum beside the file; None when there is none that can be read."""
+    try:
+        words = sidecar_of(path).read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return None
+    return words[0] if words and re.fullmatch(r"[0-9a-f]{64}", words[0]) else None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of the file's content."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in the folder durable: without this a rename may be lost in a power cut, the data being safe."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # some systems cannot open a folder; nothing can be done there
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,132 @@
+"""Errors that speak to the user: one line, an exit code, a traceback only on request.
+
+Every command of the package wraps its work in `friendly_errors`; nothing here imports torch, so that a wrong option
+is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_log = logging.getLogger("scrl_fast")
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done: a wrong option, file or folder. Commands exit with code 2."""
+
+
+def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The valid name that looks most like ``name``, or None when nothing comes close.
+
+    A dotted name may also be matched by its last part alone (``lr`` finds ``optim.lr``).
+    """
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    if close:
+        return close[0]
+    leaves: dict[str, str] = {}
+    for full in names:
+        leaves.setdefault(full.rpartition(".")[2], full)
+    close = difflib.get_close_matches(name.rpartition(".")[2], list(leaves), n=1, cutoff=max(cutoff, 0.7))
+    return leaves[close[0]] if close else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` with the nearest valid name, or an empty string."""
+    close = nearest(name, valid)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def exit_code(error: BaseException) -> int:
+    """2 when the error says that the request was wrong, else 1.
+
+    Wrong requests are `UsageError`, files that are missing or may not be read, and every TypeError, ValueError or
+    ImportError that a ``raise`` statement of this package made: those are our checks. The same types from anywhere
+    else (torch, or a slip in our own code) are faults, not usage.
+    """
+    if isinstance(error, UsageError):
+        return EXIT_USAGE
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return EXIT_USAGE
+    if isinstance(error, (TypeError, ValueError, ImportError)) and _raised_here(error.__traceback__):
+        return EXIT_USAGE
+    return EXIT_FAILURE
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    if not os.path.abspath(code.co_filename).startswith(_PACKAGE):
+        return False
+    return code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line, with the type in front where the type carries meaning."""
+    if _is_out_of_memory(error):
+        return _out_of_memory(error)
+    text = " ".join(str(error).split())
+    if exit_code(error) == EXIT_USAGE and not isinstance(error, OSError):
+        return text or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # an error of torch cannot come from a torch that was never imported
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return (
+        f"out of memory ({' '.join(str(error).split())[:160] or type(error).__name__}); lower --train.batch_size and "
+        "raise --train.accumulate by the same factor to keep the global batch, or use --train.precision=bf16, a "
+        "smaller --views.size, fewer --boxes.per_image or a smaller --model.backbone"
+    )
+
+
+@contextmanager
+def friendly_errors(command: str, *, debug: bool = False) -> Iterator[None]:
+    """Turn an error inside the block into one line on stderr and an exit code.
+
+    command: shown in front of the line, as in ``scrl_fast.train: ...``.
+    debug: print the traceback first. Without it the traceback of a fault still goes to the ``scrl_fast`` logger at
+    level DEBUG, so that a run's log file holds it.
+    Raises SystemExit with code 2 (wrong usage or input) or 1 (anything else); SystemExit itself passes through.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # whoever read our output has gone (`... | head`): nothing left to say, and no second error at shutdown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILURE) from None
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_FAILURE) from None
+    except Exception as error:
+        code = exit_code(error)
+        if debug:
+            traceback.print_exc()
+        else:
+            _log.debug("the error in full", exc_info=True)
+        hint = "" if debug or code == EXIT_USAGE or _is_out_of_memory(error) else " (--debug shows where)"
+        print(f"{command}: {one_line(error)}{hint}", file=sys.stderr)
+        raise SystemExit(code) from None
