@@ -1,13 +1,26 @@
 """The options of a run: one tree of dataclasses, filled from a recipe, YAML files and the command line.
 
 This file holds names, types, defaults and ranges; ``cli.py`` holds the parsing. Each field's docstring is what
-``python -m scrl_fast.train --help`` shows.
+``python -m scrl_fast.train --help`` shows. Whatever way a config is made, a value out of range is a ValueError, and one
+of the wrong type a TypeError, that names the option, the value and what is allowed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from scrl_fast.errors import did_you_mean
+from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_below, refusal, within
+
+BACKBONE_STRIDES = {
+    "resnet10_tiny": 8,
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), 32),
+    **dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"), 32),
+    **dict.fromkeys(("wide_resnet50_2", "wide_resnet101_2"), 32),
+}
+"""The encoders' strides, known here so that a wrong name or view size is found before torch is imported."""
 
 
 @dataclass
@@ -31,6 +44,18 @@ class DataConfig:
     """Scenes in the generated training set (source=demo)."""
     demo_size: int = 96
     """Height and width of a generated scene in pixels (source=demo)."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data",
+            workers=at_least(0),
+            prefetch=at_least(1),
+            max_bad_fraction=SHARE,
+            max_pixels=at_least(1),
+            demo_images=at_least(1),
+            demo_size=at_least(16),
+        )
 
 
 @dataclass
@@ -74,6 +99,28 @@ class ViewsConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Deviation of red, green, blue that is divided by."""
 
+    def __post_init__(self) -> None:
+        probabilities = ("flip", "jitter", "grayscale", "blur_probability", "solarize_probability")
+        check_fields(
+            self,
+            "views",
+            size=at_least(1),
+            scale=within(0, 1),
+            ratio=above(0),
+            brightness=at_least(0),
+            contrast=at_least(0),
+            saturation=at_least(0),
+            hue=within(0, 0.5),
+            blur_sigma=above(0),
+            solarize_threshold=within(0, 256),
+            std=above(0),
+            **dict.fromkeys(probabilities, SHARE),
+        )
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise refusal(f"views.{name}", (low, high), "must be a range above 0, the smaller number first")
+
 
 @dataclass
 class BoxesConfig:
@@ -89,6 +136,16 @@ class BoxesConfig:
     """Draw boxes inside the cells of a random grid (else anywhere in the overlap)."""
     jitter: float = 0.0
     """Random shift and stretch of the box in view 2, as a share of its size; 0 is off, 0.1 the published value."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "boxes",
+            per_image=at_least(0),
+            min_size=at_least(1),
+            iou_threshold=SHARE,
+            jitter=from_below(0, 1),
+        )
 
 
 @dataclass
@@ -114,6 +171,15 @@ class ModelConfig:
     target_init: Literal["online", "random"] = "online"
     """Where the target network starts: a copy of the online one, or its own random weights."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "model", hidden_dim=at_least(1), projection_dim=at_least(1), pool_size=at_least(1))
+        if self.backbone not in BACKBONE_STRIDES and not self.backbone.startswith("timm:"):
+            known = ", ".join(BACKBONE_STRIDES)
+            hint = did_you_mean(self.backbone, BACKBONE_STRIDES)
+            raise refusal("model.backbone", self.backbone, f"must be one of {known}, or timm:NAME{hint}")
+        if self.sampling_ratio != -1 and self.sampling_ratio < 1:
+            raise refusal("model.sampling_ratio", self.sampling_ratio, "must be at least 1, or -1 (adapts to the box)")
+
 
 @dataclass
 class OptimConfig:
@@ -137,6 +203,21 @@ class OptimConfig:
     """Momentum of the target network at the first step; rises to 1 on a cosine."""
     probe_lr: float = 0.2
     """Learning rate of the online linear probe (plain SGD with momentum), for reference_batch images."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "optim",
+            lr=above(0),
+            reference_batch=at_least(1),
+            momentum=from_below(0, 1),
+            weight_decay=at_least(0),
+            trust_coefficient=above(0),
+            eps=at_least(0),
+            warmup_epochs=at_least(0),
+            ema_momentum=SHARE,
+            probe_lr=at_least(0),
+        )
 
 
 @dataclass
@@ -164,13 +245,27 @@ class TrainConfig:
     deterministic: bool = False
     """Make torch's own operations bit-equal from run to run as well (slower on GPU)."""
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "train",
+            batch_size=at_least(1),
+            accumulate=at_least(1),
+            epochs=at_least(1),
+            max_steps=at_least(0),
+            seed=within(0, 2**63 - 1),
+        )
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+            raise refusal("train.device", self.device, "must be auto, cpu, cuda or cuda:N")
+
 
 @dataclass
 class RunConfig:
     """What is written, and where."""
 
     dir: str = ""
-    """Run folder; empty: runs/<recipe>-<time>."""
+    """Run folder; empty: runs/<source>-<method>-<time>."""
     log_every: int = 10
     """Steps between logging points."""
     checkpoint_every: int = 0
@@ -182,6 +277,9 @@ class RunConfig:
     wandb: str = ""
     """Name of a Weights & Biases project; empty is off."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "run", log_every=at_least(1), checkpoint_every=at_least(0), keep=at_least(2))
+
 
 @dataclass
 class EvalConfig:
@@ -191,6 +289,9 @@ class EvalConfig:
     """Compare RoI linear accuracy of random and trained encoder on held-out scenes (source=demo)."""
     scenes: int = 1000
     """Held-out scenes used for it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "eval", scenes=at_least(1))
 
 
 @dataclass
@@ -219,3 +320,59 @@ class Config:
     """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
     init: str = ""
     """Start from the weights of this checkpoint, with a fresh optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.data.source != "demo" and not self.data.root:
+            what = "text file with the images' paths" if self.data.source == "list" else "folder of the images"
+            raise ValueError(f"data.source={self.data.source} needs --data.root, the {what}")
+        if self.model.method == "scrl":
+            if self.boxes.per_image < 1:
+                raise refusal("boxes.per_image", self.boxes.per_image, "model.method=scrl needs at least 1 box")
+            if self.views.size <= self.boxes.min_size:
+                reason = f"views of views.size={self.views.size} pixels have no room for such boxes; choose less"
+                raise refusal("boxes.min_size", self.boxes.min_size, reason)
+        stride = BACKBONE_STRIDES.get(self.model.backbone, 1)
+        if self.views.size < stride:
+            reason = f"must be at least {stride}, the stride of {self.model.backbone}"
+            raise refusal("views.size", self.views.size, reason)
+        if self.resume and self.init:
+            raise ValueError(
+                f"resume={self.resume} and init={self.init}: give one, since a resumed run has its weights already"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML, which ``--config`` and `from_yaml` accept."""
+        from scrl_fast import cli  # the parser knows this class, and is needed here only when asked
+
+        return cli.dump(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Config:
+        """Config of a nested dict that may hold any part of the options; the rest keep their defaults.
+
+        Raises UsageError for an unknown or ill-typed option, naming the nearest valid one.
+        """
+        from scrl_fast import cli
+
+        return cli.build(options)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Config:
+        """Config of a YAML file, ours or the published implementation's, or of a recipe by name."""
+        from scrl_fast import cli
+
+        return cli.build(*cli.read_settings(os.fspath(path)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
