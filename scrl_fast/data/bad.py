@@ -1,0 +1,87 @@
+"""What happens to images that cannot be read: counted, named once, and a run stopped when there are too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+
+from scrl_fast.data.decode import BadImage
+from scrl_fast.errors import UsageError
+
+IN_A_ROW = 100
+_ALWAYS_TOLERATED = 10  # a few bad files are no reason to stop, in however small a folder
+_NAMED = 20
+_log = logging.getLogger("scrl_fast")
+
+
+class TooManyBadImages(UsageError):
+    """So many images of an epoch could not be read that the data as a whole must be at fault."""
+
+
+class BadFiles:
+    """The tally of one loader, shared by its threads.
+
+    images: per epoch (of this process). fraction: data.max_bad_fraction; 0 stops at the first bad image, otherwise 10
+    (or half of the images, if fewer) are always tolerated. path: bad_files.jsonl, appended to, each file once.
+    """
+
+    def __init__(self, images: int, fraction: float, path: str | os.PathLike[str] | None = None) -> None:
+        self.errors: dict[str, str] = {}
+        self._images, self._path = images, path
+        self._allowed = max(int(fraction * images), min(_ALWAYS_TOLERATED, images // 2)) if fraction > 0 else 0
+        self._written = _already_in(path)
+        self._lock = threading.Lock()
+        self._epoch, self._names, self._in_a_row = -1, set[str](), 0
+
+    def good(self) -> None:
+        if self._in_a_row:
+            self._in_a_row = 0
+
+    def add(self, bad: BadImage, epoch: int) -> None:
+        """Count one failed read. Raises TooManyBadImages when it is one too many."""
+        with self._lock:
+            if epoch > self._epoch:  # batches of the next epoch are made while the last ones of this are in use
+                self._epoch, self._names = epoch, set()
+            self._names.add(bad.name)
+            self._in_a_row += 1
+            if bad.name not in self.errors:
+                self.errors[bad.name] = bad.cause
+                self._tell(bad, epoch)
+            if len(self._names) > self._allowed:
+                raise TooManyBadImages(
+                    f"{len(self._names)} of the {self._images} images of epoch {epoch} cannot be read, more than "
+                    f"data.max_bad_fraction allows; the last: {bad}{self._where()}"
+                )
+            if self._in_a_row >= IN_A_ROW:
+                raise TooManyBadImages(
+                    f"{IN_A_ROW} images in a row cannot be read; is the disk or network share still there? "
+                    f"The last: {bad}{self._where()}"
+                )
+
+    def _where(self) -> str:
+        return f" (all of them: {self._path})" if self._path else ""
+
+    def _tell(self, bad: BadImage, epoch: int) -> None:
+        if len(self.errors) <= _NAMED:
+            _log.warning("skipped an image that cannot be read: %s", bad)
+        elif len(self.errors) == _NAMED + 1:
+            _log.warning("more than %d images cannot be read; no more of them are named here%s", _NAMED, self._where())
+        if self._path and bad.name not in self._written:
+            self._written.add(bad.name)
+            line = json.dumps({"path": bad.name, "error": bad.cause, "epoch": epoch})
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def _already_in(path: str | os.PathLike[str] | None) -> set[str]:
+    names = set()
+    if path and os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    names.add(json.loads(line)["path"])
+                except (ValueError, KeyError, TypeError):  # a line cut off by a crash
+                    continue
+    return names

@@ -1,0 +1,281 @@
+"""Batches of two views with their matched boxes, made ahead by threads, in an order that never depends on them.
+
+Everything about batch b of epoch e follows from (seed, e, b, rank, world size): any number of workers and any start
+give the same stream, so a checkpoint needs to hold no more of the loader than epoch and batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scrl_fast.config import Config
+from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
+from scrl_fast.data.decode import BadImage
+from scrl_fast.data.source import Source
+from scrl_fast.data.workers import Work, Workers
+from scrl_fast.errors import UsageError
+from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.philox import permutation, uniforms
+from scrl_fast.views import crops_of, draw_views
+
+TIMEOUT_SECONDS = 300.0
+_PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
+_REPLACEMENT = 0x72657061
+
+
+class LoaderStalled(RuntimeError):
+    """No batch came within the time limit."""
+
+
+@dataclass
+class Batch:
+    """Both views of B images.
+
+    views: `[2B, 3, S, S]`, view 1 of all images, then view 2. boxes: two `[N, 5]` float32 of rows (row of views, x0,
+    y0, x1, y1) in view pixels, or None (BYOL). crops: int64 `[2, B, 5]`, rows (y, x, h, w, flip) in image pixels.
+    labels: int64 `[B]`, -1 where there is none. keys: int64 `[B]`, which image of the source each is.
+    """
+
+    views: Tensor
+    boxes: tuple[Tensor, Tensor] | None
+    crops: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
+        """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return replace(
+            self,
+            views=self.views.to(device, non_blocking=True).contiguous(memory_format=layout),
+            boxes=self.boxes and tuple(boxes.to(device, non_blocking=True) for boxes in self.boxes),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+
+class Loader:
+    """Batches of a source as a configuration wants them; `epoch(e)` iterates them.
+
+    config: uses data (workers, prefetch, max_bad_fraction), views, boxes, model.method and of train batch_size, seed,
+    epochs, channels_last. rank, world_size: this process takes every world_size-th image of the epoch's order; what
+    does not fill a batch in every process is left out of that epoch.
+    dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
+    bad_files_path: bad_files.jsonl. timeout: seconds without a batch after which `epoch` raises LoaderStalled.
+    Raises UsageError if the source has fewer images than one batch of all processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: Config,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        pin_memory: bool = False,
+        bad_files_path: str | os.PathLike[str] | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        _check(source, config, rank, world_size)
+        self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
+        self.batch_size, self._seed = config.train.batch_size, config.train.seed
+        self._dtype, self._pin_memory, self._timeout = dtype, pin_memory, timeout
+        self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
+        self._workers = Workers(config.data.workers)
+        self._ahead: deque[_Pending] = deque()
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.source) // self.world_size // self.batch_size
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        """Every image that could not be read so far, and why."""
+        return dict(self._bad.errors)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from start_batch on.
+
+        Raises TooManyBadImages, LoaderStalled, or RuntimeError with the cause when a batch cannot be made.
+        """
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch must lie in 0..{len(self)}, got {start_batch}")
+        finished = False
+        try:
+            for number in range(start_batch, len(self)):
+                self._fill_up(epoch, number)
+                yield self._next()
+            finished = True
+        finally:
+            if not finished:  # broken off: nothing made ahead is wanted any more
+                self._drop()
+
+    def close(self) -> None:
+        """End the threads. The loader cannot be used after it."""
+        self._drop()
+        self._workers.stop()
+
+    def _fill_up(self, epoch: int, number: int) -> None:
+        """Keep the wanted batch and the `prefetch` after it in the making, into the next epoch, not past the last."""
+        wanted = (epoch, number)
+        if self._ahead and self._ahead[0].place != wanted:
+            self._drop()
+        place = self._after(self._ahead[-1].place) if self._ahead else wanted
+        last = max(self.config.train.epochs - 1, epoch)
+        while len(self._ahead) <= self.config.data.prefetch and place[0] <= last:
+            self._ahead.append(self._start(place))
+            place = self._after(place)
+
+    def _after(self, place: tuple[int, int]) -> tuple[int, int]:
+        epoch, number = place
+        return (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
+
+    def _drop(self) -> None:
+        for pending in self._ahead:
+            pending.work.cancelled = True
+        self._ahead.clear()
+
+    def _next(self) -> Batch:
+        pending = self._ahead.popleft()
+        epoch, number = pending.place
+        if not pending.work.wait(self._timeout):
+            pending.work.cancelled = True
+            raise LoaderStalled(
+                f"batch {number} of epoch {epoch} did not come within {self._timeout:.0f} s; the workers are reading "
+                f"{self._workers.stalled()}. Is the disk or network share answering?"
+            )
+        error = pending.work.error
+        if isinstance(error, (UsageError, KeyboardInterrupt)):
+            raise error
+        if error is not None:
+            raise RuntimeError(
+                f"batch {number} of epoch {epoch} cannot be made: {type(error).__name__}: {error}"
+            ) from error
+        return pending.batch()
+
+    def _start(self, place: tuple[int, int]) -> _Pending:
+        epoch, number = place
+        if self._order[0] != epoch:
+            order = permutation(self._seed, epoch, len(self.source))
+            self._order = epoch, order[self.rank :: self.world_size]
+        keys = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
+        pending = _Pending(self, place, keys)
+        self._workers.submit(pending.work, pending.parts)
+        return pending
+
+    def read(self, key: int, epoch: int) -> tuple[NDArray[np.uint8], int]:
+        """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides; and its key."""
+        candidate = key
+        for attempt in range(IN_A_ROW):
+            try:
+                self._workers.reads(self.source.name_of(candidate))
+                image = self.source.read(candidate)
+            except BadImage as bad:
+                self._bad.add(bad, epoch)
+                u = uniforms(self._seed, epoch, [key], attempt + 1, purpose=_REPLACEMENT)[0, attempt]
+                candidate = int(u * len(self.source))
+            else:
+                self._bad.good()
+                return image, candidate
+        raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
+
+
+class _Pending:
+    """A batch being made: its memory, and what the threads do to fill it."""
+
+    def __init__(self, loader: Loader, place: tuple[int, int], keys: NDArray[np.int64]) -> None:
+        config, count = loader.config, len(keys)
+        self.place, self._loader, self._keys = place, loader, keys.copy()
+        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self._views = torch.empty(
+            (2 * count, 3, config.views.size, config.views.size),
+            dtype=loader._dtype,
+            pin_memory=loader._pin_memory,
+            memory_format=layout,
+        )
+        self._crops = np.empty((2, count, 5), np.int64)
+        self._labels = np.empty(count, np.int64)
+        self._boxes: tuple[Any, Any] | None = None
+        self._part = min(_PART, -(-count // max(1, config.data.workers)))
+        self.parts = -(-count // self._part)
+        self.work = Work(self.parts, self._make, self._finish)
+
+    def _make(self, part: int) -> None:
+        loader, views = self._loader, self._loader.config.views
+        low, high = part * self._part, min((part + 1) * self._part, len(self._keys))
+        images = []
+        for slot in range(low, high):
+            image, key = loader.read(int(self._keys[slot]), self.place[0])
+            images.append(image)
+            self._keys[slot], self._labels[slot] = key, loader.source.label(key)
+        sizes = [image.shape[:2] for image in images]
+        table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
+        self._crops[:, low:high] = crops_of(table)
+        packed = pack_images(images)
+        for view, rows in enumerate(table):
+            first = view * len(self._keys)
+            augment_views(
+                packed,
+                rows,
+                size=views.size,
+                mean=views.mean,
+                std=views.std,
+                solarize_threshold=views.solarize_threshold,
+                out=self._views[first + low : first + high],
+            )
+
+    def _finish(self) -> None:
+        config = self._loader.config
+        if config.model.method == "byol":
+            return
+        from scrl_fast.ops import sample_box_pairs
+
+        self._boxes = sample_box_pairs(
+            self._crops[0],
+            self._crops[1],
+            view_size=config.views.size,
+            boxes_per_image=config.boxes.per_image,
+            min_size=config.boxes.min_size,
+            iou_threshold=config.boxes.iou_threshold,
+            grid=config.boxes.grid,
+            jitter=config.boxes.jitter,
+            seed=self._loader._seed,
+            step=self.place[0],
+            keys=self._keys,
+        )
+
+    def batch(self) -> Batch:
+        pin = Tensor.pin_memory if self._loader._pin_memory else lambda tensor: tensor
+        boxes = self._boxes and tuple(pin(torch.from_numpy(rows)) for rows in self._boxes)
+        labels = pin(torch.from_numpy(self._labels))
+        return Batch(self._views, boxes, torch.from_numpy(self._crops), labels, torch.from_numpy(self._keys))
+
+
+def _check(source: Source, config: Config, rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0..world_size-1, got rank {rank} of {world_size}")
+    for name, least in (("workers", 0), ("prefetch", 0)):
+        if not getattr(config.data, name) >= least:
+            raise UsageError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}")
+    batch = config.train.batch_size
+    if not batch > 0:
+        raise UsageError(f"train.batch_size must be positive, got {batch}")
+    share = len(source) // world_size
+    if share < batch:
+        processes = "" if world_size == 1 else f" in each of {world_size} processes"
+        raise UsageError(
+            f"train.batch_size={batch}{processes} needs {batch * world_size} images, but the data has {len(source)}; "
+            f"use --train.batch_size={share} or less"
+            if share
+            else f"{world_size} processes need at least as many images, but the data has {len(source)}"
+        )

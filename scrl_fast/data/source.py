@@ -1,0 +1,55 @@
+"""Where images come from: the small protocol of a source, and the one that a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scrl_fast.config import Config, DataConfig
+
+UNLABELLED = -1
+
+
+class Source(Protocol):
+    """A fixed, ordered set of images. `read` is called from several threads at once."""
+
+    num_classes: int
+    """Classes of `label`; 0 where there are no labels."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as RGB, uint8 `[H, W, 3]`, not to be written to. Raises BadImage if it cannot be read."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Class of image `index`, or -1."""
+        ...
+
+    def name_of(self, index: int) -> str:
+        """What to call image `index` in a message: its path."""
+        ...
+
+
+def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Source:
+    """The source of a configuration. seed: of the generated scenes; a Config brings its own (train.seed).
+
+    Raises UsageError that says what to change, before any image is read, when the images are not where data.root says.
+    """
+    from scrl_fast.data.demo import DemoScenes
+    from scrl_fast.data.files import class_folders, image_folder, image_list
+
+    data = config.data if isinstance(config, Config) else config
+    if seed is None:
+        seed = config.train.seed if isinstance(config, Config) else 0
+    if data.source == "demo":
+        return DemoScenes(data.demo_images, data.demo_size, seed)
+    if data.source == "folder":
+        return image_folder(data.root, max_pixels=data.max_pixels)
+    if data.source in ("imagefolder", "imagenet"):
+        return class_folders(data.root, max_pixels=data.max_pixels, train_split=data.source == "imagenet")
+    if data.source == "list":
+        return image_list(data.root, max_pixels=data.max_pixels)
+    raise ValueError(f"data.source must be demo, folder, imagefolder, imagenet or list, got {data.source!r}")

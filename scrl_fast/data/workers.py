@@ -1,0 +1,100 @@
+"""Threads that make batches ahead of the training step.
+
+Threads, not processes: decoders, Pillow and our host library all release the GIL, and batches need not be carried from
+one process to another.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+_JOIN_SECONDS = 5.0
+
+
+class Work:
+    """One batch in the making: parts that threads take up in any order. `finish` runs after the last, in its thread."""
+
+    def __init__(self, parts: int, make: Callable[[int], None], finish: Callable[[], None]) -> None:
+        self.cancelled = False
+        self.error: BaseException | None = None
+        self._make, self._finish = make, finish
+        self._left, self._lock, self._done = parts, threading.Lock(), threading.Event()
+
+    def run(self, part: int) -> None:
+        try:
+            if not self.cancelled and self.error is None:
+                self._make(part)
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                if not self.cancelled and self.error is None:
+                    self._finish()
+                self._done.set()
+        except BaseException as error:  # handed to the thread that waits for the batch
+            self.error = self.error or error
+            self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._done.wait(seconds)
+
+
+class Workers:
+    """`count` threads working through a queue in order; with count 0 the work is done where it is submitted."""
+
+    def __init__(self, count: int) -> None:
+        self._queue: queue.SimpleQueue[tuple[Work, int] | None] = queue.SimpleQueue()
+        self._reading: dict[int, tuple[str, float]] = {}
+        arguments = (self._queue, self._reading)
+        # daemons, so that a read that never returns cannot keep the process alive
+        self._threads = [
+            threading.Thread(target=_serve, args=arguments, name=f"scrl_fast-data-{index}", daemon=True)
+            for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.stop = weakref.finalize(self, _stop, self._queue, self._threads)
+
+    def submit(self, work: Work, parts: int) -> None:
+        for part in range(parts):
+            if self._threads:
+                self._queue.put((work, part))
+            else:
+                work.run(part)
+
+    def reads(self, name: str) -> None:
+        """Note what the calling thread is about to read, for the message of a stall."""
+        self._reading[threading.get_ident()] = name, time.monotonic()
+
+    def stalled(self) -> str:
+        """What the threads have been reading for how long, the longest first."""
+        now = time.monotonic()
+        readings = sorted(((now - since, name) for name, since in list(self._reading.values())), reverse=True)
+        return "; ".join(f"{name} for {seconds:.0f} s" for seconds, name in readings[:3]) or "nothing"
+
+
+def _serve(tasks: queue.SimpleQueue[tuple[Work, int] | None], reading: dict[int, tuple[str, float]]) -> None:
+    while (task := tasks.get()) is not None:
+        work, part = task
+        work.run(part)
+        reading.pop(threading.get_ident(), None)
+        del work, task  # the batch must not live on in an idle thread
+
+
+def _stop(tasks: queue.SimpleQueue[tuple[Work, int] | None], threads: list[threading.Thread]) -> None:
+    """End the threads once their present image is done; one that hangs in a read is left behind."""
+    while True:
+        try:
+            tasks.get_nowait()
+        except queue.Empty:
+            break
+    for _ in threads:
+        tasks.put(None)
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,220 @@
+"""From decoded images to normalised views: crop, resize, flip, colour, blur, solarise, in one operation.
+
+The reference makes one view at a time with Pillow and torchvision, as the published pipelines do. What a view looks
+like is decided before, in a table (`scrl_fast.views.draw_views`), so every implementation makes the same picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scrl_fast.backends import Backend, Operation, register
+
+VIEW_DTYPE = np.dtype(
+    [
+        ("image", "i4"),  # which of the packed images
+        ("y", "i4"), ("x", "i4"), ("h", "i4"), ("w", "i4"),  # crop, in pixels of the original image
+        ("flip", "u1"),
+        ("jitter", "u1"),  # 0: the next five fields are ignored
+        ("order", "u1", (4,)),  # 0 brightness, 1 contrast, 2 saturation, 3 hue, in the order they are applied
+        ("brightness", "f4"), ("contrast", "f4"), ("saturation", "f4"),  # factors >= 0, 1 changes nothing
+        ("hue", "f4"),  # shift in turns of the colour circle, -0.5 to 0.5
+        ("grayscale", "u1"),
+        ("blur", "u1"),  # NO_BLUR, RESIZE_BLUR or GAUSSIAN_BLUR
+        ("blur_amount", "f4"),  # factor >= 1 by which the view shrinks and grows again, or sigma > 0 in view pixels
+        ("solarize", "u1"),
+    ],
+    align=True,  # the layout of the C struct with the same fields
+)  # fmt: skip
+"""One view: what is cut out of which image and what is done to it, in the order of the fields."""
+
+NO_BLUR, RESIZE_BLUR, GAUSSIAN_BLUR = 0, 1, 2
+GAUSSIAN_TAPS = 23
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedImages(NamedTuple):
+    """Images of any sizes in one buffer.
+
+    buffer: uint8 `[bytes]`. Image b is RGB: `heights[b]` rows of `widths[b]` pixels, no gaps, from byte `offsets[b]`.
+    offsets, heights, widths: int64 `[B]`.
+    """
+
+    buffer: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as `[H, W, 3]`, a view into the buffer."""
+        start, height, width = int(self.offsets[index]), int(self.heights[index]), int(self.widths[index])
+        return self.buffer[start : start + height * width * 3].reshape(height, width, 3)
+
+
+def pack_images(images: Sequence[NDArray[np.uint8]]) -> PackedImages:
+    """Copy uint8 `[H, W, 3]` arrays behind one another. Raises ValueError naming the first that is something else."""
+    for index, image in enumerate(images):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {index} must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    sizes = np.array([image.size for image in images], np.int64)
+    buffer = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
+    shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
+    return PackedImages(buffer, np.cumsum(sizes) - sizes, shapes[:, 0].copy(), shapes[:, 1].copy())
+
+
+def augment_views(
+    images: PackedImages,
+    table: np.ndarray,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    solarize_threshold: int = 128,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    threads: int = 1,
+    out: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Make the views of a table: `[V, 3, size, size]`, row v from `table.reshape(-1)[v]` (`[2, B]`: all view 1 first).
+
+    Per view: crop (taps never reach outside the crop), bicubic antialiased resize with Pillow's filter, flip, jitter in
+    the drawn order (contrast towards the mean grey of the picture at that moment), grayscale, blur, solarise, each on
+    uint8; then `(value / 255 - mean) / std`.
+    images: packed RGB. table: VIEW_DTYPE. size: pixels. mean, std: three each, for values in 0..1.
+    solarize_threshold: values from this on are inverted. dtype: float32, bfloat16 or float16.
+    channels_last: memory format of the result. threads: at most so many; 1 for callers that run many calls at once.
+    out: written and returned if given (dense in either memory format); dtype and channels_last are then its own.
+    Raises TypeError or ValueError naming the argument and the first bad row before any pixel is touched.
+    Source: SCRL section 4, BYOL appendix B; semantics of torchvision's transforms on Pillow images.
+    """
+    rows = _check_table(table, images)
+    shape = (len(rows), 3, size, size)
+    if not size > 0:
+        raise ValueError(f"size must be positive, got {size}")
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
+    if out is None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        out = torch.empty(shape, dtype=dtype, memory_format=layout)
+    _check_out(out, shape)
+    if len(rows):
+        make = _OPERATION.resolve("cpu", backend)
+        make(images, rows, out, mean=mean, std=std, solarize_threshold=solarize_threshold, threads=threads)
+    return out
+
+
+def augment_views_reference(
+    images: PackedImages,
+    rows: np.ndarray,
+    out: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    solarize_threshold: int = 128,
+    threads: int = 1,
+) -> None:
+    """One view after the other with Pillow and torchvision, on one thread; arguments checked by `augment_views`."""
+    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
+    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    for row, view in zip(rows, out, strict=True):
+        picture = view_reference(images.image(row["image"]), row, out.shape[-1], solarize_threshold)
+        view.copy_(torch.from_numpy(picture * scale + shift).permute(2, 0, 1))
+
+
+def view_reference(image: NDArray[np.uint8], row: np.void, size: int, solarize_threshold: int) -> NDArray[np.uint8]:
+    """One view before normalisation: uint8 `[size, size, 3]`."""
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    y, x, h, w = (int(row[name]) for name in "yxhw")
+    picture = Image.fromarray(image[y : y + h, x : x + w])
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    if row["flip"]:
+        picture = F.horizontal_flip(picture)
+    if row["jitter"]:
+        names = ("brightness", "contrast", "saturation", "hue")
+        for name in (names[step] for step in row["order"]):
+            picture = getattr(F, f"adjust_{name}")(picture, float(row[name]))
+    if row["grayscale"]:
+        picture = F.rgb_to_grayscale(picture, num_output_channels=3)
+    if row["blur"] == RESIZE_BLUR:
+        small = blurred_side(size, float(row["blur_amount"]))
+        for side in (small, size):
+            picture = F.resize(picture, [side, side], InterpolationMode.BICUBIC)
+    elif row["blur"] == GAUSSIAN_BLUR:
+        taps = min(GAUSSIAN_TAPS, 2 * size - 1)  # reflection reaches at most size - 1 pixels beyond the edge
+        picture = F.gaussian_blur(picture, [taps, taps], [float(row["blur_amount"])] * 2)
+    if row["solarize"]:
+        picture = F.solarize(picture, solarize_threshold)
+    return np.asarray(picture)
+
+
+def blurred_side(size: int, factor: float) -> int:
+    """Side to which the resize blur shrinks: floor(size / factor), where 96 / float32(1.2) still counts as 80."""
+    return max(1, math.floor(size / factor + 1e-3))
+
+
+def _check_table(table: np.ndarray, images: PackedImages) -> np.ndarray:
+    if not isinstance(table, np.ndarray) or table.dtype != VIEW_DTYPE:
+        raise TypeError(f"table must be a NumPy array of VIEW_DTYPE, got {getattr(table, 'dtype', type(table))}")
+    _check_images(images)
+    rows = table.reshape(-1)
+    _refuse(
+        rows, (rows["image"] < 0) | (rows["image"] >= len(images.offsets)), "image", f"0..{len(images.offsets) - 1}"
+    )
+    heights, widths = images.heights[rows["image"]], images.widths[rows["image"]]
+    y, x, h, w = (rows[name].astype(np.int64) for name in "yxhw")
+    inside = (y >= 0) & (x >= 0) & (h > 0) & (w > 0) & (y + h <= heights) & (x + w <= widths)
+    _refuse(rows, ~inside, ["y", "x", "h", "w"], "a crop inside its image")
+    _refuse(rows, (np.sort(rows["order"]) != np.arange(4)).any(axis=1), "order", "a permutation of 0, 1, 2, 3")
+    for name in ("brightness", "contrast", "saturation"):
+        _refuse(rows, ~((rows[name] >= 0) & np.isfinite(rows[name])), name, "a factor >= 0")
+    _refuse(rows, ~(np.abs(rows["hue"]) <= 0.5), "hue", "-0.5 to 0.5")
+    _refuse(rows, rows["blur"] > GAUSSIAN_BLUR, "blur", "0, 1 or 2")
+    least = np.where(rows["blur"] == RESIZE_BLUR, 1.0, 1e-3)
+    enough = (rows["blur_amount"] >= least) & np.isfinite(rows["blur_amount"])
+    _refuse(
+        rows, (rows["blur"] != NO_BLUR) & ~enough, "blur_amount", "a factor >= 1 (resize) or a sigma > 0 (gaussian)"
+    )
+    return rows
+
+
+def _refuse(rows: np.ndarray, bad: np.ndarray, names: str | list[str], wanted: str) -> None:
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"table row {row}: {names} must be {wanted}, got {rows[names][row]}")
+
+
+def _check_images(images: PackedImages) -> None:
+    count = len(images.offsets)
+    if images.buffer.dtype != np.uint8 or images.buffer.ndim != 1 or not images.buffer.flags.c_contiguous:
+        raise TypeError(
+            f"images.buffer must be contiguous uint8 [bytes], got {images.buffer.dtype} {images.buffer.shape}"
+        )
+    if images.heights.shape != (count,) or images.widths.shape != (count,):
+        raise ValueError("images.offsets, heights and widths must be of one length")
+    ends = images.offsets + images.heights * images.widths * 3
+    bad = (images.offsets < 0) | (images.heights <= 0) | (images.widths <= 0) | (ends > len(images.buffer))
+    if bad.any():
+        raise ValueError(f"images: image {int(bad.argmax())} is empty or reaches outside the buffer")
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    if out.dtype not in DTYPES or out.device.type != "cpu":
+        raise TypeError(f"dtype must be float32, bfloat16 or float16 on the CPU, got {out.dtype} on {out.device}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"out must be dense, NCHW or channels_last, got strides {out.stride()}")
+
+
+_OPERATION = register(Operation("augment_views", reference=augment_views_reference))
