@@ -141,8 +141,8 @@ def _place(
         # two squares overlap when they do so along both axes
         after = wanted[:, :, None] < corners[:, None, :slot] + sides[:, None, :slot, None]
         before = corners[:, None, :slot] < wanted[:, :, None] + sides[:, slot, None, None, None]
-        hit = ((after & before).all(axis=3) & placed[:, None, :slot]).any(axis=2)
-        placed[:, slot] = ~hit.all(axis=1)
+        hit = np.any(np.all(after & before, axis=3) & placed[:, None, :slot], axis=2)
+        placed[:, slot] = ~np.all(hit, axis=1)
         corners[:, slot] = wanted[np.arange(scenes), np.argmin(hit, axis=1)]
     return corners, placed
 
@@ -165,7 +165,7 @@ def _drawn(digit: int, side: int) -> NDArray[np.float32]:
     """How much of each pixel a digit covers at `side` x `side`, 0 to 1; strokes with crisp edges."""
     rows = _interpolation(8, side)
     ink = rows @ (_load_digits()[0][digit] / np.float32(16)) @ rows.T
-    return np.clip(ink * 2 - 0.5, 0, 1)
+    return np.clip(ink * 2 - 0.5, 0, 1).astype(np.float32)
 
 
 @functools.cache
@@ -182,34 +182,43 @@ def _interpolation(few: int, many: int) -> NDArray[np.float32]:
 
 
 _STRIPES = 2
-_BACKGROUND_COUNT = 3 + 3 * 2 + len(_NOISE_GRIDS) + _STRIPES * 6 + sum(3 * grid * grid for grid in _NOISE_GRIDS)
+_BACKGROUND_COUNT = 3 + 2 * 3 + len(_NOISE_GRIDS) + _STRIPES * (3 + 3) + sum(3 * grid * grid for grid in _NOISE_GRIDS)
 
 
 def _backgrounds(u: NDArray[np.float64], size: int, texture: float) -> NDArray[np.float32]:
-    """Textures `[n, size, size, 3]` in 0..1: a colour, a gradient, noise at five scales, stripes; amounts differ."""
-    u = u.astype(np.float32)
-    count, place = len(u), 0
+    """Textures `[n, size, size, 3]` in 0..1: a colour, a gradient, noise at five scales, stripes; amounts differ.
 
-    def take(*shape: int) -> NDArray[np.float32]:
-        nonlocal place
-        place += int(np.prod(shape))
-        return u[:, place - int(np.prod(shape)) : place].reshape(count, *shape)
-
-    base = 0.15 + 0.7 * take(3)
-    picture = np.broadcast_to(base[:, None, None], (count, size, size, 3)).copy()
+    Colour, gradient and stripes are sums of products of a function of y and one of x (sin(a + b) unfolds), so each is a
+    thin matrix product like the noise: 0.25 ms a scene of 96 x 96 on one core.
+    """
+    parts = np.split(u.astype(np.float32), np.cumsum([3, 6, len(_NOISE_GRIDS), 3 * _STRIPES, 3 * _STRIPES]), axis=1)
+    base, slope, amounts, waves, colours, noise = parts
+    count = len(u)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    slope = (take(2, 3) - 0.5) * texture
-    picture += ramp[:, None, None] * slope[:, None, None, 0] + ramp[:, None] * slope[:, None, None, 1]
-    amounts = take(len(_NOISE_GRIDS)) ** 2 * texture
+    one = np.ones((count, size), np.float32)
+    slope = (slope.reshape(count, 2, 3) - 0.5) * texture
+    rows, columns = [one, one * ramp, one], [one, one, one * ramp]
+    weights = [0.15 + 0.7 * base, slope[:, 0], slope[:, 1]]
+    for wave, colour in zip(np.split(waves, _STRIPES, axis=1), np.split(colours, _STRIPES, axis=1), strict=True):
+        angle, frequency, phase = wave[:, 0, None] * np.pi, 4 + 36 * wave[:, 1, None], 2 * np.pi * wave[:, 2, None]
+        down, right = frequency * np.sin(angle) * ramp + phase, frequency * np.cos(angle) * ramp
+        rows += [np.sin(down), np.cos(down)]
+        columns += [np.cos(right), np.sin(right)]
+        weights += [(colour - 0.5) * texture * 0.6] * 2
+    weighted = np.stack(rows, axis=2)[:, None] * np.stack(weights, axis=2)[:, :, None]  # [n, 3, size, terms]
+    picture = weighted.astype(np.float32) @ np.stack(columns, axis=1).astype(np.float32)[:, None]
+    picture += _noise(noise, amounts**2 * texture, size)
+    np.clip(picture, 0, 1, out=picture)
+    return np.ascontiguousarray(picture.transpose(0, 2, 3, 1))
+
+
+def _noise(u: NDArray[np.float32], amounts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Noise `[n, 3, size, size]` at the scales of _NOISE_GRIDS, coarse ones spread to the next finer and added up."""
+    total, start = np.zeros((len(u), 3, 1, 1), np.float32), 0
+    spread = np.ones((_NOISE_GRIDS[0], 1), np.float32)
     for index, grid in enumerate(_NOISE_GRIDS):
-        noise = (take(3, grid, grid) - 0.5) * amounts[:, index, None, None, None]
-        spread = _interpolation(grid, size) if grid < size else np.eye(grid, dtype=np.float32)[:size]
-        picture += (spread @ noise @ spread.T).transpose(0, 2, 3, 1)
-    for _ in range(_STRIPES):
-        across, frequency, phase = (take(1)[:, :, None] for _ in range(3))
-        colour = (take(3) - 0.5) * texture * 0.6
-        turn = across * np.float32(np.pi)
-        along = ramp[None, None, :] * np.cos(turn) + ramp[None, :, None] * np.sin(turn)
-        wave = np.sin(along * (4 + 36 * frequency) + phase * np.float32(2 * np.pi))
-        picture += wave[:, :, :, None] * colour[:, None, None]
-    return np.clip(picture, 0, 1)
+        here = u[:, start : start + 3 * grid * grid].reshape(-1, 3, grid, grid) - np.float32(0.5)
+        total = spread @ total @ spread.T + here * amounts[:, index, None, None, None]
+        spread = _interpolation(grid, _NOISE_GRIDS[index + 1] if index + 1 < len(_NOISE_GRIDS) else size)
+        start += 3 * grid * grid
+    return spread @ total @ spread.T

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ class Loader:
         """Every image that could not be read so far, and why."""
         return dict(self._bad.errors)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from start_batch on.
 
         Raises TooManyBadImages, LoaderStalled, or RuntimeError with the cause when a batch cannot be made.
