@@ -1,0 +1,100 @@
+"""The two pictures of a run folder: boxes.png (what the network is asked to match) and curves.png."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+MARGIN = 6
+PAIRS_PER_ROW = 4
+CURVES = ("loss", "lr", "ema_momentum", "feature_std", "rankme", "probe_accuracy", "images_per_s", "data_wait")
+
+
+def draw_boxes(
+    path: str | os.PathLike[str],
+    views: Tensor,
+    boxes: tuple[Tensor, Tensor] | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    images: int = 8,
+    min_side: int = 160,
+) -> None:
+    """Writes a grid of view pairs, view 1 left and view 2 right, with matched boxes in the same colour.
+
+    views: ``[2B, 3, S, S]``, normalised with mean and std; view 1 of all images, then view 2.
+    boxes: two ``[N, 5]`` of rows (image index into views, x0, y0, x1, y1) in view pixels, or None (BYOL).
+    images: how many of the B images at most. min_side: views smaller than this are drawn enlarged.
+    """
+    count = views.shape[0] // 2
+    side = views.shape[-1]
+    scale = max(1, -(-min_side // side))
+    tile, shown = side * scale, min(images, count)
+    columns = min(PAIRS_PER_ROW, shown)
+    rows = -(-shown // columns)
+    pair = 2 * tile + MARGIN
+    sheet = Image.new(
+        "RGB", (columns * pair + (columns + 1) * 2 * MARGIN, rows * tile + (rows + 1) * 2 * MARGIN), "white"
+    )
+    for image in range(shown):
+        left = 2 * MARGIN + (image % columns) * (pair + 2 * MARGIN)
+        top = 2 * MARGIN + (image // columns) * (tile + 2 * MARGIN)
+        for view in range(2):
+            row = image + view * count
+            picture = to_picture(views[row], mean, std).resize((tile, tile), Image.Resampling.BICUBIC)
+            if boxes is not None:
+                outline(picture, boxes[view], row, scale)
+            sheet.paste(picture, (left + view * (tile + MARGIN), top))
+    sheet.save(path)
+
+
+def to_picture(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """A normalised ``[3, S, S]`` view as an RGB picture."""
+    pixels = view.detach().float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def outline(picture: Image.Image, boxes: Tensor, index: int, scale: int) -> None:
+    """Draws the boxes of one view onto it; the i-th box of an image has the same colour in both views."""
+    mine = boxes[boxes[:, 0] == index][:, 1:].tolist()
+    draw = ImageDraw.Draw(picture)
+    for i, (x0, y0, x1, y1) in enumerate(mine):
+        colour = colorsys.hsv_to_rgb(i / len(mine), 0.9, 1.0)
+        corners = [x0 * scale, y0 * scale, max(x1 * scale - 1, x0 * scale), max(y1 * scale - 1, y0 * scale)]
+        draw.rectangle(corners, outline=tuple(round(255 * c) for c in colour), width=2)
+
+
+def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> bool:
+    """Writes the run's curves over steps, one panel a metric. Returns False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    present = [name for name in CURVES if any(row.get(name) is not None for row in rows)]
+    if not present:
+        return True
+    columns = 2
+    figure = Figure(figsize=(10, 2.2 * -(-len(present) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(-(-len(present) // columns), columns, squeeze=False).flat
+    for name, axes in zip(present, panels, strict=False):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), linewidth=1.2)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.grid(alpha=0.3)
+    for axes in list(figure.axes)[len(present) :]:
+        axes.set_visible(False)
+    for axes in list(figure.axes)[-columns:]:
+        axes.set_xlabel("step")
+    temporary = Path(path).with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+    return True

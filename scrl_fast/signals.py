@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM as a request that the loop reads, not as an exception in the middle of a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While active, SIGINT and SIGTERM set ``signal_name`` instead of ending the process.
+
+    A second SIGINT raises KeyboardInterrupt at once, for whoever cannot wait for the step, and inside `at_once` any
+    of them ends the block. Outside the main thread, where Python allows no handlers, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self.previous: dict[int, Any] = {}
+        self.immediate = False
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        impatient = bool(self.signal_name) and number == signal.SIGINT
+        self.signal_name = signal.Signals(number).name
+        if impatient or self.immediate:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that need not be finished, such as an evaluation: a signal leaves the block there and then."""
+        self.immediate = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.signal_name:  # it was not ours
+                raise
+        finally:
+            self.immediate = False
