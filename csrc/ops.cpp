@@ -4,4 +4,13 @@
 
 STABLE_TORCH_LIBRARY(scrl_fast, m) {
   m.def("ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()");
+  m.def(
+      "roi_align(Tensor input, Tensor boxes, float spatial_scale, int pooled_height, int pooled_width, "
+      "int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, int sampling_ratio, bool aligned, "
+      "SymInt[] size, bool channels_last) -> Tensor");
+  m.def(
+      "roi_align_backward_out(Tensor grad, Tensor boxes, float spatial_scale, int sampling_ratio, bool aligned, "
+      "Tensor(a!) out) -> ()");
 }
