@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY(scrl_fast, m) {
   m.def(
       "roi_align_backward_out(Tensor grad, Tensor boxes, float spatial_scale, int sampling_ratio, bool aligned, "
       "Tensor(a!) out) -> ()");
+  m.def("normalized_mse_loss(Tensor input, Tensor target, int shift, float scale, bool reduce, bool grad_input, bool grad_target) -> (Tensor, Tensor, Tensor)");
 }

@@ -1,0 +1,183 @@
+#include "normalized_mse_loss.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/lanes.h"
+
+namespace {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace scrl;
+
+// Rows of one block are read twice, for their dot products and for the gradient: 8 float32 rows of 256 with their
+// targets are 16 KB and stay in the first cache. Blocks are also the fixed unit of summation, so that the sum does not
+// depend on the number of threads.
+constexpr int64_t kBlock = 8;
+
+struct Rows {
+  const void *input, *target;      // row i of input pairs with row (i + shift) % rows of target
+  void *grad_input, *grad_target;  // null where unwanted; dense
+  void* losses;                    // one a row, or null
+  double* partial_sums;            // one a block, or null
+  int64_t rows, columns, input_stride, target_stride, shift;
+  double gradient_scale;
+};
+
+template <class Storage>
+struct Dots {
+  accumulate_t<Storage> input[kBlock], target[kBlock], cross[kBlock];
+};
+
+template <class Storage>
+SCRL_INLINE void row_dots(const Storage* x, const Storage* t, int64_t columns, Dots<Storage>& dots, int64_t row) {
+  constexpr int64_t L = lane_count<Storage>;
+  lanes_t<Storage> xx[2] = {}, tt[2] = {}, xt[2] = {};  // two chains of additions each, or latency is what counts
+  auto add = [&](int k, lanes_t<Storage> a, lanes_t<Storage> b) {
+    xx[k] += a * a;
+    tt[k] += b * b;
+    xt[k] += a * b;
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= columns; i += 2 * L) {
+    add(0, load(x + i), load(t + i));
+    add(1, load(x + i + L), load(t + i + L));
+  }
+  if (i + L <= columns) add(0, load(x + i), load(t + i)), i += L;
+  if (i < columns) add(1, load_tail(x + i, columns - i), load_tail(t + i, columns - i));
+  dots.input[row] = horizontal_sum(xx[0] + xx[1]);
+  dots.target[row] = horizontal_sum(tt[0] + tt[1]);
+  dots.cross[row] = horizontal_sum(xt[0] + xt[1]);
+}
+
+// out = p * a + q * b
+template <class Storage>
+SCRL_INLINE void combine(Storage* SCRL_RESTRICT out, const Storage* a, const Storage* b, int64_t columns,
+                         accumulate_t<Storage> p, accumulate_t<Storage> q) {
+  constexpr int64_t L = lane_count<Storage>;
+  int64_t i = 0;
+  for (; i + L <= columns; i += L) store(out + i, p * load(a + i) + q * load(b + i));
+  const int64_t rest = columns - i;
+  if (rest) store_tail(out + i, p * load_tail(a + i, rest) + q * load_tail(b + i, rest), rest);
+}
+
+template <class Storage>
+SCRL_INLINE void block_loss(const Rows& w, int64_t block) {
+  using A = accumulate_t<Storage>;
+  const int64_t first = block * kBlock, count = std::min(kBlock, w.rows - first);
+  auto input = [&](int64_t row) { return static_cast<const Storage*>(w.input) + (first + row) * w.input_stride; };
+  auto partner = [&](int64_t row) { return (first + row + w.shift) % w.rows; };
+  auto target = [&](int64_t row) { return static_cast<const Storage*>(w.target) + partner(row) * w.target_stride; };
+
+  Dots<Storage> dots = {};
+  for (int64_t row = 0; row < count; ++row) row_dots(input(row), target(row), w.columns, dots, row);
+  NormalizedMse<A> terms[kBlock];
+  for (int64_t row = 0; row < kBlock; ++row)
+    terms[row] = normalized_mse(dots.input[row], dots.target[row], dots.cross[row], static_cast<A>(w.gradient_scale));
+  if (w.losses)
+    for (int64_t row = 0; row < count; ++row) static_cast<A*>(w.losses)[first + row] = terms[row].loss;
+  if (w.partial_sums) {
+    double sum = 0;
+    for (int64_t row = 0; row < count; ++row) sum += terms[row].loss;
+    w.partial_sums[block] = sum;
+  }
+  if (w.grad_input)
+    for (int64_t row = 0; row < count; ++row)
+      combine(static_cast<Storage*>(w.grad_input) + (first + row) * w.columns, target(row), input(row), w.columns,
+              terms[row].across, terms[row].from_input);
+  if (w.grad_target)
+    for (int64_t row = 0; row < count; ++row)
+      combine(static_cast<Storage*>(w.grad_target) + partner(row) * w.columns, input(row), target(row), w.columns,
+              terms[row].across, terms[row].from_target);
+}
+
+SCRL_MULTIVERSION void blocks_f32(const Rows& w, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) block_loss<float>(w, block);
+}
+SCRL_MULTIVERSION void blocks_f64(const Rows& w, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) block_loss<double>(w, block);
+}
+SCRL_MULTIVERSION void blocks_bf16(const Rows& w, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) block_loss<bf16>(w, block);
+}
+SCRL_MULTIVERSION void blocks_f16(const Rows& w, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) block_loss<f16>(w, block);
+}
+
+using Blocks = void (*)(const Rows&, int64_t, int64_t);
+
+Blocks blocks_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return blocks_f32;
+    case ScalarType::Double:
+      return blocks_f64;
+    case ScalarType::BFloat16:
+      return blocks_bf16;
+    case ScalarType::Half:
+      return blocks_f16;
+    default:
+      STD_TORCH_CHECK(false, "normalized_mse_loss: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+void check_rows(const Tensor& input, const Tensor& target, int64_t shift) {
+  check_same(input, target, "normalized_mse_loss");
+  STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 2 && input.size(0) == target.size(0),
+                  "normalized_mse_loss: input and target must be [rows, columns]");
+  STD_TORCH_CHECK(input.size(1) < 2 || (input.stride(1) == 1 && target.stride(1) == 1),
+                  "normalized_mse_loss: elements of a row must be adjacent");
+  STD_TORCH_CHECK(shift >= 0 && shift <= input.size(0), "normalized_mse_loss: shift out of range, got ", shift);
+}
+
+// Loss of every row, or `scale` times their sum; the gradient of that result to input and target where wanted. float16
+// gradients are left unscaled: 1 / rows would make them subnormal, and backward multiplies in any case.
+std::tuple<Tensor, Tensor, Tensor> normalized_mse_loss(Tensor input, Tensor target, int64_t shift, double scale,
+                                                       bool reduce, bool grad_input, bool grad_target) {
+  check_rows(input, target, shift);
+  const int64_t rows = input.size(0), columns = input.size(1);
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  const auto loss_dtype = wide ? ScalarType::Double : ScalarType::Float;
+  std::vector<int64_t> loss_shape, dense = {rows, columns}, none = {0};
+  if (!reduce) loss_shape.push_back(rows);
+  Tensor loss = torch::stable::new_empty(input, loss_shape, loss_dtype);
+  Tensor for_input = torch::stable::new_empty(input, grad_input ? dense : none);
+  Tensor for_target = torch::stable::new_empty(input, grad_target ? dense : none);
+
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  std::vector<double> partial_sums(reduce ? blocks : 0);
+  const Rows work{input.const_data_ptr(),
+                  target.const_data_ptr(),
+                  grad_input ? for_input.mutable_data_ptr() : nullptr,
+                  grad_target ? for_target.mutable_data_ptr() : nullptr,
+                  reduce ? nullptr : loss.mutable_data_ptr(),
+                  reduce ? partial_sums.data() : nullptr,
+                  rows,
+                  columns,
+                  input.stride(0),
+                  target.stride(0),
+                  shift,
+                  input.scalar_type() == ScalarType::Half ? 1.0 : scale};
+  const Blocks run = blocks_of(input.scalar_type());
+  const int64_t grain =
+      std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, kBlock * columns));  // 32 k elements a task
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+  if (reduce) {
+    double sum = 0;
+    for (double partial : partial_sums) sum += partial;
+    if (wide)
+      *loss.mutable_data_ptr<double>() = sum * scale;
+    else
+      *loss.mutable_data_ptr<float>() = static_cast<float>(sum * scale);
+  }
+  return {loss, for_input, for_target};
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(scrl_fast, CPU, m) { m.impl("normalized_mse_loss", TORCH_BOX(&normalized_mse_loss)); }
