@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -71,7 +71,7 @@ class CheckpointManager:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep_temporaries()
-            digest = durable.write_synced(temporary, lambda file: torch.save(state, file))
+            digest = durable.write_synced(temporary, lambda file: torch.save(state, cast(IO[bytes], file)))
             durable.publish(temporary, path, digest)
             for name in ("last.pt", "best.pt") if best else ("last.pt",):
                 durable.link_or_copy(path, temporary)

@@ -326,9 +326,6 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.data.source != "demo" and not self.data.root:
-            what = "text file with the images' paths" if self.data.source == "list" else "folder of the images"
-            raise ValueError(f"data.source={self.data.source} needs --data.root, the {what}")
         if self.model.method == "scrl":
             if self.boxes.per_image < 1:
                 raise refusal("boxes.per_image", self.boxes.per_image, "model.method=scrl needs at least 1 box")
@@ -343,6 +340,12 @@ class Config:
             raise ValueError(
                 f"resume={self.resume} and init={self.init}: give one, since a resumed run has its weights already"
             )
+
+    def check_ready(self) -> None:
+        """Raise ValueError when an option that a recipe leaves to the user is still missing."""
+        if self.data.source != "demo" and not self.data.root:
+            what = "text file with the images' paths" if self.data.source == "list" else "folder of the images"
+            raise ValueError(f"data.source={self.data.source} needs --data.root, the {what}")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""
@@ -362,14 +365,14 @@ class Config:
         """
         from scrl_fast import cli
 
-        return cli.build(options)
+        return cli.build(cli.Settings(options))
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Config:
         """Config of a YAML file, ours or the published implementation's, or of a recipe by name."""
         from scrl_fast import cli
 
-        return cli.build(*cli.read_settings(os.fspath(path)))
+        return cli.build(cli.read_settings(os.fspath(path)))
 
 
 def _plain(value: Any) -> Any:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import difflib
 import dis
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_log = logging.getLogger("scrl_fast")
 
 
 class UsageError(ValueError):
@@ -103,17 +103,28 @@ def _out_of_memory(error: BaseException) -> str:
     )
 
 
+@dataclass
+class Report:
+    """Where `friendly_errors` tells of a fault.
+
+    log: a file to which the traceback is appended, once there is one.
+    """
+
+    log: Path | None = None
+
+
 @contextmanager
-def friendly_errors(command: str, *, debug: bool = False) -> Iterator[None]:
+def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
     """Turn an error inside the block into one line on stderr and an exit code.
 
     command: shown in front of the line, as in ``scrl_fast.train: ...``.
-    debug: print the traceback first. Without it the traceback of a fault still goes to the ``scrl_fast`` logger at
-    level DEBUG, so that a run's log file holds it.
+    debug: print the traceback first.
+    Yields a `Report`; once its ``log`` is set, the traceback of a fault goes there too.
     Raises SystemExit with code 2 (wrong usage or input) or 1 (anything else); SystemExit itself passes through.
     """
+    report = Report()
     try:
-        yield
+        yield report
     except BrokenPipeError:
         # whoever read our output has gone (`... | head`): nothing left to say, and no second error at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -123,10 +134,20 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[None]:
         raise SystemExit(EXIT_FAILURE) from None
     except Exception as error:
         code = exit_code(error)
+        where = "" if debug or code == EXIT_USAGE else _traceback_place(report.log)
         if debug:
             traceback.print_exc()
-        else:
-            _log.debug("the error in full", exc_info=True)
-        hint = "" if debug or code == EXIT_USAGE or _is_out_of_memory(error) else " (--debug shows where)"
-        print(f"{command}: {one_line(error)}{hint}", file=sys.stderr)
+        print(f"{command}: {one_line(error)}{where}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _traceback_place(log: Path | None) -> str:
+    """Append the traceback to the log where there is one; say where it can be seen."""
+    if log is not None:
+        try:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            return f" (traceback in {log})"
+        except OSError:
+            pass  # a full disk may be the very fault that is being told
+    return " (--debug shows the traceback)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Callable
@@ -67,7 +66,6 @@ def refusal(option: str, value: object, reason: str) -> ValueError:
     return ValueError(f"{option}={shown}: {reason}")
 
 
-@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Name and type of every field of a dataclass."""
     hints = typing.get_type_hints(cls)
@@ -88,7 +86,7 @@ def _converted(option: str, value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, typing.cast(type, kind)):
             return value
-        raise TypeError(f"{option}={value!r}: must be a {kind.__name__}")
+        raise TypeError(f"{option}={value!r}: must be {in_words(kind)}")
     if typing.get_origin(kind) is typing.Literal:
         if value not in typing.get_args(kind):
             raise refusal(option, value, f"must be {in_words(kind)}")
