@@ -5,5 +5,7 @@ put it in the function's place.
 """
 
 from scrl_fast.ops.ema_update import ema_update_
+from scrl_fast.ops.roi_align import RoIAlign, roi_align, roi_align_reference
+from scrl_fast.ops.sample_box_pairs import sample_box_pairs
 
-__all__ = ["ema_update_"]
+__all__ = ["RoIAlign", "ema_update_", "roi_align", "roi_align_reference", "sample_box_pairs"]

@@ -1,0 +1,286 @@
+"""RoIAlign: pools each box of a feature map into a fixed grid of bins. A drop-in for torchvision's.
+
+It is a linear and separable map, ``out[k] = wy[k] @ map @ wx[k].T`` with a few non-zero weights on each axis. Every
+form here computes the weights once a box and axis; the backward pass gathers instead of scattering, so that the same
+inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scrl_fast import _native
+from scrl_fast.backends import Backend, Operation, register
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Average of bilinear samples in each bin of each box: ``[K, C, pooled_height, pooled_width]`` in input's dtype.
+
+    input: map ``[N, C, H, W]``; float32, float64, bfloat16 or float16, accumulated in float32 or wider, never cast by
+        autocast. NCHW and channels_last are read as they lie, other layouts are copied.
+    boxes: ``[K, 5]`` rows (image index, x0, y0, x1, y1) in units of input cells / spatial_scale, or one ``[L, 4]`` an
+        image. Any order and any float dtype: read as float64 for a float64 map, else as float32. No gradient.
+    output_size: bins (height, width), or one number for both. spatial_scale: map cells per unit of the boxes.
+    sampling_ratio: samples a bin and axis; 0 or less takes ceil(bin size), in cells.
+    aligned: False clamps boxes to at least one cell; True shifts by half a cell and leaves an empty box empty (zeros).
+    A box with a non-finite edge gives a row of NaN and no gradient. So does an image index outside the batch on a GPU,
+    where looking at it would wait for the device; on a CPU it raises.
+    The gradient has input's layout. Raises TypeError or ValueError naming the argument before memory is touched.
+    Source: Mask R-CNN, arXiv 1703.06870, section 3; semantics of torchvision.ops.roi_align.
+    """
+    size = _check_arguments(input, output_size, spatial_scale)
+    rows = _box_rows(input, boxes)
+    run = _OPERATION.resolve(input.device.type, backend)
+    return run(input, rows, size, float(spatial_scale), int(sampling_ratio), bool(aligned))
+
+
+class RoIAlign(nn.Module):
+    """`roi_align` with its options fixed, as torchvision.ops.RoIAlign."""
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = -1,
+        aligned: bool = False,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+        self.backend = backend
+
+    def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+        return roi_align(
+            input,
+            boxes,
+            self.output_size,
+            self.spatial_scale,
+            self.sampling_ratio,
+            self.aligned,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+        )
+
+
+# ---- plain PyTorch ----
+
+
+def roi_align_reference(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """`roi_align` in plain PyTorch, differentiable; waits for the device once. Not for maps that hold inf or NaN."""
+    size = _check_arguments(input, output_size, spatial_scale)
+    rows = _box_rows(input, boxes)
+    check_image_index(rows, input.shape[0])
+    count, channels = rows.shape[0], input.shape[1]
+    if count == 0 or channels == 0:
+        return input.sum() * 0 + input.new_zeros(count, channels, *size)
+    image, x0, y0, x1, y1 = rows.detach().unbind(1)
+    fine = rows[:, 1:].isfinite().all(1) & (image >= 0) & (image < input.shape[0])
+    wy, fine_y = _axis_weights(y0, y1, size[0], input.shape[2], spatial_scale, sampling_ratio, aligned)
+    wx, fine_x = _axis_weights(x0, x1, size[1], input.shape[3], spatial_scale, sampling_ratio, aligned)
+    fine = fine & fine_y & fine_x
+    index = torch.where(fine, image, 0).long()
+    step = max(1, _LARGEST_GATHER // input[0].numel())
+    pooled = []
+    for chunk in (slice(start, start + step) for start in range(0, count, step)):
+        maps = input.index_select(0, index[chunk]).to(rows.dtype)  # [k, C, H, W]
+        pooled.append((wy[chunk, None] @ maps @ wx[chunk, None].mT).to(input.dtype))
+    return torch.where(fine[:, None, None, None], torch.cat(pooled), math.nan)
+
+
+def _axis_weights(
+    low: Tensor, high: Tensor, bins: int, size: int, scale: float, sampling_ratio: int, aligned: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights ``[K, bins, size]`` of one axis, zero for a box that cannot be sampled, and which boxes can ``[K]``."""
+    offset = 0.5 if aligned else 0.0
+    start = low * scale - offset
+    extent = (high * scale - offset) - start
+    fine = start.isfinite() & extent.isfinite()
+    start, extent = torch.where(fine, start, 0), torch.where(fine, extent, 0)
+    if not aligned:
+        extent = extent.clamp(min=1)
+    bin_size = (extent / bins)[:, None]
+    samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
+    first = start[:, None] + torch.arange(bins, device=low.device) * bin_size  # [K, bins]
+    # A bin may be far larger than the map: of its samples, at most two a cell apart, only those near the map are made.
+    near = torch.where(samples > 64, (-1 - first) * samples / bin_size - 3, 0).clamp(min=0).floor()
+    most = int(samples.max()) if sampling_ratio > 0 else int(samples.max().clamp(0, 2 * size + 64))
+    i = near[..., None] + torch.arange(most, device=low.device)  # [K, bins, most]
+    samples, bin_size = samples[..., None], bin_size[..., None]
+    position = first[..., None] + (i + 0.5) * bin_size / samples
+    kept = (i < samples) & (position >= -1) & (position <= size) & fine[:, None, None]
+    position = torch.where(kept, position, 0).clamp(0, size - 1)
+    cell = position.long()
+    fraction = position - cell
+    share = torch.where(kept, 1 / samples, 0)
+    weights = low.new_zeros(low.shape[0], bins, size)
+    weights.scatter_add_(2, cell, share * (1 - fraction))
+    return weights.scatter_add_(2, (cell + 1).clamp(max=size - 1), share * fraction), fine
+
+
+# ---- checks ----
+
+
+def _check_arguments(input: Tensor, output_size: int | tuple[int, int], spatial_scale: float) -> tuple[int, int]:
+    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
+        got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"input must be a float32, float64, bfloat16 or float16 tensor, got {got}")
+    if input.ndim != 4:
+        raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
+    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(size) != 2 or not all(isinstance(bins, int) and bins > 0 for bins in size):
+        raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
+    if not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
+    return size
+
+
+def _box_rows(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """Boxes as ``[K, 5]`` in the dtype in which their geometry is computed."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if not isinstance(boxes, Tensor):
+        boxes = _stack_boxes(input, boxes, dtype)
+    if boxes.ndim != 2 or boxes.shape[1] != 5:
+        raise ValueError(f"boxes must be [K, 5] or a list of [L, 4], got shape {list(boxes.shape)}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"boxes must be floating point, got {boxes.dtype}")
+    if boxes.device != input.device:
+        raise ValueError(f"boxes are on {boxes.device}, input is on {input.device}")
+    if boxes.shape[0] and not (input.shape[2] and input.shape[3]):
+        raise ValueError(f"input has no cells to sample, shape {list(input.shape)}")
+    return boxes.to(dtype)
+
+
+def _stack_boxes(input: Tensor, boxes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if not isinstance(boxes, (list, tuple)) or not all(isinstance(each, Tensor) for each in boxes):
+        raise TypeError(f"boxes must be a tensor or a list of tensors, got {type(boxes).__name__}")
+    if len(boxes) != input.shape[0]:
+        raise ValueError(f"boxes must hold one tensor an image: {len(boxes)} tensors for {input.shape[0]} images")
+    for index, each in enumerate(boxes):
+        if each.ndim != 2 or each.shape[1] != 4:
+            raise ValueError(f"boxes[{index}] must be [L, 4], got shape {list(each.shape)}")
+    if not boxes:
+        return input.new_empty((0, 5), dtype=dtype)
+    rows = [nn.functional.pad(each.to(dtype), (1, 0), value=float(index)) for index, each in enumerate(boxes)]
+    return torch.cat(rows)
+
+
+def check_image_index(rows: Tensor, images: int) -> None:
+    """Raises ValueError for the first row whose image index is outside the batch. Looks at CPU tensors only."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.shape[0] == 0:
+        return
+    bad = ~((rows[:, 0] >= 0) & (rows[:, 0] < images))
+    if bad.any():
+        row = int(bad.int().argmax())
+        raise ValueError(f"boxes: row {row} has image index {rows[row, 0]:g}, outside 0..{images - 1}")
+
+
+# ---- compiled forms ----
+
+
+def _native_roi_align(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+    scale, sampling_ratio, aligned = options
+    operator = torch.ops.scrl_fast.roi_align
+    if torch.compiler.is_compiling():
+        return operator(input, rows, scale, *size, sampling_ratio, aligned)
+    try:
+        return operator(input, rows, scale, *size, sampling_ratio, aligned)
+    except (
+        RuntimeError
+    ) as error:  # the kernel looks at every image index anyway; a look here costs more than the call
+        if "has image index" not in str(error):
+            raise
+    check_image_index(rows, input.shape[0])
+    raise AssertionError("the kernel refused an image index that is inside the batch")
+
+
+def _triton_roi_align(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+    check_image_index(rows, input.shape[0])
+    return importlib.import_module("scrl_fast.kernels.roi_align").roi_align(input, rows, size, *options)
+
+
+def register_derivatives(name: str) -> None:
+    """Fakes and autograd of ``scrl_fast::<name>`` and ``scrl_fast::<name>_backward``, which share their schemas.
+
+    The backward pass is linear in its gradient too, and its derivative is the forward pass again.
+    """
+    forward = getattr(torch.ops.scrl_fast, name)
+    backward = getattr(torch.ops.scrl_fast, f"{name}_backward")
+
+    def fake_forward(input: Tensor, boxes: Tensor, scale: float, height: int, width: int, *rest: Any) -> Tensor:
+        return input.new_empty((boxes.shape[0], input.shape[1], height, width))
+
+    def fake_backward(
+        grad: Tensor, boxes: Tensor, scale: float, ratio: int, aligned: bool, size: Sequence[int], channels_last: bool
+    ) -> Tensor:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+    def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, boxes, scale, _, _, ratio, aligned = inputs
+        ctx.save_for_backward(boxes)
+        channels_last = input.stride(1) == 1 and not input.is_contiguous()
+        ctx.options = (scale, ratio, aligned, input.shape, channels_last)
+
+    def backward_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, boxes, scale, ratio, aligned, _, _ = inputs
+        ctx.save_for_backward(boxes)
+        ctx.options = (scale, grad.shape[2], grad.shape[3], ratio, aligned)
+
+    def backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return forward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+    torch.library.register_fake(f"scrl_fast::{name}", fake_forward)
+    torch.library.register_fake(f"scrl_fast::{name}_backward", fake_backward)
+    torch.library.register_autograd(f"scrl_fast::{name}", backward_forward, setup_context=save_forward)
+    torch.library.register_autograd(f"scrl_fast::{name}_backward", backward_backward, setup_context=save_backward)
+
+
+if not _native.load_failure("_ops"):
+    register_derivatives("roi_align")
+
+_OPERATION = register(
+    Operation(
+        "roi_align",
+        reference=roi_align_reference,
+        native=_native_roi_align,
+        native_failure=lambda device_type: _native.op_failure("roi_align", device_type),
+        triton=_triton_roi_align,
+    )
+)
