@@ -4,8 +4,18 @@ Imported eagerly on purpose: modules share their names with the functions in the
 put it in the function's place.
 """
 
+from scrl_fast.ops.augment_views import PackedImages, augment_views, pack_images
 from scrl_fast.ops.ema_update import ema_update_
 from scrl_fast.ops.roi_align import RoIAlign, roi_align, roi_align_reference
 from scrl_fast.ops.sample_box_pairs import sample_box_pairs
 
-__all__ = ["RoIAlign", "ema_update_", "roi_align", "roi_align_reference", "sample_box_pairs"]
+__all__ = [
+    "PackedImages",
+    "RoIAlign",
+    "augment_views",
+    "ema_update_",
+    "pack_images",
+    "roi_align",
+    "roi_align_reference",
+    "sample_box_pairs",
+]

@@ -25,7 +25,7 @@ VIEW_DTYPE = np.dtype(
         ("jitter", "u1"),  # 0: the next five fields are ignored
         ("order", "u1", (4,)),  # 0 brightness, 1 contrast, 2 saturation, 3 hue, in the order they are applied
         ("brightness", "f4"), ("contrast", "f4"), ("saturation", "f4"),  # factors >= 0, 1 changes nothing
-        ("hue", "f4"),  # shift in turns of the colour circle, -0.5 to 0.5
+        ("hue", "f4"),  # shift in turns of the colour circle, -0.5 to 0.5, 0 changes nothing
         ("grayscale", "u1"),
         ("blur", "u1"),  # NO_BLUR, RESIZE_BLUR or GAUSSIAN_BLUR
         ("blur_amount", "f4"),  # factor >= 1 by which the view shrinks and grows again, or sigma > 0 in view pixels
@@ -37,6 +37,8 @@ VIEW_DTYPE = np.dtype(
 
 NO_BLUR, RESIZE_BLUR, GAUSSIAN_BLUR = 0, 1, 2
 GAUSSIAN_TAPS = 23
+_JITTERS = ("brightness", "contrast", "saturation", "hue")
+_NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -141,9 +143,9 @@ def view_reference(image: NDArray[np.uint8], row: np.void, size: int, solarize_t
     if row["flip"]:
         picture = F.horizontal_flip(picture)
     if row["jitter"]:
-        names = ("brightness", "contrast", "saturation", "hue")
-        for name in (names[step] for step in row["order"]):
-            picture = getattr(F, f"adjust_{name}")(picture, float(row[name]))
+        for name in (_JITTERS[step] for step in row["order"]):
+            if row[name] != _NEUTRAL[name]:  # the way to hue and back alone would move pixels by one or two
+                picture = getattr(F, f"adjust_{name}")(picture, float(row[name]))
     if row["grayscale"]:
         picture = F.rgb_to_grayscale(picture, num_output_channels=3)
     if row["blur"] == RESIZE_BLUR:
