@@ -2,11 +2,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SCRL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SCRL_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace scrl {
 

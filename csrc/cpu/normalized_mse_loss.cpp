@@ -127,21 +127,26 @@ Blocks blocks_of(ScalarType dtype) {
   }
 }
 
-void check_rows(const Tensor& input, const Tensor& target, int64_t shift) {
+void check_rows(const Tensor& input, const Tensor& target, bool two_views, int64_t reduction) {
   check_same(input, target, "normalized_mse_loss");
   STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 2 && input.size(0) == target.size(0),
                   "normalized_mse_loss: input and target must be [rows, columns]");
   STD_TORCH_CHECK(input.size(1) < 2 || (input.stride(1) == 1 && target.stride(1) == 1),
                   "normalized_mse_loss: elements of a row must be adjacent");
-  STD_TORCH_CHECK(shift >= 0 && shift <= input.size(0), "normalized_mse_loss: shift out of range, got ", shift);
+  STD_TORCH_CHECK(!two_views || input.size(0) % 2 == 0, "normalized_mse_loss: two views need an even number of rows");
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "normalized_mse_loss: reduction out of range, got ", reduction);
 }
 
-// Loss of every row, or `scale` times their sum; the gradient of that result to input and target where wanted. float16
-// gradients are left unscaled: 1 / rows would make them subnormal, and backward multiplies in any case.
-std::tuple<Tensor, Tensor, Tensor> normalized_mse_loss(Tensor input, Tensor target, int64_t shift, double scale,
-                                                       bool reduce, bool grad_input, bool grad_target) {
-  check_rows(input, target, shift);
+// two_views: row i of input meets row (i + rows / 2) % rows of target, and a mean is over rows / 2 pairs.
+// reduction: 0 the loss of every row, 1 their sum, 2 their mean, of no rows 0; the gradient of that sum to input and
+// target where wanted. float16 gradients leave the mean's division to backward: it would make them subnormal.
+std::tuple<Tensor, Tensor, Tensor> normalized_mse_loss(Tensor input, Tensor target, bool two_views, int64_t reduction,
+                                                       bool grad_input, bool grad_target) {
+  check_rows(input, target, two_views, reduction);
   const int64_t rows = input.size(0), columns = input.size(1);
+  const bool reduce = reduction != 0;
+  const int64_t shift = two_views ? rows / 2 : 0;
+  const double scale = reduction == 2 ? 1.0 / std::max<int64_t>(1, rows - shift) : 1.0;
   const bool wide = input.scalar_type() == ScalarType::Double;
   const auto loss_dtype = wide ? ScalarType::Double : ScalarType::Float;
   std::vector<int64_t> loss_shape, dense = {rows, columns}, none = {0};

@@ -6,6 +6,8 @@ put it in the function's place.
 
 from scrl_fast.ops.augment_views import PackedImages, augment_views, pack_images
 from scrl_fast.ops.ema_update import ema_update_
+from scrl_fast.ops.lars_step import lars_step_
+from scrl_fast.ops.normalized_mse_loss import normalized_mse_loss, two_view_loss
 from scrl_fast.ops.roi_align import RoIAlign, roi_align, roi_align_reference
 from scrl_fast.ops.sample_box_pairs import sample_box_pairs
 
@@ -14,8 +16,11 @@ __all__ = [
     "RoIAlign",
     "augment_views",
     "ema_update_",
+    "lars_step_",
+    "normalized_mse_loss",
     "pack_images",
     "roi_align",
     "roi_align_reference",
     "sample_box_pairs",
+    "two_view_loss",
 ]

@@ -1,0 +1,181 @@
+"""The loss of SCRL and BYOL: squared distance of L2-normalised vectors, ``2 - 2 cos`` a row, in 0 to 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scrl_fast import _native
+from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops._autograd import refuse_double_backward
+
+Reduction = Literal["none", "sum", "mean"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def normalized_mse_loss(
+    input: Tensor, target: Tensor, reduction: Reduction = "mean", *, backend: Backend | None = None
+) -> Tensor:
+    """``2 - 2 cos(input row, target row)``: the squared distance of the two rows after L2 normalisation.
+
+    input, target: ``[..., D]`` of one shape, dtype (float32, float64, bfloat16, float16) and device. A row shorter than
+    1e-12 is divided by 1e-12 instead of its length, as torch.nn.functional.normalize does: a zero row costs 2.
+    reduction: "none" gives ``[...]``, "mean" and "sum" a scalar; all in the dtype of input, accumulated in float32 or
+    wider. No rows at all: 0, not NaN, so that a batch without boxes trains on.
+    Differentiable once, with respect to input, and to target only if it requires a gradient.
+    Raises TypeError or ValueError naming the argument. Source: BYOL, arXiv 2006.07733, eq. 2.
+    """
+    _check("input", input, "target", target)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return _ROWS.resolve(input.device.type, backend)(input, target, reduction)
+
+
+def two_view_loss(online: Tensor, target: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """The training loss: each view's prediction against the other view's target, summed, mean over N pairs; 0 to 8.
+
+    online, target: ``[2N, D]`` of one dtype (float32, float64, bfloat16, float16) and device; rows 0..N-1 are view 1,
+    rows N..2N-1 view 2 of the same N regions. Online row i meets target row i + N, and i + N meets i, without a copy.
+    Returns a scalar: float32, or float64 for float64 rows, since it is what gets logged and scaled. N = 0 gives 0 with
+    a zero gradient. Gradients and errors as `normalized_mse_loss`. Source: SCRL, arXiv 2103.06122, eq. 3.
+    """
+    _check("online", online, "target", target)
+    if online.dim() != 2 or online.shape[0] % 2:
+        raise ValueError(f"online must be [2N, D], view 1 then view 2, got {list(online.shape)}")
+    return _TWO_VIEW.resolve(online.device.type, backend)(online, target)
+
+
+def _check(input_name: str, input: Tensor, target_name: str, target: Tensor) -> None:
+    for name, tensor in ((input_name, input), (target_name, target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"{input_name} must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    if target.dtype != input.dtype:
+        raise TypeError(f"{target_name} must have the dtype of {input_name}, {input.dtype}, got {target.dtype}")
+    if not input.dim():
+        raise ValueError(f"{input_name} must have at least one dimension, got a scalar")
+    if target.shape != input.shape:
+        raise ValueError(
+            f"{target_name} must have the shape of {input_name}, {list(input.shape)}, got {list(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"{target_name} must be on {input.device} like {input_name}, got {target.device}")
+
+
+# ---- reference ----
+
+
+def normalized_mse_loss_reference(input: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
+    losses = _row_losses(input, target)
+    if reduction != "none":
+        losses = losses.sum() / (max(losses.numel(), 1) if reduction == "mean" else 1)
+    return losses.to(input.dtype)
+
+
+def two_view_loss_reference(online: Tensor, target: Tensor) -> Tensor:
+    pairs = online.shape[0] // 2
+    return _row_losses(online, target.roll(pairs, 0)).sum() / max(pairs, 1)
+
+
+def _row_losses(input: Tensor, target: Tensor) -> Tensor:
+    wide = torch.promote_types(input.dtype, torch.float32)
+    return 2 - 2 * (F.normalize(input.to(wide), dim=-1) * F.normalize(target.to(wide), dim=-1)).sum(-1)
+
+
+# ---- compiled ----
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[rows, D]`` with the elements of a row adjacent; copied only where it lies otherwise."""
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return rows if rows.shape[1] < 2 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _rows_through(op: str) -> Callable[..., Tensor]:
+    """The implementation of `normalized_mse_loss` that calls torch.ops.scrl_fast.<op>."""
+
+    def rows(input: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
+        loss = _call(op, _rows(input), _rows(target), False, REDUCTIONS.index(reduction))
+        return (loss if reduction != "none" else loss.reshape(input.shape[:-1])).to(input.dtype)
+
+    return rows
+
+
+def _two_views_through(op: str) -> Callable[..., Tensor]:
+    return lambda online, target: _call(op, _rows(online), _rows(target), True, REDUCTIONS.index("mean"))
+
+
+def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
+    grad = torch.is_grad_enabled()
+    wanted = grad and input.requires_grad, grad and target.requires_grad
+    return getattr(torch.ops.scrl_fast, op)(input, target, two_views, reduction, *wanted)[0]
+
+
+def _fake(
+    input: Tensor, target: Tensor, two_views: bool, reduction: int, grad_input: bool, grad_target: bool
+) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty(() if reduction else input.shape[:1], dtype=wide)
+    return loss, *(input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, _, two_views, reduction, *ctx.made = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
+    ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
+    grads: list[Tensor | None] = [None, None]
+    for k, (made, grad) in enumerate(zip(ctx.made, ctx.saved_tensors, strict=True)):
+        if ctx.needs_input_grad[k] and grad_loss is not None:
+            if not made:
+                raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
+            grads[k] = _scaled(grad, grad_loss, ctx.divisor)
+    return *refuse_double_backward("normalized_mse_loss", *grads), None, None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
+    # A plain loss.backward() sends exactly 1: the pass over the data is saved where looking costs no synchronisation.
+    # Tracers bring subclasses of Tensor, whose values cannot be looked at.
+    scalar = not factor.dim()
+    if divisor == 1 and scalar and type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1:
+        return grad
+    factor = factor / divisor if divisor > 1 else factor
+    return grad * factor if scalar else (grad * factor.unsqueeze(-1)).to(grad.dtype)
+
+
+if not _native.load_failure("_ops"):
+    torch.library.register_fake("scrl_fast::normalized_mse_loss", _fake)
+    torch.library.register_autograd("scrl_fast::normalized_mse_loss", _backward, setup_context=_setup_context)
+
+
+_FORMS: dict[str, Any] = {
+    "native_failure": lambda device_type: _native.op_failure("normalized_mse_loss", device_type),
+}
+_ROWS = register(
+    Operation(
+        "normalized_mse_loss",
+        reference=normalized_mse_loss_reference,
+        native=_rows_through("normalized_mse_loss"),
+        **_FORMS,
+    )
+)
+_TWO_VIEW = register(
+    Operation(
+        "two_view_loss",
+        reference=two_view_loss_reference,
+        native=_two_views_through("normalized_mse_loss"),
+        **_FORMS,
+    )
+)
