@@ -88,7 +88,7 @@ def extensions() -> list[Extension]:
             Extension(
                 "scrl_fast._host",
                 sorted(glob("csrc/host/*.cpp")),
-                include_dirs=[pybind11.get_include(), "csrc"],
+                include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
                 extra_compile_args=[*CXX_FLAGS, "-pthread"],
                 extra_link_args=["-pthread"],
                 language="c++",

@@ -1,4 +1,11 @@
 // The Python module scrl_fast._host: each file of this folder adds its functions through one bind_<op>(module).
 #include <pybind11/pybind11.h>
 
-PYBIND11_MODULE(_host, m) { m.doc() = "Input side of scrl_fast: NumPy in, NumPy out, GIL released."; }
+namespace scrl_fast::host {
+void bind_sample_box_pairs(pybind11::module_& m);
+}  // namespace scrl_fast::host
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Input side of scrl_fast: NumPy in, NumPy out, GIL released.";
+  scrl_fast::host::bind_sample_box_pairs(m);
+}
