@@ -208,7 +208,9 @@ def _checked_tokens(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
             result.append(f"--{name}{equals}{value}")
         elif name in compat.FIELDS:
             if not equals:
-                value = "true" if name in compat.SWITCHES else next(rest, "")
+                value = "true" if name in compat.SWITCHES else next(rest, "--")
+            if value.startswith("--"):
+                raise UsageError(f"--{spelled} needs a value, as in --{spelled}=...")
             options, said = compat.translate_flag(name, value)
             result += [f"--{option}={_shown(new)}" for option, new in options.items()]
             notes += said

@@ -1,0 +1,257 @@
+"""The command line: who wins, what is refused and how it is said, and the exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from scrl_fast import cli, recipes, train
+from scrl_fast.errors import UsageError, did_you_mean, exit_code, friendly_errors, nearest, one_line
+
+
+def parse(*argv: str):
+    return cli.parse(argv, prog="x").config
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str, name: str = "options.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_default_is_the_demo():
+    assert parse() == recipes.load_recipe("demo") == parse("--config", "demo")
+
+
+@pytest.mark.parametrize("spelling", [["--train.epochs=3"], ["--train.epochs", "3"], ["--train/epochs=3"]])
+def test_command_line_wins_whatever_the_order(yaml_file, spelling):
+    path = yaml_file("train: {epochs: 7, batch_size: 8}\n")
+    for argv in ([*spelling, "--config", path], [f"--config={path}", *spelling]):
+        config = parse(*argv)
+        assert (config.train.epochs, config.train.batch_size) == (3, 8)
+
+
+def test_later_files_and_later_options_win(yaml_file):
+    one = yaml_file("train: {epochs: 7, batch_size: 8}\nviews: {scale: [0.5, 1]}\n", "one.yaml")
+    two = yaml_file("train: {epochs: 9}\n", "two.yaml")
+    config = parse("--config", one, "--config", two)
+    assert (config.train.epochs, config.train.batch_size, config.views.scale) == (9, 8, (0.5, 1.0))
+    assert parse("--config", two, "--config", one).train.epochs == 7
+    assert parse("--train.epochs=1", "--train.epochs=2").train.epochs == 2
+
+
+def test_a_file_may_be_partial_or_empty_or_dotted(yaml_file):
+    assert parse("--config", yaml_file("")).train.epochs == 200
+    config = parse("--config", yaml_file("train.epochs: 3\ntrain:\n  seed: 5\n"))
+    assert (config.train.epochs, config.train.seed) == (3, 5)
+    assert parse("--config", "scrl_200ep").optim.lr == 0.45
+
+
+def test_values_as_people_write_them(yaml_file):
+    config = parse("--config", yaml_file("optim: {weight_decay: 1e-6, lr: 1}\ntrain: {compile: on}\n"))
+    assert (config.optim.weight_decay, config.optim.lr, config.train.compile) == (1e-6, 1.0, True)
+    config = parse("--optim.weight_decay=1e-6", "--train.compile=yes", "--views.scale=[0.3, 0.9]", "--run.dir=1e3")
+    assert (config.optim.weight_decay, config.train.compile) == (1e-6, True)
+    assert (config.views.scale, config.run.dir) == ((0.3, 0.9), "1e3")
+    assert parse("--run.dir=null").run.dir == "null"
+    assert parse("--resume=").resume == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {epochs: 3}", "unknown option 'trian.epochs'; did you mean 'train.epochs'"),
+        ("train: {epoch: 3}", "unknown option 'train.epoch'; did you mean 'train.epochs'"),
+        ("lr: 3", "unknown option 'lr'; did you mean 'optim.lr'"),
+        ("train: {}\nzzz: {}", "unknown option 'zzz'"),
+        ("train: {epochs: {a: 3}}", "train.epochs=.*: must be a whole number"),
+        ("train: null", "'train' must hold options .*not null"),
+        ("train: 3", "'train' must hold options .*batch_size"),
+        ("train: {epochs: }", "'train.epochs' has no value"),
+        ("train: {epochs: lots}", "train.epochs=lots: must be a whole number"),
+        ("train: {epochs: 3.5}", "train.epochs=3.5: must be a whole number"),
+        ("run: {dir: 2024}", "run.dir=2024: must be text"),
+        ("views: {scale: [0.2]}", "views.scale=.*: must be a list of 2 numbers"),
+        ("data: {source: s3}", "data.source=s3: must be one of demo, folder"),
+        ("train: {epochs: 3}\ntrain: {seed: 1}", "line 2: 'train' stands twice"),
+        ("train:\n  seed: 3\n  seed: 4\n", "line 3: 'seed' stands twice"),
+        ("train: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
+        ("train: [1,", "options.yaml line"),
+        ("- 1", "must hold options .*not a list"),
+        ("\x00", "options.yaml"),
+    ],
+)
+def test_files_that_are_wrong(yaml_file, text, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse("--config", yaml_file(text))
+    assert "options.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(".inf", "finite"), (".nan", "finite"), ("-1", "above 0")])
+def test_numbers_out_of_range_in_a_file(yaml_file, value, reason):
+    with pytest.raises(ValueError, match=rf"optim.lr=.*{reason}"):
+        parse("--config", yaml_file(f"optim: {{lr: {value}}}"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.epoch=3"], "unknown option '--train.epoch'; did you mean 'train.epochs'"),
+        (["--optm.lr", "3"], "unknown option '--optm.lr'; did you mean 'optim.lr'"),
+        (["--learning_rate=3"], "unknown option '--learning_rate'"),
+        (["--confg=demo"], "did you mean 'config'"),
+        (["--train.epochs=lots"], "--train.epochs=lots: must be a whole number"),
+        (["--train.epochs"], "--train.epochs needs a value"),
+        (["--train={epochs: 3}"], "--train holds several options: --train.batch_size"),
+        (["--optim.lr=null"], "--optim.lr=None: must be a number"),
+        (["--data.source=s3"], "--data.source=s3: must be one of demo"),
+        (["--views.scale=0.2"], "--views.scale=0.2: must be a list of 2 numbers"),
+        (["train.epochs=3"], "what is 'train.epochs=3'"),
+        (["-x"], "what is '-x'"),
+        (["--config"], "--config needs a recipe"),
+        (["--config", "--debug"], "--config needs a recipe"),
+        (["--config=nothing.yaml"], "--config=nothing.yaml is neither a recipe .* nor a file"),
+        (["--config=."], "is a folder; for the config of a run give config.yaml"),
+    ],
+)
+def test_command_lines_that_are_wrong(argv, message):
+    with pytest.raises(UsageError, match=message):
+        parse(*argv)
+
+
+def run(*argv: str, capsys) -> tuple[int, str, str]:
+    try:
+        code = train.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    """Stands in for `scrl_fast.trainer`: its ``fit`` does what the test asks for."""
+    module = types.ModuleType("scrl_fast.trainer")
+
+    class SCRLTrainer:
+        fit = staticmethod(dict)
+
+        def __init__(self, config) -> None:
+            self.config = config
+            self.folder = tmp_path
+
+    module.SCRLTrainer = SCRLTrainer
+    monkeypatch.setitem(sys.modules, "scrl_fast.trainer", module)
+    return SCRLTrainer
+
+
+def raising(error: BaseException):
+    def fit():
+        raise error
+
+    return staticmethod(fit)
+
+
+def test_exit_codes(trainer, capsys, tmp_path):
+    assert run(capsys=capsys) == (0, "", "")
+    for error, code, said in [
+        (UsageError("data.root: nothing there"), 2, "scrl_fast.train: data.root: nothing there\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/x"),
+            2,
+            "scrl_fast.train: No such file or directory: /x\n",
+        ),
+        (RuntimeError("two\nlines"), 1, f"RuntimeError: two lines (traceback in {tmp_path / 'log.txt'})\n"),
+        (ValueError("not one of ours"), 1, "ValueError: not one of ours (traceback"),
+        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), 1, "lower --train.batch_size"),
+        (MemoryError(), 1, "lower --train.batch_size"),
+    ]:
+        trainer.fit = raising(error)
+        got, out, err = run(capsys=capsys)
+        assert (got, out) == (code, "") and said in err and err.count("\n") == 1, err
+    assert "in fit" in (tmp_path / "log.txt").read_text()
+
+
+def test_debug_shows_the_traceback(trainer, capsys):
+    trainer.fit = raising(RuntimeError("boom"))
+    code, _, err = run("--debug", capsys=capsys)
+    assert code == 1 and "Traceback" in err and err.endswith("scrl_fast.train: RuntimeError: boom\n")
+    code, _, err = run("--train.epoch=3", "--debug", capsys=capsys)
+    assert code == 2 and "Traceback" in err
+
+
+def test_our_checks_are_input_and_our_slips_are_not():
+    from scrl_fast import config
+
+    for wrong, code in [
+        (lambda: config.TrainConfig(epochs=0), 2),  # a `raise` of ours
+        (lambda: config.TrainConfig(nonsense=1), 1),  # a TypeError that Python raised at our caller
+        (lambda: config.check_fields(3, "x"), 1),  # a TypeError inside our code that nobody wrote down
+        (lambda: int("x"), 1),
+    ]:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            wrong()
+        assert exit_code(caught.value) == code, caught.value
+
+
+def test_broken_pipe_is_silent(capfd):
+    with pytest.raises(SystemExit) as stop, friendly_errors("x"):
+        raise BrokenPipeError
+    assert stop.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_missing_root_is_found_before_the_trainer(trainer, capsys):
+    code, _, err = run("--config=scrl_200ep", capsys=capsys)
+    assert (code, err) == (2, "scrl_fast.train: data.source=imagenet needs --data.root, the folder of the images\n")
+
+
+def test_print_config_is_a_config(capsys, tmp_path):
+    code, out, err = run("--config=byol_200ep", "--train.seed=7", "--print_config", capsys=capsys)
+    assert (code, err) == (0, "")
+    path = tmp_path / "config.yaml"
+    path.write_text(out)
+    assert parse("--config", str(path)) == parse("--config=byol_200ep", "--train.seed=7")
+
+
+def test_nearest_names():
+    assert nearest("train.epoch", ["train.epochs", "optim.lr"]) == "train.epochs"
+    assert nearest("weight_decay", ["optim.weight_decay", "optim.lr"]) == "optim.weight_decay"
+    assert nearest("qqq", ["train.epochs"]) is None
+    assert did_you_mean("qqq", ["train.epochs"]) == ""
+    assert one_line(UsageError()) == "UsageError"
+
+
+def test_a_wrong_option_is_answered_before_torch_is_imported():
+    start = time.perf_counter()
+    argv = [sys.executable, "-X", "importtime", "-m", "scrl_fast.train", "--train.epoch=3"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert said == ["scrl_fast.train: unknown option '--train.epoch'; did you mean 'train.epochs'?"]
+    assert " torch\n" not in done.stderr and " numpy\n" not in done.stderr
+    assert seconds < 5, "0.4 s on an idle core"
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, scrl_fast; assert scrl_fast.__version__ == '0.1.0'; scrl_fast.load_recipe('scrl_200ep');"
+        "assert 'SCRLTrainer' in dir(scrl_fast); assert 'torch' not in sys.modules;"
+        "assert scrl_fast.ops.roi_align and scrl_fast.models.SCRL and scrl_fast.optim.LARS;"
+        "assert callable(scrl_fast.load_encoder) and scrl_fast.SCRLTrainer;"
+        "\ntry: scrl_fast.nonsense\nexcept AttributeError as e: assert 'nonsense' in str(e)"
+        "\nelse: raise SystemExit('no error')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

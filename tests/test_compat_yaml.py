@@ -1,0 +1,181 @@
+"""The published implementation's options load unchanged, and every one of them is accounted for."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from scrl_fast import cli, compat
+from scrl_fast.compat import FIELDS, SWITCHES
+from scrl_fast.errors import UsageError
+from scrl_fast.recipes import load_recipe
+
+SCRL_ONLY = {
+    "num_patches_per_image": 10,
+    "iou_threshold": 0.5,
+    "box_jittering": False,
+    "jittering_ratio": 0.1,
+    "grid_based_box_gen": True,
+    "min_size": 32,
+    "pool_size": 1,
+    "spatial_scale": 1 / 32,
+    "sampling_ratio": -1,
+    "detectron_aligned": False,
+}
+
+
+def published(method: str, epochs: int) -> dict:
+    """The fields of its four files, with their values (SPEC sections 4 to 6)."""
+    short = epochs == 200
+    intervals = {"valid_interval": 5 if short else 10, "snapshot_interval": 20 if short else 100}
+    return {
+        "eval": {
+            **{"enabled": True, "finetune": False, "max_epochs": 80, "warmup_epochs": 5, "valid_interval": 5},
+            **{"batch_size_train": 128, "batch_size_eval": 2048, "num_workers": 12},
+            "optim": {"lr": 0.2 if method == "scrl" else 0.05, "momentum": 0.9, "weight_decay": 0.0, "nesterov": True},
+        },
+        "train": {
+            "optim": {"weight_decay": 1e-6 if short else 1.5e-6, "momentum": 0.9, "lr": 0.45 if short else 0.2},
+            **{"m": 0.97 if short else 0.996, "num_workers": 12, "tb_interval": 1 if short else 5, **intervals},
+            **{"warmup_epochs": 10, "max_epochs": epochs, "batch_size_eval": 2048, "batch_size_train": 256},
+            **{"online_eval": True, "enabled": True},
+        },
+        "augment": {"crop_scale": [0.2, 1.0], "input_size": 224, "type": "simclr"},
+        "dataset": {"root": None, "name": "imagenet"},
+        "network": {
+            "scrl": {"enabled": True, **SCRL_ONLY} if method == "scrl" else {"enabled": False},
+            "proj_head": {"output_size": 256, "hidden_size": 4096, "input_size": 2048},
+            "name": "resnet50",
+        },
+        "load_dir": None,
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(document: dict) -> str:
+        path = tmp_path / "published.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return str(path)
+
+    return write
+
+
+def parse(*argv: str) -> cli.Request:
+    return cli.parse(argv, prog="x")
+
+
+@pytest.mark.parametrize("method", ["scrl", "byol"])
+@pytest.mark.parametrize("epochs", [200, 1000])
+def test_the_four_files_are_our_four_recipes(write, method, epochs):
+    document = published(method, epochs)
+    leaves = list(compat._leaves(document))
+    assert len(leaves) == {"scrl": 47, "byol": 37}[method]
+    path = write(document)
+    request = parse("--config", path, "--run.log_every=10")
+    assert request.config == load_recipe(f"{method}_{epochs}ep")
+    text = "\n".join(request.notes)
+    for name, _ in leaves:
+        assert name in text, f"{name} is not accounted for"
+    assert path in request.notes[0] and "--compat=kakaobrain" in request.notes[-1]
+    assert request.config.compat == "none"
+    assert parse("--config", path, "--compat=kakaobrain").config.compat == "kakaobrain"
+
+
+def test_each_value_arrives():
+    options, notes = compat.translate(
+        {
+            "load_dir": "runs/old",
+            "network": {
+                "name": "resnet101",
+                "proj_head": {"input_size": 2048, "hidden_size": 1024, "output_size": 64},
+                "scrl": {
+                    **{"enabled": True, "num_patches_per_image": 7, "iou_threshold": 0.75, "grid_based_box_gen": False},
+                    **{"jittering_ratio": 0.2, "box_jittering": True, "min_size": 16, "pool_size": 3},
+                    **{"spatial_scale": 0.0625, "sampling_ratio": 2, "detectron_aligned": True},
+                },
+            },
+            "dataset": {"name": "imagenet", "root": "/images"},
+            "augment": {"type": "simple", "input_size": 160, "crop_scale": [0.1, 0.9]},
+            "train": {"max_epochs": 3, "warmup_epochs": 1, "batch_size_train": 8, "num_workers": 4, "tb_interval": 7},
+        },
+        "x.yaml",
+    )
+    config = cli.build(cli.Settings(options))
+    assert (
+        config.to_dict()
+        == cli.build(
+            cli.Settings(
+                {
+                    "resume": "runs/old",
+                    "model": {
+                        **{"backbone": "resnet101", "hidden_dim": 1024, "projection_dim": 64, "method": "scrl"},
+                        **{"pool_size": 3, "sampling_ratio": 2, "aligned": True},
+                    },
+                    "boxes": {"per_image": 7, "iou_threshold": 0.75, "grid": False, "jitter": 0.2, "min_size": 16},
+                    "data": {"source": "imagenet", "root": "/images", "workers": 4},
+                    "views": {"recipe": "simple", "size": 160, "scale": [0.1, 0.9]},
+                    "train": {"epochs": 3, "batch_size": 8},
+                    "optim": {"warmup_epochs": 1},
+                    "run": {"log_every": 7},
+                }
+            )
+        ).to_dict()
+    )
+    assert "  network.scrl.box_jittering = true  ->  boxes.jitter = 0.2" in notes
+    assert "  no effect (taken from the backbone): network.proj_head.input_size" in notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "jitter"),
+    [
+        ({"box_jittering": True}, 0.1),
+        ({"box_jittering": True, "jittering_ratio": 0.3}, 0.3),
+        ({"box_jittering": False, "jittering_ratio": 0.3}, 0.0),
+        ({"jittering_ratio": 0.3}, 0.0),
+    ],
+)
+def test_jitter_is_two_fields(fields, jitter):
+    options, _ = compat.translate({"network": {"scrl": fields}}, "x")
+    assert options.get("boxes.jitter", 0.0) == jitter
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"network": {"scrl": {"num_patch_per_image": 3}}}, r"did you mean 'network\.scrl\.num_patches_per_image'"),
+        ({"network": {}, "train": {"epochs": 3}}, "unknown option 'train.epochs'.*did you mean 'train.max_epochs'"),
+        ({"dataset": {"name": "cifar"}}, "data.source=cifar: must be one of"),
+        ({"network": {"name": "resnet34x"}}, "model.backbone=resnet34x"),
+        ({"augment": {"type": "simclr"}, "train": {"enabled": False}}, "python -m scrl_fast.evaluate"),
+        ({"augment": {}, "train": {"max_epochs": "many"}}, "train.epochs=many: must be a whole number"),
+    ],
+)
+def test_mistakes_are_errors_here_too(write, document, message):
+    with pytest.raises((UsageError, ValueError), match=message):
+        parse("--config", write(document))
+
+
+def test_its_flags_keep_their_spelling(write):
+    path = write(published("scrl", 200))
+    request = parse(
+        *("--config", path, "--train/max_epochs=3", "--train/batch_size_train", "8", "--train/optim/lr=1e-1"),
+        *("--save_dir=runs/x", "--no_pbar", "--num_gpus", "8", "--dataset/root=/images", "--disable_autocast"),
+    )
+    config = request.config
+    assert (config.train.epochs, config.train.batch_size, config.optim.lr) == (3, 8, 0.1)
+    assert (config.run.dir, config.data.root, config.train.precision) == ("runs/x", "/images", "fp32")
+    assert "--no_pbar has no effect: the progress line adapts to the terminal" in request.notes
+    assert "--num_gpus has no effect: processes are started by torchrun" in request.notes
+    with pytest.raises(UsageError, match="did you mean 'train/max_epochs'"):
+        parse("--train/max_epoch=3")
+    with pytest.raises(UsageError, match="--train/max_epochs needs a value"):
+        parse("--train/max_epochs")
+
+
+def test_the_table_names_only_options_that_exist():
+    ours = cli.option_kinds()
+    for name, field in FIELDS.items():
+        assert (field.option in ours) != bool(field.why), name
+        assert name not in ours or field.option == name, f"{name} means two things"
+    assert set(SWITCHES) <= set(FIELDS)

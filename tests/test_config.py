@@ -1,0 +1,230 @@
+"""The tree of options: types, ranges, recipes, and YAML that comes back as it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import yaml
+
+from scrl_fast import cli, recipes
+from scrl_fast.config import (
+    BACKBONE_STRIDES,
+    BoxesConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    ViewsConfig,
+)
+from scrl_fast.errors import UsageError
+from scrl_fast.recipes import load_recipe
+
+SECTIONS = {
+    "data": DataConfig,
+    "views": ViewsConfig,
+    "boxes": BoxesConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "run": RunConfig,
+    "eval": EvalConfig,
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("data.workers", -1, "at least 0"),
+        ("data.prefetch", 0, "at least 1"),
+        ("data.max_bad_fraction", 1.5, "from 0 to 1"),
+        ("data.source", "s3", "one of demo, folder"),
+        ("views.size", 0, "at least 1"),
+        ("views.scale", (1.0, 0.2), "the smaller number first"),
+        ("views.scale", (0.0, 1.0), "range above 0"),
+        ("views.scale", (0.2, 1.1), "from 0 to 1"),
+        ("views.ratio", (-0.75, 1.3), "above 0"),
+        ("views.flip", -0.1, "from 0 to 1"),
+        ("views.blur_probability", (1.0, 1.1), "from 0 to 1"),
+        ("views.hue", 0.6, "from 0 to 0.5"),
+        ("views.std", (0.2, 0.0, 0.2), "above 0"),
+        ("views.solarize_threshold", 300, "from 0 to 256"),
+        ("boxes.per_image", -1, "at least 0"),
+        ("boxes.min_size", 0, "at least 1"),
+        ("boxes.iou_threshold", 1.01, "from 0 to 1"),
+        ("boxes.jitter", 1.0, "from 0 to below 1"),
+        ("model.method", "moco", "one of scrl, byol"),
+        ("model.backbone", "resnet51", "did you mean 'resnet50'"),
+        ("model.hidden_dim", 0, "at least 1"),
+        ("model.pool_size", 0, "at least 1"),
+        ("model.sampling_ratio", 0, "at least 1, or -1"),
+        ("optim.lr", 0.0, "above 0"),
+        ("optim.lr", math.inf, "finite"),
+        ("optim.lr", math.nan, "finite"),
+        ("optim.momentum", 1.0, "from 0 to below 1"),
+        ("optim.weight_decay", -1e-6, "at least 0"),
+        ("optim.ema_momentum", 1.2, "from 0 to 1"),
+        ("optim.ema_momentum", -0.1, "from 0 to 1"),
+        ("optim.warmup_epochs", -1.0, "at least 0"),
+        ("train.batch_size", -256, "at least 1"),
+        ("train.accumulate", 0, "at least 1"),
+        ("train.epochs", 0, "at least 1"),
+        ("train.max_steps", -5, "at least 0"),
+        ("train.seed", -1, "from 0"),
+        ("train.device", "gpu", "cuda or cuda:N"),
+        ("train.device", "cuda:x", "cuda or cuda:N"),
+        ("train.device", "cpu:0", "cuda or cuda:N"),
+        ("run.log_every", 0, "at least 1"),
+        ("run.checkpoint_every", -1, "at least 0"),
+        ("run.keep", 1, "at least 2"),
+        ("eval.scenes", 0, "at least 1"),
+    ],
+)
+def test_values_out_of_range(option, value, allowed):
+    section, _, field = option.partition(".")
+    with pytest.raises(ValueError, match=allowed) as caught:
+        SECTIONS[section](**{field: value})
+    assert str(caught.value).startswith(f"{option}={list(value) if isinstance(value, tuple) else value}: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("train.epochs", 1.5, "a whole number"),
+        ("train.epochs", True, "a whole number"),
+        ("train.epochs", None, "a whole number"),
+        ("train.batch_size", np.int64(3), "a whole number"),
+        ("train.compile", 1, "true or false"),
+        ("optim.lr", "0.1", "a number"),
+        ("run.dir", 3, "text"),
+        ("views.scale", 0.2, "a list of 2 numbers"),
+        ("views.scale", (0.1, 0.2, 0.3), "a list of 2 numbers"),
+        ("views.scale", (0.1, "x"), "a number"),
+    ],
+)
+def test_wrong_types(option, value, allowed):
+    section, _, field = option.partition(".")
+    with pytest.raises(TypeError, match=rf"{option}=.*: must be {allowed}"):
+        SECTIONS[section](**{field: value})
+
+
+def test_every_number_of_a_list_must_be_finite():
+    with pytest.raises(ValueError, match=r"views\.mean=nan: must be finite"):
+        ViewsConfig(mean=(0.2, math.nan, 0.2))
+
+
+def test_whole_numbers_and_lists_are_converted():
+    config = Config(optim=OptimConfig(lr=1), views=ViewsConfig(scale=[1, 1]))
+    assert config.optim.lr == 1.0 and type(config.optim.lr) is float
+    assert config.views.scale == (1.0, 1.0)
+    with pytest.raises(TypeError, match="train=None: must be a TrainConfig"):
+        Config(train=None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"boxes": BoxesConfig(per_image=0)}, "boxes.per_image=0: model.method=scrl needs at least 1 box"),
+        ({"views": ViewsConfig(size=32)}, "boxes.min_size=32: views of views.size=32 pixels have no room"),
+        (
+            {"views": ViewsConfig(size=31), "model": ModelConfig(method="byol")},
+            "views.size=31: must be at least 32, the stride of resnet50",
+        ),
+        ({"resume": "auto", "init": "x.pt"}, "give one"),
+        ({"compat": "some"}, "compat=some: must be one of none, kakaobrain"),
+    ],
+)
+def test_options_that_do_not_fit_together(sections, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**sections)
+
+
+def test_byol_needs_no_boxes():
+    Config(model=ModelConfig(method="byol"), boxes=BoxesConfig(per_image=0), views=ViewsConfig(size=32))
+
+
+@pytest.mark.parametrize("source", ["folder", "imagefolder", "imagenet", "list"])
+def test_ready_means_that_the_images_are_named(source):
+    Config().check_ready()
+    Config(data=DataConfig(source=source, root="x")).check_ready()
+    with pytest.raises(ValueError, match=f"data.source={source} needs --data.root"):
+        Config(data=DataConfig(source=source)).check_ready()
+
+
+def test_strides_are_those_of_the_encoders():
+    from scrl_fast import models
+
+    assert set(BACKBONE_STRIDES) == set(models.encoder_names())
+    for name, stride in BACKBONE_STRIDES.items():
+        if name.startswith(("resnet1", "resnet50")):
+            assert models.build_encoder(name).stride == stride
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "scrl_200ep": ("scrl", 200, 0.45, 1e-6, 0.97),
+        "scrl_1000ep": ("scrl", 1000, 0.2, 1.5e-6, 0.996),
+        "byol_200ep": ("byol", 200, 0.45, 1e-6, 0.97),
+        "byol_1000ep": ("byol", 1000, 0.2, 1.5e-6, 0.996),
+    }.items(),
+)
+def test_published_recipes(name, expected):
+    config = load_recipe(name)
+    optim = config.optim
+    assert (config.model.method, config.train.epochs, optim.lr, optim.weight_decay, optim.ema_momentum) == expected
+    assert (config.model.backbone, config.train.batch_size, optim.reference_batch) == ("resnet50", 256, 256)
+    assert (optim.warmup_epochs, config.boxes.per_image, config.views.scale) == (10.0, 10, (0.2, 1.0))
+    assert (config.data.source, config.compat) == ("imagenet", "none")
+
+
+def test_the_recipes_are_these():
+    assert recipes.names() == ("byol_1000ep", "byol_200ep", "demo", "scrl_1000ep", "scrl_200ep")
+    demo = load_recipe("demo")
+    demo.check_ready()
+    assert demo.data.source == "demo" and demo.eval.roi_linear
+
+
+def test_unknown_recipe():
+    with pytest.raises(UsageError, match="did you mean 'scrl_200ep'"):
+        load_recipe("scrl-200ep")
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_yaml_round_trip(tmp_path, name):
+    config = dataclasses.replace(load_recipe(name), resume="auto")
+    config.run.dir = "runs/1e3: [odd] \u00fc 'name'"
+    config.optim.weight_decay = 1.5e-7
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert Config.from_yaml(path) == config
+    assert cli.parse(["--config", str(path)], prog="x").config == config
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert plain == config.to_dict(), "any YAML reader sees numbers as numbers"
+    assert list(plain) == [field.name for field in dataclasses.fields(Config)]
+
+
+def test_from_dict_takes_any_part():
+    config = Config.from_dict({"train": {"epochs": 3}, "views.scale": [0.5, 1]})
+    assert (config.train.epochs, config.views.scale) == (3, (0.5, 1.0))
+    assert config.optim == OptimConfig()
+    assert Config.from_dict({}) == Config()
+    with pytest.raises(UsageError, match=r"unknown option 'train\.epoch'; did you mean 'train\.epochs'"):
+        Config.from_dict({"train": {"epoch": 3}})
+
+
+def test_every_option_is_explained_in_the_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.parse(["--help"], prog="python -m scrl_fast.train")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "SUPPRESS" not in text
+    for option in cli.option_kinds():
+        _, found, rest = text.partition(f"--{option} ")
+        assert found, option
+        assert "default" in rest.partition("\n  --")[0], f"{option} has no docstring"
