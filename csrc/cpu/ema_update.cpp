@@ -1,26 +1,58 @@
+#include "ema_update.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
-#include "check.h"
-#include "cpu/vectorize.h"
+#include "cpu/chunks.h"
+#include "cpu/lanes.h"
 
 namespace {
-using torch::stable::Tensor;
+using namespace scrl;
 
-SCRL_MULTIVERSION void lerp_range(float* SCRL_RESTRICT t, const float* SCRL_RESTRICT s, float m, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) t[i] = s[i] + m * (t[i] - s[i]);
+template <class Storage>
+SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, int64_t count, double momentum) {
+  constexpr int64_t L = lane_count<Storage>;
+  const auto factors = ema_factors<accumulate_t<Storage>>(momentum);
+  Storage* t = static_cast<Storage*>(targets) + begin;
+  const Storage* s = static_cast<const Storage*>(sources) + begin;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    auto target = load(t + i);
+    ema(target, load(s + i), factors);
+    store(t + i, target);
+  }
+  if (const int64_t rest = count - i; rest) {
+    auto target = load_tail(t + i, rest);
+    ema(target, load_tail(s + i, rest), factors);
+    store_tail(t + i, target, rest);
+  }
 }
 
-void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum) {
-  for (size_t k = 0; k < targets.size(); ++k) {
-    scrl::check_same(targets[k], sources[k], "ema_update_");
-    float* t = targets[k].mutable_data_ptr<float>();
-    const float* s = sources[k].const_data_ptr<float>();
-    torch::stable::parallel_for(0, targets[k].numel(), 1 << 14, [&](int64_t b, int64_t e) { lerp_range(t, s, static_cast<float>(momentum), b, e); });
-  }
+SCRL_MULTIVERSION void ema_any(ScalarType dtype, void* t, const void* s, int64_t begin, int64_t count, double momentum) {
+  if (dtype == ScalarType::Float) ema_chunk<float>(t, s, begin, count, momentum);
+  if (dtype == ScalarType::Double) ema_chunk<double>(t, s, begin, count, momentum);
+  if (dtype == ScalarType::BFloat16) ema_chunk<bf16>(t, s, begin, count, momentum);
+  if (dtype == ScalarType::Half) ema_chunk<f16>(t, s, begin, count, momentum);
+}
+
+void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                 std::optional<Tensor> momentum_tensor) {
+  check_flat(targets, "ema_update_");
+  check_alike(targets, sources, "ema_update_");
+  check_number(momentum_tensor, "ema_update_");
+  momentum = number_on_host(momentum, momentum_tensor);
+  if (momentum == 1) return;
+  const std::vector<Chunk> chunks = chunks_of(targets);
+  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Tensor &t = targets[chunks[c].tensor], &s = sources[chunks[c].tensor];
+      ema_any(t.scalar_type(), t.mutable_data_ptr(), s.const_data_ptr(), chunks[c].begin, chunks[c].count, momentum);
+    }
+  });
 }
 }  // namespace
 

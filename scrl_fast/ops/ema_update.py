@@ -9,22 +9,51 @@ from torch import Tensor
 
 from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_scalar
 
 
+@torch.no_grad()
 def ema_update_(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, *, backend: Backend | None = None
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor, *, backend: Backend | None = None
 ) -> None:
-    """In place ``target = momentum * target + (1 - momentum) * source`` over two lists of tensors, in one launch."""
-    if targets:
-        _OPERATION.resolve(targets[0].device.type, backend)(targets, sources, momentum)
+    """In place ``target = momentum * target + (1 - momentum) * source`` over two lists of tensors, in one launch.
+
+    targets, sources: lists of one length, the tensors at one place of equal shape, dtype (float32, float64, bfloat16,
+        float16) and device, in any layout; dense tensors that lie alike are read as they are, others are copied.
+    momentum: a number in [0, 1]; 1 leaves targets as they are, whatever the sources hold. Or a tensor of one float
+        element, which is not checked and, on a GPU, read by the kernel: nothing synchronises, CUDA graphs may hold it.
+    Arithmetic is float32, float64 for float64. Not differentiable. Raises ValueError or TypeError naming the first
+    tensor that does not fit. Source: BYOL, arXiv 2006.07733, section 3.1.
+    """
+    check_scalar("momentum", momentum, 0, 1)
+    if len(targets) == 0 and len(sources) == 0:
+        return
+    if len(targets) == 0 or not isinstance(targets[0], Tensor):
+        check_lists(targets=targets, sources=sources)
+    _OPERATION.resolve(targets[0].device.type, backend)(targets, sources, momentum)
 
 
-def ema_update_reference(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
-    torch._foreach_lerp_(list(targets), list(sources), 1.0 - momentum)
+def ema_update_reference(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """Plain PyTorch: ``_foreach_lerp_``, by which number or one-element tensor alike."""
+    check_lists(targets=targets, sources=sources)
+    if not isinstance(momentum, Tensor):
+        if momentum < 1:  # lerp by 0 would let a NaN of the source through
+            torch._foreach_lerp_(list(targets), list(sources), 1.0 - momentum)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        weight = (1.0 - momentum.to(target.device, torch.float64)).reshape(())
+        moved = torch.lerp(target.double(), source.double(), weight).to(target.dtype)
+        target.copy_(torch.where(weight > 0, moved, target))
 
 
-def _native_ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
-    torch.ops.scrl_fast.ema_update_(list(targets), list(sources), momentum)
+def _native_ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+    number, tensor = check_scalar("momentum", momentum, 0, 1)
+
+    def call(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        torch.ops.scrl_fast.ema_update_(targets, sources, number, tensor)
+
+    call_on_flat(call, {"targets": targets}, {"sources": sources})
+    bump_versions(targets)
 
 
 _OPERATION = register(
@@ -35,3 +64,9 @@ _OPERATION = register(
         native_failure=lambda device_type: _native.op_failure("ema_update_", device_type),
     )
 )
+
+if not _native.load_failure("_ops"):
+
+    @torch.library.register_fake("scrl_fast::ema_update_")
+    def _fake(targets, sources, momentum, momentum_tensor=None):
+        return None

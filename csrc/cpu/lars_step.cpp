@@ -1,0 +1,175 @@
+#include "lars_step.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/chunks.h"
+#include "cpu/lanes.h"
+#include "ema_update.h"
+
+namespace {
+using namespace scrl;
+
+struct Squares {
+  double param = 0, gradient = 0;
+};
+
+// One tensor of each list: memory, and what the update needs to know.
+struct Item {
+  void *param, *buffer, *target;  // target: null where there is none
+  const void* gradient;
+  ScalarType dtype;
+  const LarsSettings* settings;
+  Squares squares;
+};
+
+struct Numbers {
+  double lr, momentum, ema_momentum;
+};
+
+// The products of two float32 are exact in float64: sums agree to the bit on every instruction set.
+SCRL_INLINE void add_squares(f64x8 (&sum)[2], f32x16 value) {
+  using f32x8 = float __attribute__((vector_size(32)));
+  f32x8 half[2];
+  std::memcpy(half, &value, sizeof(value));
+  for (int k = 0; k < 2; ++k) {
+    const f64x8 wide = __builtin_convertvector(half[k], f64x8);
+    sum[k] += wide * wide;
+  }
+}
+SCRL_INLINE void add_squares(f64x8 (&sum)[2], f64x8 value) { sum[0] += value * value; }
+
+template <class Storage>
+SCRL_INLINE Squares squares_of_chunk(const Item& item, int64_t begin, int64_t count) {
+  constexpr int64_t L = lane_count<Storage>;
+  const Storage* p = static_cast<const Storage*>(item.param) + begin;
+  const Storage* g = static_cast<const Storage*>(item.gradient) + begin;
+  f64x8 params[2] = {}, gradients[2] = {};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    add_squares(params, load(p + i));
+    add_squares(gradients, load(g + i));
+  }
+  if (i < count) {
+    add_squares(params, load_tail(p + i, count - i));
+    add_squares(gradients, load_tail(g + i, count - i));
+  }
+  return {horizontal_sum(params[0] + params[1]), horizontal_sum(gradients[0] + gradients[1])};
+}
+
+template <class Storage, bool with_target>
+SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
+  constexpr int64_t L = lane_count<Storage>;
+  using A = accumulate_t<Storage>;
+  const auto factors = lars_factors<A>(*item.settings, numbers.lr, numbers.momentum, item.squares.param,
+                                       item.squares.gradient);
+  const auto toward = ema_factors<A>(numbers.ema_momentum);
+  Storage* p = static_cast<Storage*>(item.param) + begin;
+  Storage* b = static_cast<Storage*>(item.buffer) + begin;
+  Storage* t = static_cast<Storage*>(item.target) + (with_target ? begin : 0);
+  const Storage* g = static_cast<const Storage*>(item.gradient) + begin;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    auto param = load(p + i), buffer = load(b + i);
+    lars_update(param, load(g + i), buffer, factors);
+    store(b + i, buffer);
+    store(p + i, param);
+    if constexpr (with_target) {
+      auto target = load(t + i);
+      ema(target, load(p + i), toward);  // the parameter as it was rounded
+      store(t + i, target);
+    }
+  }
+  if (const int64_t rest = count - i; rest) {
+    auto param = load_tail(p + i, rest), buffer = load_tail(b + i, rest);
+    lars_update(param, load_tail(g + i, rest), buffer, factors);
+    store_tail(b + i, buffer, rest);
+    store_tail(p + i, param, rest);
+    if constexpr (with_target) {
+      auto target = load_tail(t + i, rest);
+      ema(target, load_tail(p + i, rest), toward);
+      store_tail(t + i, target, rest);
+    }
+  }
+}
+
+template <class Storage>
+SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
+  if (item.target)
+    update_chunk<Storage, true>(item, begin, count, numbers);
+  else
+    update_chunk<Storage, false>(item, begin, count, numbers);
+}
+
+SCRL_MULTIVERSION Squares squares_any(const Item& item, int64_t begin, int64_t count) {
+  if (item.dtype == ScalarType::Float) return squares_of_chunk<float>(item, begin, count);
+  if (item.dtype == ScalarType::Double) return squares_of_chunk<double>(item, begin, count);
+  if (item.dtype == ScalarType::BFloat16) return squares_of_chunk<bf16>(item, begin, count);
+  return squares_of_chunk<f16>(item, begin, count);
+}
+
+SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
+  if (item.dtype == ScalarType::Float) return update_chunk<float>(item, begin, count, numbers);
+  if (item.dtype == ScalarType::Double) return update_chunk<double>(item, begin, count, numbers);
+  if (item.dtype == ScalarType::BFloat16) return update_chunk<bf16>(item, begin, count, numbers);
+  return update_chunk<f16>(item, begin, count, numbers);
+}
+
+// Adds the chunks' squares to their tensors, in their order. Whether all gradients are finite.
+bool gather_squares(const std::vector<Chunk>& chunks, const std::vector<Squares>& squares, std::vector<Item>& items) {
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    Squares& sum = items[chunks[c].tensor].squares;
+    sum.param += squares[c].param;
+    sum.gradient += squares[c].gradient;
+  }
+  for (const Item& item : items)
+    if (!std::isfinite(item.squares.gradient)) return false;
+  return true;
+}
+
+void count_skip(const Tensor& counter) {
+  if (counter.scalar_type() == ScalarType::Int)
+    ++*counter.mutable_data_ptr<int32_t>();
+  else
+    ++*counter.mutable_data_ptr<int64_t>();
+}
+
+void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers, std::vector<Tensor> ema_targets,
+                std::vector<Tensor> grads, std::vector<int64_t> ema_places, std::vector<double> settings,
+                std::vector<int64_t> setting_of, double ema_momentum, std::optional<Tensor> lr,
+                std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
+                std::optional<Tensor> skip_counter) {
+  check_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of);
+  for (const auto* number : {&lr, &momentum, &ema_momentum_tensor}) check_number(*number, "lars_step_");
+  const Numbers numbers{number_on_host(1, lr), number_on_host(1, momentum),
+                        number_on_host(ema_momentum, ema_momentum_tensor)};
+  const auto* rows = reinterpret_cast<const LarsSettings*>(settings.data());
+  std::vector<Item> items;
+  for (size_t k = 0; k < params.size(); ++k)
+    items.push_back({params[k].mutable_data_ptr(), momentum_buffers[k].mutable_data_ptr(), nullptr,
+                     grads[k].const_data_ptr(), params[k].scalar_type(), rows + setting_of[k], {}});
+  if (numbers.ema_momentum != 1)
+    for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
+
+  const std::vector<Chunk> chunks = chunks_of(params);
+  std::vector<Squares> squares(chunks.size());
+  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count);
+  });
+  const bool finite = gather_squares(chunks, squares, items);
+  if (skip_counter && !finite) return count_skip(*skip_counter);
+  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, numbers);
+  });
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(scrl_fast, CPU, m) { m.impl("lars_step_", TORCH_BOX(&lars_step_)); }

@@ -1,0 +1,119 @@
+"""Checks and layout for operations over lists of tensors (`ema_update_`, `lars_step_`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_lists(**lists: Sequence[Tensor | None]) -> None:
+    """The lists are of one length, and in each place shape, dtype and device agree with the first list's tensor.
+
+    The first list holds tensors of DTYPES; where another holds None, nothing is compared. Raises TypeError or
+    ValueError naming the first place that does not fit.
+    """
+    (first, tensors), *others = lists.items()
+    for name, other in others:
+        if len(other) != len(tensors):
+            raise ValueError(f"{name} has {len(other)} tensors, {first} has {len(tensors)}: one for each is needed")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{first}[{i}] must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{first}[{i}] has dtype {tensor.dtype}: float32, float64, bfloat16 and float16 are known")
+        if tensor.device != tensors[0].device:  # type: ignore[union-attr]
+            raise ValueError(f"{first}[{i}] is on {tensor.device}, {first}[0] on {tensors[0].device}")  # type: ignore[union-attr]
+        for name, other in others:
+            _check_pair(i, first, tensor, name, other[i])
+
+
+def _check_pair(i: int, first: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
+    if other is None:
+        return
+    if not isinstance(other, Tensor):
+        raise TypeError(f"{name}[{i}] must be a tensor, got {type(other).__name__}")
+    if other.shape != tensor.shape:
+        raise ValueError(f"{name}[{i}] has shape {list(other.shape)}, {first}[{i}] has {list(tensor.shape)}")
+    if other.dtype != tensor.dtype:
+        raise TypeError(f"{name}[{i}] has dtype {other.dtype}, {first}[{i}] has {tensor.dtype}")
+    if other.device != tensor.device:
+        raise ValueError(f"{name}[{i}] is on {other.device}, {first}[{i}] on {tensor.device}")
+
+
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """value as a float. Raises TypeError for what is no number, ValueError outside [low, high] and for NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+def check_scalar(
+    name: str, value: float | Tensor, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, Tensor | None]:
+    """A number as (number, None), a tensor of one element as (1.0, tensor). Tensors are not read: no range check."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, low, high), None
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+    return 1.0, value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+@contextmanager
+def one_layout(written: Sequence[list[Tensor]], read: Sequence[list[Tensor]]) -> Iterator[None]:
+    """Lets kernels treat tensors as flat memory: inside the context, the tensors at one place of all lists lie alike.
+
+    The first list of ``written`` leads. A tensor that lies differently (a contiguous gradient of a channels_last
+    weight, a slice with gaps) is replaced in its list by a copy; copies of written tensors are written back at the end.
+    """
+    copies = []
+    for i, leader in enumerate(written[0]):
+        strides = torch.empty_like(leader, device="meta").stride()  # of a tensor with gaps: those without them
+        for tensors in (*written, *read):
+            tensor = tensors[i]
+            if tensor is not None and tensor.stride() != strides and tensor.numel() > 1:
+                tensors[i] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+                tensors[i].copy_(tensor)
+                if any(tensors is one for one in written):
+                    copies.append((tensor, tensors[i]))
+    yield
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+
+
+def bump_versions(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that these changed, as PyTorch's own in-place operations do."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+def call_on_flat(
+    call: Callable[..., None],
+    written: dict[str, Sequence[Tensor]],
+    read: dict[str, Sequence[Tensor]],
+) -> None:
+    """Runs ``call(*written, *read)``, a compiled operation that treats tensors as flat memory, whatever their layout.
+
+    The operation compares the lists itself before it touches memory: 700 tensors compared in Python would cost 0.6 ms
+    a step, in C++ they cost 20 us. Only when it refuses are the lists looked at here, to say what is wrong or to copy
+    what lies differently.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            call(*written.values(), *read.values())
+            return
+        except RuntimeError:
+            pass
+    check_lists(**written, **read)
+    flat_written, flat_read = [list(t) for t in written.values()], [list(t) for t in read.values()]
+    with one_layout(flat_written, flat_read):
+        call(*flat_written, *flat_read)

@@ -1,0 +1,239 @@
+"""LARS over lists of tensors: norms, weight decay, adaptation, momentum, update and the target's average, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scrl_fast import _native
+from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_number, check_scalar
+
+PLAIN, ADAPT, PLAIN_BY_LR = 0.0, 1.0, 2.0
+"""How a tensor's gradient is scaled: by grad_scale, by the LARS ratio, or by the learning rate."""
+
+
+class Settings(NamedTuple):
+    """The numbers of a step as kernels take them: rows for groups of tensors that share them, and who is in which."""
+
+    rows: list[tuple[float, ...]]
+    """(lr, momentum, weight_decay, trust_coefficient, eps, grad_scale, mode) of each group."""
+    row_of: list[int]
+    """For each tensor its place in rows."""
+    ema_momentum: float
+    lr_tensor: Tensor | None
+    """One element; the rows' lr are factors of it."""
+    momentum_tensor: Tensor | None
+    """One element, likewise."""
+    ema_momentum_tensor: Tensor | None
+
+
+@torch.no_grad()
+def lars_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float | Tensor | Sequence[float],
+    momentum: float | Tensor | Sequence[float] = 0.9,
+    weight_decay: float | Sequence[float] = 0.0,
+    trust_coefficient: float | Sequence[float] = 1e-3,
+    eps: float | Sequence[float] = 1e-8,
+    adapt: bool | Sequence[bool] = True,
+    grad_scale: float | Literal["lr"] | Sequence[float | Literal["lr"]] = 1.0,
+    ema_targets: Sequence[Tensor | None] | None = None,
+    ema_momentum: float | Tensor | None = None,
+    skip_counter: Tensor | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """One step of LARS with SGD momentum, in place over lists of tensors: one pass for norms, one for all the rest.
+
+    For a tensor p with gradient g and momentum buffer b (zeros before the first step)::
+
+        a = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps), 1 where a norm is 0
+        b = momentum * b + a * (g + weight_decay * p);  p = p - lr * b;  t = lerp(p, t, ema_momentum)
+
+    params, grads, momentum_buffers: lists of one length, the tensors at one place of equal shape, dtype (float32,
+        float64, bfloat16, float16) and device, in any layout; dense tensors that lie alike are used as they are,
+        others are copied. Arithmetic is float32 (float64 for float64), norms are summed in float64, in fixed order.
+    lr ... grad_scale: one value for all tensors or a sequence with one for each.
+    adapt: False takes plain SGD momentum instead, ``b = momentum * b + grad_scale * g + weight_decay * p``;
+        grad_scale may be "lr" (the published implementation multiplies such gradients by the learning rate).
+    ema_targets: for each parameter a tensor like it, or None: updated by ema_momentum, in [0, 1], with the new
+        parameter, to the same bits as `ema_update_` after the step.
+    skip_counter: int32 or int64 tensor of one element: a step in which any gradient is NaN or infinite (or its norm
+        overflows) then changes nothing but adds 1 here.
+    lr, momentum, ema_momentum may be tensors of one float element: they are not checked, and on a GPU the kernel reads
+        them, so nothing synchronises and CUDA graphs may hold the step.
+
+    Not differentiable. Raises ValueError or TypeError naming the argument, and the first tensor, that does not fit.
+    Source: LARS, arXiv 1708.03888; trust coefficient and eps as in SCRL, arXiv 2103.06122.
+    """
+    if ema_targets is not None and ema_momentum is None:
+        raise ValueError("ema_momentum is needed with ema_targets, got None")
+    _check_counter(skip_counter, params)
+    settings = _settings(
+        len(params), lr, momentum, weight_decay, trust_coefficient, eps, adapt, grad_scale, ema_momentum
+    )
+    targets = [None] * len(params) if ema_targets is None else ema_targets
+    if len(params) == 0 or not isinstance(params[0], Tensor):
+        check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers, ema_targets=targets)
+        return
+    implementation = _OPERATION.resolve(params[0].device.type, backend)
+    implementation(params, grads, momentum_buffers, targets, settings, skip_counter)
+
+
+def _check_counter(counter: Tensor | None, params: Sequence[Tensor]) -> None:
+    if counter is None:
+        return
+    if not isinstance(counter, Tensor) or counter.dtype not in (torch.int32, torch.int64):
+        what = counter.dtype if isinstance(counter, Tensor) else type(counter).__name__
+        raise TypeError(f"skip_counter must be an int32 or int64 tensor, got {what}")
+    if counter.numel() != 1:
+        raise ValueError(f"skip_counter must have one element, got shape {list(counter.shape)}")
+    if len(params) > 0 and counter.device != params[0].device:
+        raise ValueError(f"skip_counter is on {counter.device}, params[0] on {params[0].device}")
+
+
+def _settings(
+    count: int,
+    lr: Any,
+    momentum: Any,
+    weight_decay: Any,
+    trust_coefficient: Any,
+    eps: Any,
+    adapt: Any,
+    grad_scale: Any,
+    ema_momentum: Any,
+) -> Settings:
+    """Checked hyper-parameters, gathered into rows."""
+    lrs, lr_tensor = _column("lr", lr, count, low=0)
+    momenta, momentum_tensor = _column("momentum", momentum, count, low=0)
+    decays = _column("weight_decay", weight_decay, count, low=0)[0]
+    trusts = _column("trust_coefficient", trust_coefficient, count, low=0)[0]
+    epsilons = _column("eps", eps, count, low=0)[0]
+    scales, modes = _scales_and_modes(adapt, grad_scale, count)
+    places: dict[tuple[float, ...], int] = {}
+    rows = zip(lrs, momenta, decays, trusts, epsilons, scales, modes, strict=True)
+    row_of = [places.setdefault(row, len(places)) for row in rows]
+    ema, ema_tensor = check_scalar("ema_momentum", 1.0 if ema_momentum is None else ema_momentum, 0, 1)
+    return Settings(list(places), row_of, ema, lr_tensor, momentum_tensor, ema_tensor)
+
+
+def _column(name: str, value: Any, count: int, low: float) -> tuple[list[float], Tensor | None]:
+    """A value for each tensor, and the tensor that they are factors of."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise ValueError(f"{name} has {len(value)} values for {count} tensors")
+        for number in set(value):
+            check_number(name, number, low)
+        return list(value), None
+    number, tensor = check_scalar(name, value, low)
+    return [number] * count, tensor
+
+
+def _scales_and_modes(adapt: Any, grad_scale: Any, count: int) -> tuple[list[float], list[float]]:
+    for name, value in (("adapt", adapt), ("grad_scale", grad_scale)):
+        if isinstance(value, (list, tuple)) and len(value) != count:
+            raise ValueError(f"{name} has {len(value)} values for {count} tensors")
+    adapts = adapt if isinstance(adapt, (list, tuple)) else [adapt] * count
+    scales = grad_scale if isinstance(grad_scale, (list, tuple)) else [grad_scale] * count
+    for flag in set(adapts):
+        if not isinstance(flag, bool):
+            raise TypeError(f"adapt must be True or False, got {flag!r}")
+    for scale in set(scales):
+        if scale != "lr":
+            check_number("grad_scale", scale)
+    modes = [ADAPT if a else PLAIN_BY_LR if s == "lr" else PLAIN for a, s in zip(adapts, scales, strict=True)]
+    return [1.0 if s == "lr" else float(s) for s in scales], modes
+
+
+def lars_step_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ema_targets: Sequence[Tensor | None],
+    settings: Settings,
+    skip_counter: Tensor | None,
+) -> None:
+    """Plain PyTorch, one tensor after the other."""
+    check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers, ema_targets=ema_targets)
+    if skip_counter is None:
+        good = None
+    else:
+        good = torch.stack([g.isfinite().all() for g in grads]).all()
+        skip_counter += (~good).to(skip_counter.dtype)
+    for p, g, b, t, row in zip(params, grads, momentum_buffers, ema_targets, settings.row_of, strict=True):
+        new = _reference_update(p, g, b, t, settings, settings.rows[row])
+        for old, value in zip((p, b, t), new, strict=True):
+            if old is not None:
+                old.copy_(value if good is None else torch.where(good, value, old))
+
+
+def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, settings: Settings, row: tuple[float, ...]):
+    lr, momentum, weight_decay, trust, eps, grad_scale, mode = row
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if settings.lr_tensor is not None:
+        lr = lr * settings.lr_tensor.to(p.device, wide).reshape(())
+    if settings.momentum_tensor is not None:
+        momentum = momentum * settings.momentum_tensor.to(p.device, wide).reshape(())
+    wp, wg = p.to(wide), g.to(wide)
+    if mode == ADAPT:
+        p_norm = torch.linalg.vector_norm(wp, dtype=torch.float64)
+        g_norm = torch.linalg.vector_norm(wg, dtype=torch.float64)
+        ratio = trust * p_norm / (g_norm + weight_decay * p_norm + eps)
+        d = torch.where((p_norm == 0) | (g_norm == 0), 1.0, ratio).to(wide) * (wg + weight_decay * wp)
+    else:
+        d = wg * (lr if mode == PLAIN_BY_LR else grad_scale) + weight_decay * wp
+    new_b = momentum * b.to(wide) + d
+    new_p = (wp - lr * new_b).to(p.dtype)
+    if t is None:
+        return new_p, new_b, None
+    m: Any = settings.ema_momentum
+    if settings.ema_momentum_tensor is not None:
+        m = settings.ema_momentum_tensor.to(p.device, torch.float64).reshape(())
+    weight = torch.as_tensor(1.0 - m, dtype=wide, device=p.device)
+    moved = torch.lerp(t.to(wide), new_p.to(wide), weight)
+    return new_p, new_b, torch.where(weight > 0, moved, t.to(wide))
+
+
+def _native_lars_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ema_targets: Sequence[Tensor | None],
+    settings: Settings,
+    skip_counter: Tensor | None,
+) -> None:
+    rows = [number for row in settings.rows for number in row]
+    ema_places = [i for i, target in enumerate(ema_targets) if target is not None]
+
+    def call(params: Any, momentum_buffers: Any, ema_targets: Any, grads: Any) -> None:
+        targets = [ema_targets[i] for i in ema_places]
+        torch.ops.scrl_fast.lars_step_(
+            *(params, momentum_buffers, targets, grads, ema_places, rows, settings.row_of, settings.ema_momentum),
+            *(settings.lr_tensor, settings.momentum_tensor, settings.ema_momentum_tensor, skip_counter),
+        )
+
+    written = {"params": params, "momentum_buffers": momentum_buffers, "ema_targets": ema_targets}
+    call_on_flat(call, written, {"grads": grads})
+    bump_versions([*params, *momentum_buffers, *(ema_targets[i] for i in ema_places)])
+
+
+_OPERATION = register(
+    Operation(
+        "lars_step_",
+        reference=lars_step_reference,
+        native=_native_lars_step_,
+        native_failure=lambda device_type: _native.op_failure("lars_step_", device_type),
+    )
+)
+
+if not _native.load_failure("_ops") and hasattr(torch.ops.scrl_fast, "lars_step_"):
+
+    @torch.library.register_fake("scrl_fast::lars_step_")
+    def _fake(*args):
+        return None

@@ -1,0 +1,178 @@
+"""LARS as an ordinary PyTorch optimizer, with the target network's moving average in the same update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from scrl_fast.ops import ema_update_, lars_step_
+from scrl_fast.ops._tensor_lists import check_lists, check_scalar
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling over SGD with momentum (arXiv 1708.03888), one fused update for all parameters.
+
+    The formula is that of `scrl_fast.ops.lars_step_`. Parameters whose gradient is None are left out.
+
+    params: parameters, or groups. A group may set any of the numbers below for itself, and ``adapt=False`` for plain
+        SGD with momentum (biases, norm layers: see `lars_param_groups`), with ``grad_scale`` as in `lars_step_`.
+    lr: number or, for CUDA graphs, a tensor of one float element, which no step reads back.
+    momentum, weight_decay, trust_coefficient, eps: as in `lars_step_`.
+    skip_nonfinite: a step in which any gradient is NaN or infinite changes nothing, the attached average included, and
+        counts in ``skipped``; decided on the device, without synchronising.
+    Raises ValueError or TypeError naming the argument and its value.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        numbers = {
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+        }
+        super().__init__(params, {"lr": lr, **numbers, "adapt": True, "grad_scale": 1.0})
+        self.skip_nonfinite = skip_nonfinite
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+        self._average: dict[Tensor, Tensor] = {}  # source -> target
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
+            check_scalar(name, group[name], 0)
+        if not isinstance(group["adapt"], bool):
+            raise TypeError(f"adapt must be True or False, got {group['adapt']!r}")
+        if group["grad_scale"] != "lr":
+            check_scalar("grad_scale", group["grad_scale"])
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped for a gradient that was not finite: int64, on the parameters' device."""
+        return self._skipped
+
+    def attach_ema(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """``step(ema_momentum=m)`` then also moves each target towards its source, after the source's own update.
+
+        sources: usually parameters of this optimizer, whose targets are updated in the same pass over memory; other
+        tensors are averaged as they are. Replaces what was attached before. Raises as `ema_update_` does.
+        """
+        check_lists(targets=targets, sources=sources)
+        self._average = dict(zip(sources, targets, strict=True))
+
+    @overload
+    def step(self, closure: None = None, ema_momentum: float | Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], ema_momentum: float | Tensor | None = None) -> float: ...
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], float] | None = None, ema_momentum: float | Tensor | None = None
+    ) -> float | None:
+        """One update; returns what closure (which recomputes loss and gradients) returned.
+
+        ema_momentum: momentum, in [0, 1], of the average attached by `attach_ema`; None leaves the average alone.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if ema_momentum is not None:
+            check_scalar("ema_momentum", ema_momentum, 0, 1)
+            if not self._average:
+                raise ValueError(f"ema_momentum is {ema_momentum}, but attach_ema was not called")
+        self._update(ema_momentum)
+        return loss
+
+    def _update(self, ema_momentum: float | Tensor | None) -> None:
+        with_grad = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for p, _ in with_grad]
+        counter = self._counter(params)
+        before = None if counter is None else counter.clone()
+        if params:
+            lars_step_(
+                params,
+                [p.grad for p in params],
+                [self._buffer(p) for p in params],
+                **_columns([group for _, group in with_grad]),
+                ema_targets=None if ema_momentum is None else [self._average.get(p) for p in params],
+                ema_momentum=ema_momentum,
+                skip_counter=counter,
+            )
+        if ema_momentum is not None:
+            self._average_rest(set(params), ema_momentum, before)
+
+    def _counter(self, params: list[Tensor]) -> Tensor | None:
+        if not self.skip_nonfinite:
+            return None
+        if params and self._skipped.device != params[0].device:
+            self._skipped = self._skipped.to(params[0].device)
+        return self._skipped
+
+    def _buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
+
+    def _average_rest(self, updated: set[Tensor], momentum: float | Tensor, before: Tensor | None) -> None:
+        """Targets whose source had no gradient, or is no parameter of this optimizer."""
+        rest = [(target, source) for source, target in self._average.items() if source not in updated]
+        if not rest:
+            return
+        if before is not None:  # a skipped step leaves these alone too
+            momentum = torch.where(before == self._skipped, torch.as_tensor(momentum, device=before.device), 1.0)
+        ema_update_([target for target, _ in rest], [source for _, source in rest], momentum)
+
+
+def _columns(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of `lars_step_` with one value for each parameter."""
+    names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
+    return {name: [group[name] for group in groups] for name in names}
+
+
+def lars_param_groups(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    compat: Literal["none", "kakaobrain"] = "none",
+) -> list[dict[str, Any]]:
+    """Parameters split for `LARS`: adapted and decayed, and those left out of both (biases, norm layers).
+
+    named_parameters: as ``model.named_parameters()`` gives; those without ``requires_grad`` are passed over.
+    compat: "none" leaves out every parameter with at most one axis. "kakaobrain" leaves out what the published
+        implementation of SCRL does: names that hold 'bn' or 'bias', and scales the gradients of those by the learning
+        rate. In its networks the BatchNorms of the stem, of the four downsample branches and of both heads have other
+        names, so that these 7 weights are adapted and decayed there. The stem's, ``encoder.body.bn1`` here and
+        ``encoder.1`` there, is the only one whose name differs in this respect.
+    Raises ValueError for another compat.
+    """
+    if compat not in ("none", "kakaobrain"):
+        raise ValueError(f"compat must be none or kakaobrain, got {compat!r}")
+    adapted, plain = [], []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            left_out = _published_left_out(name) if compat == "kakaobrain" else parameter.ndim <= 1
+            (plain if left_out else adapted).append(parameter)
+    scale: dict[str, Any] = {"grad_scale": "lr"} if compat == "kakaobrain" else {}
+    groups: list[dict[str, Any]] = [
+        {"params": adapted, "weight_decay": weight_decay, "adapt": True},
+        {"params": plain, "weight_decay": 0.0, "adapt": False, **scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _published_left_out(name: str) -> bool:
+    published = re.sub(r"\bencoder\.body\.bn1\.", "encoder.1.", name)
+    return "bn" in published or "bias" in published
