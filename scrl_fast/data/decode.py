@@ -18,7 +18,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may hold, whatever it is called
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may hold, whatever it is called
 _ORIENTATION = 0x0112
 # what Pillow and the JPEG decoders raise on files that are cut, damaged, too large or no images at all
 _DECODE_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class Batch:
         return replace(
             self,
             views=self.views.to(device, non_blocking=True).contiguous(memory_format=layout),
-            boxes=self.boxes and tuple(boxes.to(device, non_blocking=True) for boxes in self.boxes),
+            boxes=_each(self.boxes, lambda boxes: boxes.to(device, non_blocking=True)),
             labels=self.labels.to(device, non_blocking=True),
         )
 
@@ -256,9 +256,13 @@ class _Pending:
 
     def batch(self) -> Batch:
         pin = Tensor.pin_memory if self._loader._pin_memory else lambda tensor: tensor
-        boxes = self._boxes and tuple(pin(torch.from_numpy(rows)) for rows in self._boxes)
+        boxes = _each(self._boxes, lambda rows: pin(torch.from_numpy(rows)))
         labels = pin(torch.from_numpy(self._labels))
         return Batch(self._views, boxes, torch.from_numpy(self._crops), labels, torch.from_numpy(self._keys))
+
+
+def _each(pair: tuple[Any, Any] | None, function: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (function(pair[0]), function(pair[1]))
 
 
 def _check(source: Source, config: Config, rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-_JOIN_SECONDS = 5.0
+_JOIN_SECONDS = 2.0
 
 
 class Work:

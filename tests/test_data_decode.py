@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import NAMES, crop, write_bad, write_formats
+from PIL import Image, ImageOps
+
+from scrl_fast.data import decode as decode_module
+from scrl_fast.data.decode import BadImage, decode, decoders, read_image
+
+LIMIT = 1_000_000
+JPEG_DECODERS = [name for name, said in decoders().items() if said == "in use" or said.startswith("works")]
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_every_format(tmp_path: Path) -> None:
+    files = write_formats(tmp_path)
+    assert len(files) == 15
+    exact = np.asarray(crop(NAMES[0], 90, 120)).astype(int)
+    grey = np.asarray(crop(NAMES[0], 90, 120).convert("L")).astype(int)[:, :, None]
+    for name, how in files.items():
+        image = read_image(str(tmp_path / name), max_pixels=LIMIT)
+        assert image.shape == (90, 120, 3) and image.dtype == np.uint8 and image.flags.c_contiguous, name
+        error = abs(image - (grey if how == "grey" else exact))
+        if how == "exact":
+            assert error.max() == 0, name
+        assert error.mean() < 8, f"{name}: {error.mean()}"  # palette: 7, CMYK: 6, JPEG: 2
+        if how == "grey":
+            assert (image == image[:, :, :1]).all(), name
+    assert abs(read_image(str(tmp_path / "sixteen.png"), max_pixels=LIMIT) - grey).max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(crop(NAMES[0], 40, 64), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(decode(data, max_pixels=LIMIT), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+def test_jpeg_decoders_agree_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    picture = crop(NAMES[2], 91, 123)
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    assert decoders()[name] == "in use"
+    for options in ({"quality": 90}, {"quality": 40, "subsampling": 0}, {"progressive": True}, {"exif": exif}):
+        for image in (picture, picture.convert("L"), picture.convert("CMYK")):
+            data = encoded(image, **options)
+            expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            assert np.array_equal(decode(data, max_pixels=LIMIT), np.asarray(expected)), (image.mode, options)
+
+
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+def test_two_pictures_in_one_jpeg_give_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    first, second = crop(NAMES[0], 64, 64), crop(NAMES[1], 64, 64)
+    data = encoded(first, "MPO", save_all=True, append_images=[second], quality=90)  # what stereo cameras write
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(decode(data, max_pixels=LIMIT), expected)
+
+
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+def test_cut_files_are_refused_at_any_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    for kind in ("JPEG", "PNG", "WEBP", "BMP"):
+        data = encoded(crop(NAMES[0], 40, 64), kind)
+        for share in (0, 0.01, 0.2, 0.5, 0.9):
+            with pytest.raises(BadImage):
+                decode(data[: int(len(data) * share)], max_pixels=LIMIT)
+
+
+def test_bad_files_carry_path_and_cause(tmp_path: Path) -> None:
+    for path in write_bad(tmp_path):
+        with pytest.raises(BadImage, match=path.name) as error:
+            read_image(str(path), max_pixels=LIMIT)
+        assert error.value.name == str(path) and error.value.cause
+    with pytest.raises(BadImage, match=r"text\.jpg: not an image of a known format"):
+        read_image(str(tmp_path / "text.jpg"), max_pixels=LIMIT)
+    with pytest.raises(BadImage, match="empty"):
+        read_image(str(tmp_path / "empty.png"), max_pixels=LIMIT)
+    with pytest.raises(BadImage, match="No such file"):
+        read_image(str(tmp_path / "gone.png"), max_pixels=LIMIT)
+    with pytest.raises(BadImage, match="directory"):
+        read_image(str(tmp_path), max_pixels=LIMIT)
+
+
+def png_bomb(side: int) -> bytes:
+    """A PNG of side x side black pixels, made without making them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(9), bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [16_000, 48_000])  # below and above the limit that Pillow itself has
+def test_bombs_are_refused_before_they_are_decoded(side: int) -> None:
+    data = png_bomb(side)
+    start = time.perf_counter()
+    with pytest.raises(BadImage, match="pixels"):
+        decode(data, max_pixels=178_000_000, name="bomb.png")
+    assert time.perf_counter() - start < 0.5
+
+
+def test_the_limit_counts_pixels() -> None:
+    data = encoded(crop(NAMES[0], 40, 64))
+    assert decode(data, max_pixels=40 * 64).shape == (40, 64, 3)
+    with pytest.raises(BadImage, match=r"64 x 40 pixels are more than data\.max_pixels=2559"):
+        decode(data, max_pixels=40 * 64 - 1)
+
+
+def test_formats_nobody_asked_for_are_not_opened() -> None:
+    with pytest.raises(BadImage, match="known format"):
+        decode(encoded(crop(NAMES[0], 40, 64), "PPM"), max_pixels=LIMIT)
+
+
+# ---- the choice of a decoder ----
+
+
+def test_exactly_one_decoder_is_in_use_and_pillow_always_works() -> None:
+    said = decoders()
+    assert list(said.values()).count("in use") == 1 and said["pillow"].startswith(("in use", "works"))
+
+
+def test_a_broken_decoder_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> object:
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(
+        decode_module,
+        "_JPEG_DECODERS",
+        {
+            "simplejpeg": broken,
+            "torchvision": lambda: lambda data: np.zeros((1, 1, 3)),
+            "pillow": decode_module._pillow,
+        },
+    )
+    decode_module._choose.cache_clear()
+    try:
+        said = decoders()
+        assert said["simplejpeg"] == "ImportError: no such library"
+        assert "wrong shape" in said["torchvision"] and said["pillow"] == "in use"
+        monkeypatch.setenv("SCRL_FAST_JPEG", "simplejpeg")
+        with pytest.raises(RuntimeError, match="no such library"):
+            decoders()
+    finally:
+        decode_module._choose.cache_clear()
+
+
+def test_an_unknown_decoder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_JPEG", "jpegger")
+    with pytest.raises(ValueError, match="jpegger"):
+        decoders()

@@ -1,0 +1,388 @@
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from photos import write_bad, write_photos
+
+from scrl_fast.config import Config
+from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
+from scrl_fast.errors import UsageError
+from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
+from scrl_fast.philox import permutation
+from scrl_fast.views import crops_of, draw_views
+
+
+def config_of(**changes: Any) -> Config:
+    """Small views, six batches of four an epoch from 25 scenes; `group__field=value` changes the rest."""
+    config = Config()
+    for name, value in {
+        "train__batch_size": 4,
+        "train__epochs": 2,
+        "views__size": 32,
+        "boxes__min_size": 8,
+        "data__demo_images": 25,
+        "data__demo_size": 48,
+        "data__workers": 2,
+        **changes,
+    }.items():
+        group, _, field = name.partition("__")
+        setattr(getattr(config, group), field, value)
+    return config
+
+
+SCENES = DemoScenes(25, 48)
+
+
+class Pictures:
+    """A source whose read is what a test makes it."""
+
+    num_classes = 3
+
+    def __init__(self, count: int = 25, bad: Any = (), slow: Any = ()) -> None:
+        self.count, self.bad, self.slow, self.reads = count, set(bad), set(slow), []
+        self.release = threading.Event()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> np.ndarray:
+        self.reads.append(index)
+        if index in self.slow:
+            self.release.wait(20)
+        if index in self.bad:
+            raise BadImage(self.name_of(index), "no picture")
+        return np.full((40 + index, 50, 3), index, np.uint8)
+
+    def label(self, index: int) -> int:
+        return index % 3 - 1
+
+    def name_of(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def epoch_of(source: Any, config: Config, epoch: int = 0, start: int = 0, **options: Any) -> list[Batch]:
+    loader = Loader(source, config, **options)
+    try:
+        return list(loader.epoch(epoch, start))
+    finally:
+        loader.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = [(a.views, b.views), (a.crops, b.crops), (a.labels, b.labels), (a.keys, b.keys)]
+    assert a.boxes is not None and b.boxes is not None
+    tensors += zip(a.boxes, b.boxes, strict=True)
+    return all(torch.equal(x, y) for x, y in tensors)
+
+
+# ---- what a batch is ----
+
+
+def test_a_batch_is_what_its_parts_make() -> None:
+    config = config_of()
+    batches = epoch_of(SCENES, config)
+    order = permutation(0, 0, 25)
+    assert len(batches) == len(Loader(SCENES, config)) == 6
+    for number, batch in enumerate(batches):
+        keys = order[4 * number : 4 * number + 4]
+        assert batch.keys.tolist() == keys.tolist() and batch.labels.tolist() == [-1] * 4
+        table = draw_views(config.views, [[48, 48]] * 4, seed=0, epoch=0, keys=keys)
+        assert np.array_equal(batch.crops.numpy(), crops_of(table))
+        packed = pack_images([SCENES.read(key) for key in keys])
+        views = augment_views(packed, table, size=32, mean=config.views.mean, std=config.views.std)
+        assert torch.equal(batch.views, views)
+        assert batch.views.is_contiguous(memory_format=torch.channels_last)
+        boxes = sample_box_pairs(*crops_of(table), view_size=32, min_size=8, seed=0, step=0, keys=keys)
+        assert batch.boxes is not None and all(
+            np.array_equal(ours.numpy(), theirs) for ours, theirs in zip(batch.boxes, boxes, strict=True)
+        )
+
+
+def test_box_options_reach_the_sampler() -> None:
+    batch = epoch_of(SCENES, config_of(boxes__per_image=3, boxes__grid=False, boxes__iou_threshold=1.0))[0]
+    assert batch.boxes is not None and 0 < len(batch.boxes[0]) <= 12
+    assert batch.boxes[1][:, 0].min() >= 4
+
+
+def test_byol_has_no_boxes() -> None:
+    assert epoch_of(SCENES, config_of(model__method="byol"))[0].boxes is None
+
+
+def test_labels_and_mixed_sizes() -> None:
+    for batch in epoch_of(Pictures(), config_of()):
+        assert batch.labels.tolist() == [key % 3 - 1 for key in batch.keys.tolist()]
+        assert (batch.crops[:, :, 2] <= batch.keys + 40).all()
+
+
+def test_layout_and_dtype() -> None:
+    batch = epoch_of(SCENES, config_of(train__channels_last=False), dtype=torch.bfloat16)[0]
+    assert batch.views.dtype == torch.bfloat16 and batch.views.is_contiguous()
+    moved = batch.to("cpu", channels_last=True)
+    assert moved.views.is_contiguous(memory_format=torch.channels_last) and torch.equal(moved.views, batch.views)
+    assert moved.boxes is not None and len(moved.boxes) == 2 and moved.keys is batch.keys
+
+
+# ---- the stream does not depend on how it is made ----
+
+
+@pytest.mark.parametrize("workers, prefetch", [(0, 2), (0, 0), (1, 0), (1, 3), (3, 1), (7, 20)])
+def test_any_number_of_workers(workers: int, prefetch: int) -> None:
+    expected = epoch_of(SCENES, config_of(), epoch=1)
+    found = epoch_of(SCENES, config_of(data__workers=workers, data__prefetch=prefetch), epoch=1)
+    assert len(found) == len(expected) and all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_any_start(start: int) -> None:
+    expected = epoch_of(Pictures(bad=[3, 11]), config_of(data__max_bad_fraction=0.5))
+    found = epoch_of(Pictures(bad=[3, 11]), config_of(data__max_bad_fraction=0.5, data__workers=3), start=start)
+    assert len(found) == 6 - start and all(map(same, found, expected[start:]))
+
+
+def test_epochs_one_after_the_other_and_out_of_order() -> None:
+    loader = Loader(SCENES, config_of())
+    epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
+    assert not any(same(a, b) for a, b in zip(*epochs, strict=True))
+    assert all(map(same, loader.epoch(0, 2), epochs[0][2:]))
+    for _ in loader.epoch(0):
+        break  # what was made ahead is dropped
+    assert all(map(same, loader.epoch(1), epochs[1]))
+    loader.close()
+
+
+def test_seeds_differ() -> None:
+    assert not same(epoch_of(SCENES, config_of())[0], epoch_of(SCENES, config_of(train__seed=1))[0])
+
+
+def test_batches_of_the_next_epoch_are_made_ahead_but_none_after_the_last() -> None:
+    source = Pictures(8)
+    loader = Loader(source, config_of(data__workers=1, data__prefetch=2))
+    list(loader.epoch(0))
+    deadline = time.monotonic() + 10
+    while len(source.reads) < 16 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(source.reads) == 16
+    list(loader.epoch(1))
+    loader.close()
+    assert len(source.reads) == 16
+
+
+def test_prefetch_bounds_what_is_made() -> None:
+    source = Pictures(100)
+    loader = Loader(source, config_of(data__prefetch=1))
+    stream = loader.epoch(0)
+    next(stream)
+    time.sleep(0.3)
+    assert len(source.reads) <= 12  # the batch in use, the next, and none beyond
+    stream.close()
+    loader.close()
+
+
+# ---- ranks ----
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_epoch(world_size: int) -> None:
+    config = config_of(train__batch_size=2)
+    ranks = [epoch_of(SCENES, config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {25 // world_size // 2}
+    keys = [int(key) for batches in ranks for batch in batches for key in batch.keys]
+    assert len(set(keys)) == len(keys)
+    together = epoch_of(SCENES, config_of(train__batch_size=2 * world_size))
+    for number, batch in enumerate(together[: len(ranks[0])]):
+        for rank, batches in enumerate(ranks):
+            assert batch.keys[rank::world_size].tolist() == batches[number].keys.tolist()
+            assert torch.equal(batch.crops[:, rank::world_size], batches[number].crops)
+
+
+# ---- bad images ----
+
+
+def test_a_bad_image_is_replaced_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "bad_files.jsonl"
+    config = config_of(data__max_bad_fraction=0.5)
+    loader = Loader(Pictures(24, bad=[3, 11]), config, bad_files_path=file)
+    with caplog.at_level(logging.WARNING, "scrl_fast"):
+        epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
+    loader.close()
+    for batches in epochs:
+        keys = torch.cat([batch.keys for batch in batches])
+        assert len(keys) == 24 and not {3, 11} & set(keys.tolist())
+        labels = torch.cat([batch.labels for batch in batches])
+        assert torch.equal(labels, keys % 3 - 1)
+    assert loader.bad_files == {"picture 3": "no picture", "picture 11": "no picture"}
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"skipped an image that cannot be read: picture {index}: no picture" for index in (11, 3)
+    ]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == ["picture 11", "picture 3"]
+    assert all(line["error"] == "no picture" and line["epoch"] == 0 for line in lines)
+    # a resumed run goes on in the same file
+    with file.open("a") as cut:
+        cut.write('{"path": "pic')
+    again = Loader(Pictures(24, bad=[3, 11, 12]), config, bad_files_path=file)
+    list(again.epoch(0))
+    again.close()
+    assert file.read_text().count("picture 3") == 1 and file.read_text().count("picture 12") == 1
+
+
+def test_a_handful_of_bad_files_in_a_small_folder_does_not_stop_it(tmp_path: Path) -> None:
+    write_photos(tmp_path / "good", 12, 60, 80)
+    bad = write_bad(tmp_path)
+    config = config_of(data__source="folder", data__root=str(tmp_path))
+    loader = Loader(make_source(config), config)
+    assert len(list(loader.epoch(0))) == 4
+    assert set(loader.bad_files) == {str(path) for path in bad}
+    loader.close()
+
+
+@pytest.mark.parametrize("fraction, bad", [(0.01, 11), (0.2, 20), (0.0, 1), (0.5, 100)])
+def test_too_many_bad_images_stop_the_run(fraction: float, bad: int) -> None:
+    config = config_of(data__max_bad_fraction=fraction, train__batch_size=10)
+    allowed = Pictures(100, bad=range(bad - 1)) if bad < 100 else Pictures(100)
+    assert len(epoch_of(allowed, config)) == 10
+    source = Pictures(100, bad=range(bad + 1) if bad > 1 else [0])
+    with pytest.raises(TooManyBadImages, match=r"of the 100 images of epoch 0 cannot be read.*picture \d+: no picture"):
+        epoch_of(source, config)
+    assert issubclass(TooManyBadImages, UsageError)
+
+
+def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:
+    source = Pictures(10_000, bad=range(10_000))
+    config = config_of(data__max_bad_fraction=0.5)
+    with pytest.raises(TooManyBadImages, match="100 images in a row cannot be read"):
+        epoch_of(source, config)
+    assert len(source.reads) < 150
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_in_a_worker_surfaces_with_its_cause(workers: int) -> None:
+    class Broken(Pictures):
+        def read(self, index: int) -> np.ndarray:
+            if index == 7:
+                raise KeyError("lost")
+            return super().read(index)
+
+    loader = Loader(Broken(), config_of(data__workers=workers))
+    with pytest.raises(RuntimeError, match=r"batch \d of epoch 0 cannot be made: KeyError: 'lost'") as error:
+        list(loader.epoch(0))
+    assert isinstance(error.value.__cause__, KeyError)
+    loader.close()
+
+
+def test_a_read_that_stalls_is_named(tmp_path: Path) -> None:
+    source = Pictures(slow=[int(permutation(0, 0, 25)[5])])
+    loader = Loader(source, config_of(), timeout=0.4)
+    stream = loader.epoch(0)
+    next(stream)
+    start = time.monotonic()
+    with pytest.raises(LoaderStalled, match=r"batch 1 of epoch 0 did not come within .*picture \d+ for \d+ s"):
+        next(stream)
+    assert time.monotonic() - start < 3
+    source.release.set()
+    loader.close()
+
+
+def test_threads_end_with_the_loader() -> None:
+    before = threading.active_count()
+    loader = Loader(SCENES, config_of(data__workers=3))
+    stream = loader.epoch(0)
+    next(stream)
+    loader.close()
+    assert threading.active_count() == before
+    loader = Loader(SCENES, config_of(data__workers=3))
+    list(loader.epoch(0, 5))
+    del loader, stream
+    gc.collect()  # batches made ahead and their loader hold each other
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("slow", [0.01, 60])
+def test_interrupt_ends_the_process_at_once(slow: float) -> None:
+    program = f"""
+        import time, sys
+        import numpy as np
+        from scrl_fast.config import Config
+        from scrl_fast.data import Loader
+        class Slow:
+            num_classes = 0
+            def __len__(self): return 10_000
+            def read(self, index):
+                time.sleep({slow})
+                return np.zeros((40, 50, 3), np.uint8)
+            def label(self, index): return -1
+            def name_of(self, index): return str(index)
+        config = Config()
+        config.train.batch_size, config.views.size, config.boxes.min_size = 4, 16, 4
+        loader = Loader(Slow(), config)
+        print("ready", flush=True)
+        try:
+            for batch in loader.epoch(0): pass
+        except KeyboardInterrupt:
+            sys.exit(7)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 7 and time.monotonic() - start < 10
+    assert not errors
+
+
+# ---- wrong use ----
+
+
+def test_batch_larger_than_the_data() -> None:
+    with pytest.raises(UsageError, match=r"train\.batch_size=26 needs 26 images, but the data has 25; .*batch_size=25"):
+        Loader(SCENES, config_of(train__batch_size=26))
+    with pytest.raises(UsageError, match=r"in each of 4 processes needs 40 images, .*batch_size=6 or less"):
+        Loader(SCENES, config_of(train__batch_size=10), world_size=4)
+    with pytest.raises(UsageError, match="26 processes need at least as many images"):
+        Loader(SCENES, config_of(), world_size=26)
+
+
+@pytest.mark.parametrize(
+    "named, changes",
+    [
+        ("data.workers", {"data__workers": -1}),
+        ("data.prefetch", {"data__prefetch": -1}),
+        ("train.batch_size", {"train__batch_size": 0}),
+    ],
+)
+def test_wrong_options(named: str, changes: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=named):
+        Loader(SCENES, config_of(**changes))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="rank"):
+        Loader(SCENES, config_of(), rank=2, world_size=2)
+    loader = Loader(SCENES, config_of())
+    with pytest.raises(ValueError, match="start_batch"):
+        next(loader.epoch(0, 7))
+    loader.close()
