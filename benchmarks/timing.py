@@ -1,0 +1,121 @@
+"""How calls are timed: several at once, in turns, by the clock on a CPU and by events on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Call = Callable[[], Any]
+
+MIN_ROUNDS = 5
+WARM_UP_CALLS = 3
+_SHORT_CALL_S = 100e-6  # shorter calls are timed several at a time, so that reading the clock costs under a percent
+_SWEEP_BYTES = 256 << 20
+_COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+class Timer:
+    """Times calls on one device. cold: a large buffer is written before each call, so no cache holds its inputs."""
+
+    def __init__(self, device: torch.device, *, cold: bool) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self._sweep = torch.empty(_SWEEP_BYTES, dtype=torch.uint8, device=device) if cold else None
+
+    def warm_up(self, call: Call) -> None:
+        for _ in range(WARM_UP_CALLS):
+            call()
+        self._synchronize()
+
+    def interleaved(self, calls: Mapping[str, Call], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+        """Seconds of each call: rounds over all of them, each round in another order, until rounds or time run out.
+
+        At least MIN_ROUNDS (or `rounds`, if fewer) whatever the time.
+        """
+        inner = {name: self._calls_at_a_time(call) for name, call in calls.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        order, started = list(calls), time.perf_counter()
+        gc.collect()
+        gc.disable()
+        try:
+            for done in range(max(rounds, 1)):
+                if done >= MIN_ROUNDS and time.perf_counter() - started > seconds:
+                    break
+                for name in order:
+                    times[name].append(self._once(calls[name], inner[name]))
+                order = order[1:] + order[:1]
+        finally:
+            gc.enable()
+        return times
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """Memory that one call allocates at its peak, beyond what was there before; None where it cannot be known."""
+        if not self.cuda:
+            return _peak_resident(call)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_bandwidth(self) -> float:
+        """GB/s, read + written, of a plain large copy: about what a memory-bound operation can reach."""
+        source = torch.ones(_COPY_BYTES[self.device.type], dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        sweep, self._sweep = self._sweep, None
+        self.warm_up(lambda: target.copy_(source))
+        times = self.interleaved({"copy": lambda: target.copy_(source)}, rounds=20, seconds=1.0)["copy"]
+        self._sweep = sweep
+        return 2 * source.numel() / float(np.percentile(times, 20)) / 1e9
+
+    def _calls_at_a_time(self, call: Call) -> int:
+        if self.cuda or self._sweep is not None:
+            return 1
+        started = time.perf_counter()
+        call()
+        return max(1, min(1000, round(_SHORT_CALL_S / max(time.perf_counter() - started, 1e-9))))
+
+    def _once(self, call: Call, inner: int) -> float:
+        if self._sweep is not None:  # on a GPU it also keeps the device busy while Python enqueues the call
+            self._sweep.zero_()
+        if self.cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3
+        started = time.perf_counter()
+        for _ in range(inner):
+            call()
+        return (time.perf_counter() - started) / inner
+
+    def _synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def _peak_resident(call: Call) -> int | None:
+    """Growth of resident memory during a call, by the kernel's high-water mark (Linux)."""
+    try:
+        with contextlib.suppress(OSError, AttributeError):  # give back what malloc keeps: reuse must not hide a need
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0)
+    except (OSError, KeyError):
+        return None
+
+
+def _status(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024

@@ -1,0 +1,130 @@
+"""The benchmark harness: rows as tools expect them, no number on a red check, plots and tables from rows alone."""
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import harness
+import report
+import timing
+
+KEYS = [  # what DESIGN promises to tools
+    *["bench", "case", "provider", "backend", "device", "dtype", "p20_ms", "p50_ms", "p80_ms"],
+    *["bytes", "gb_per_s", "items_per_s", "peak_bytes"],
+]
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch):
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+
+
+def start(*options: str) -> harness.Bench:
+    arguments = ["--device=cpu", "--seconds=0.05", "--repeats=5", *options]
+    return harness.Bench("nap", harness.parser("nap").parse_args(arguments))
+
+
+def nap(milliseconds: float):
+    return lambda: time.sleep(milliseconds * 1e-3)
+
+
+def test_rows_and_environment(tmp_path):
+    bench = start(f"--json={tmp_path}/deep/rows.json", f"--csv={tmp_path}/rows.csv", "--dtype=bfloat16")
+    bench.case("short n=1", {"scrl_fast/native": nap(1), "rival": nap(4)}, bytes=4_000_000, items=10)
+    assert bench.finish() == 0
+    *rows, environment = json.loads((tmp_path / "deep/rows.json").read_text())
+    assert [list(row) for row in rows] == [KEYS, KEYS]
+    ours, rival = rows
+    assert (ours["provider"], ours["backend"], rival["provider"], rival["backend"]) == (
+        "scrl_fast",
+        "native",
+        "rival",
+        "",
+    )
+    assert ours["case"] == rival["case"] == "short n=1" and ours["dtype"] == "bfloat16"
+    assert 1 <= ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] < rival["p50_ms"]
+    assert ours["gb_per_s"] == pytest.approx(4 / ours["p50_ms"])
+    assert ours["items_per_s"] == pytest.approx(10_000 / ours["p50_ms"])
+    assert environment["case"] == "environment" and environment["copy_gb_per_s"] > 0
+    assert {"device_name", "threads", "versions", "commit"} <= set(environment)
+    table = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["provider"] for row in table] == ["scrl_fast", "rival"] and table[0][
+        "torch_version"
+    ] == torch.__version__
+
+
+@pytest.mark.parametrize("check", [lambda: False, lambda: torch.testing.assert_close(torch.ones(1), torch.zeros(1))])
+def test_red_check_gives_no_number(check, capsys):
+    bench = start()
+    assert bench.case("wrong", {"scrl_fast": nap(0)}, check=check) == []
+    assert bench.rows == [] and bench.finish() == 1
+    assert "red" in capsys.readouterr().out
+
+
+def test_failing_rival_is_named_and_others_run(capsys):
+    bench = start()
+
+    def broken():
+        raise RuntimeError("needs a compiler")
+
+    rows = bench.case("case", {"scrl_fast": nap(0), "rival": broken})
+    assert [row["provider"] for row in rows] == ["scrl_fast"] and bench.finish() == 1
+    assert "needs a compiler" in capsys.readouterr().out
+
+
+def test_rounds_are_interleaved_and_bounded():
+    calls = []
+    timer = timing.Timer(torch.device("cpu"), cold=False)
+    work = {name: lambda name=name: (calls.append(name), time.sleep(1e-3)) for name in "ab"}
+    times = timer.interleaved(work, rounds=6, seconds=60)
+    assert [len(t) for t in times.values()] == [6, 6]
+    assert "".join(calls[2:]) == "abba" * 3
+    assert [len(t) for t in timer.interleaved(work, rounds=50, seconds=0).values()] == [timing.MIN_ROUNDS] * 2
+
+
+def test_only_selects_cases():
+    bench = start("--only=b=2")
+    assert bench.case("a b=1", {"scrl_fast": nap(0)}) == []
+    assert len(bench.case("a b=2", {"scrl_fast": nap(0)})) == 1
+
+
+def test_peak_memory_of_a_call():
+    timer = timing.Timer(torch.device("cpu"), cold=False)
+    peak = timer.peak_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8))
+    if peak is None:
+        pytest.skip("this kernel keeps no high-water mark of memory")
+    assert 60 << 20 < peak < 80 << 20
+
+
+def test_table_shows_ratio_to_ours():
+    row = dict.fromkeys(KEYS) | {"case": "c", "backend": "", "p20_ms": 1.0, "p80_ms": 1.0, "gb_per_s": 5.0}
+    rows = [row | {"provider": "rival", "p50_ms": 6.0}, row | {"provider": "scrl_fast", "p50_ms": 2.0}]
+    text = report.table("c", rows, copy_gb_per_s=10.0)
+    assert "3.00x" in text and "50%" in text
+
+
+def test_plot_from_rows_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict.fromkeys(KEYS) | {"provider": "scrl_fast", "backend": "", "p50_ms": 2.0, "gb_per_s": 5.0}
+    rows = [row | {"case": f"forward layout=nchw batch={n}"} for n in (64, 128)]
+    (line,) = report.curves(rows)["batch"].items()
+    assert line[0] == "scrl_fast forward layout=nchw" and [x for x, _ in line[1]] == [64, 128]
+    for some in (rows, rows[:1]):
+        file = tmp_path / f"{len(some)}.png"
+        report.plot(some, file)
+        assert file.read_bytes()[1:4] == b"PNG"
+
+
+def test_saved_rows_can_be_printed(tmp_path, capsys):
+    bench = start(f"--json={tmp_path}/rows.json")
+    bench.case("case", {"scrl_fast": nap(0)})
+    bench.finish()
+    capsys.readouterr()
+    assert report.main([f"{tmp_path}/rows.json"]) == 0
+    assert "scrl_fast" in capsys.readouterr().out
