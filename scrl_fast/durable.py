@@ -80,7 +80,6 @@ def publish(temporary: Path, path: Path, digest: str) -> None:
         sidecar.unlink()
         sync_folder(path.parent)
     os.replace(temporary, path)
-    temporary.unlink(missing_ok=True)  # rename does nothing when both names are already links to one file
     sync_folder(path.parent)
     write_text(sidecar, f"{digest}  {path.name}\n")
 

@@ -196,7 +196,7 @@ def test_our_checks_are_input_and_our_slips_are_not():
     for wrong, code in [
         (lambda: config.TrainConfig(epochs=0), 2),  # a `raise` of ours
         (lambda: config.TrainConfig(nonsense=1), 1),  # a TypeError that Python raised at our caller
-        (lambda: config.check_fields(3, "x"), 1),  # a TypeError inside our code that nobody wrote down
+        (lambda: config.at_least("x").allows(3), 1),  # a TypeError inside our code that nobody wrote down
         (lambda: int("x"), 1),
     ]:
         with pytest.raises((TypeError, ValueError)) as caught:
