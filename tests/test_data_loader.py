@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def test_seeds_differ() -> None:
 def test_batches_of_the_next_epoch_are_made_ahead_but_none_after_the_last() -> None:
     source = Pictures(8)
     loader = Loader(source, config_of(data__workers=1, data__prefetch=2))
-    list(loader.epoch(0))
+    with closing(loader.epoch(0)) as stream:  # as the trainer does: it stops asking after the last batch
+        for _ in range(2):
+            next(stream)
     deadline = time.monotonic() + 10
     while len(source.reads) < 16 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -310,9 +313,9 @@ def test_threads_end_with_the_loader() -> None:
     loader = Loader(SCENES, config_of(data__workers=3))
     list(loader.epoch(0, 5))
     del loader, stream
-    gc.collect()  # batches made ahead and their loader hold each other
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
+        gc.collect()  # batches made ahead and their loader hold each other
         time.sleep(0.01)
     assert threading.active_count() == before
 

@@ -110,14 +110,15 @@ class Loader:
         """
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch must lie in 0..{len(self)}, got {start_batch}")
-        finished = False
+        last = False
         try:
             for number in range(start_batch, len(self)):
                 self._fill_up(epoch, number)
-                yield self._next()
-            finished = True
+                batch = self._next()
+                last = number + 1 == len(self)
+                yield batch
         finally:
-            if not finished:  # broken off: nothing made ahead is wanted any more
+            if not last:  # broken off: nothing made ahead is wanted any more
                 self._drop()
 
     def close(self) -> None:
