@@ -1,0 +1,243 @@
+"""RoI linear accuracy: can a linear classifier name what lies in a box, from the frozen feature map alone?
+
+SCRL (arXiv 2103.06122) reports it on COCO's ground-truth boxes. The same protocol for every encoder, whatever its
+weights:
+
+1. The encoder is frozen. Its BatchNorm statistics are measured anew on the training images: those of a random
+   initialisation (mean 0, variance 1) describe no data, and those of a trained one describe augmented views.
+2. RoIAlign on the ground-truth boxes gives one feature a box, extracted once, standardised by the training boxes.
+3. Multinomial logistic regression with an L2 penalty, solved to convergence (L-BFGS, float64, no randomness). The
+   penalty is the best of five on every fifth training image, then the classifier is fitted to all of them.
+
+The result is deterministic for a given number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scrl_fast.config import Config
+from scrl_fast.models import Encoder
+from scrl_fast.ops import roi_align
+
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+VALIDATION_FOLD = 5  # every fifth training image chooses the penalty
+STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel at 96 pixels and stride 8
+LBFGS_STEPS = 100
+
+
+class LabelledRegions(Protocol):
+    """Images with labelled boxes, such as `scrl_fast.data.DemoScenes`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Image as RGB, uint8 ``[H, W, 3]``; sizes may differ."""
+        ...
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        """``[n, 4]`` as x0, y0, x1, y1 in pixels."""
+        ...
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        """Class of each box, ``[n]``, 0 or more."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoILinearResult:
+    """What `roi_linear` measured."""
+
+    accuracy: float
+    """Top-1 over the test boxes, 0 to 1."""
+    boxes: int
+    """Test boxes."""
+    train_boxes: int
+    """Boxes the classifier was fitted to."""
+    classes: int
+    """Classes of the classifier."""
+    penalty: float
+    """The L2 penalty that was chosen."""
+
+
+def roi_linear(
+    encoder: Encoder,
+    train: LabelledRegions,
+    test: LabelledRegions,
+    *,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    pool_size: int = 1,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    batch_size: int = 128,
+    measure_batchnorm: bool = True,
+) -> RoILinearResult:
+    """Top-1 accuracy of a linear classifier on RoIAligned features of the frozen encoder.
+
+    encoder: left as it is; the work is done on a copy, on the encoder's device, in float32.
+    mean, std: what the encoder's input is normalised by, for values in 0..1.
+    pool_size, sampling_ratio, aligned: of RoIAlign; bins are laid side by side.
+    measure_batchnorm: step 1 of the protocol; False evaluates the stored statistics.
+    Raises ValueError when train or test holds no boxes.
+    """
+    encoder = copy.deepcopy(encoder).requires_grad_(False)
+    reader = _Reader(mean, std, next(encoder.parameters()).device, batch_size)
+    with torch.no_grad():
+        if measure_batchnorm:
+            _measure_batchnorm(encoder, train, reader)
+        encoder.eval()
+        samples = []
+        for name, regions in (("train", train), ("test", test)):
+            pooled = [
+                (roi_align(encoder(images), boxes, pool_size, 1 / encoder.stride, sampling_ratio, aligned), *rest)
+                for images, boxes, *rest in reader.batches(regions)
+            ]
+            if not sum(len(rows) for rows, *_ in pooled):
+                raise ValueError(f"{name} holds no boxes in its {len(regions)} images")
+            samples.append(_Samples(*(torch.cat(parts) for parts in zip(*pooled, strict=True))).flat())
+    return _classify(*samples)
+
+
+def demo_roi_linear(encoder: Encoder, config: Config) -> RoILinearResult:
+    """`roi_linear` on the scenes that the demo trained on and on ``eval.scenes`` held-out ones (source=demo)."""
+    from scrl_fast.data import DemoScenes
+
+    data, model = config.data, config.model
+    return roi_linear(
+        encoder,
+        DemoScenes(data.demo_images, data.demo_size, config.train.seed),
+        DemoScenes(config.eval.scenes, data.demo_size, config.train.seed, "test"),
+        mean=config.views.mean,
+        std=config.views.std,
+        sampling_ratio=model.sampling_ratio,
+        aligned=model.aligned,
+    )
+
+
+# ---- features ----
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """One row a box."""
+
+    features: Tensor  # [n, C]
+    labels: Tensor  # [n] int64
+    images: Tensor  # [n] int64, index of the image that the box lies in
+
+    def flat(self) -> _Samples:
+        return _Samples(self.features.flatten(1).double().cpu(), self.labels, self.images)
+
+    def __getitem__(self, mask: Tensor) -> _Samples:
+        return _Samples(self.features[mask], self.labels[mask], self.images[mask])
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Normalised images and their boxes, in batches of one size, in order."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+    batch_size: int
+
+    def batches(self, regions: LabelledRegions) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(images ``[b, 3, H, W]``, boxes ``[n, 5]``, labels ``[n]``, image of each box ``[n]``)."""
+        for first, pictures in self._same_size(regions):
+            at = range(first, first + len(pictures))
+            boxes = [np.insert(regions.boxes(i), 0, i - first, axis=1) for i in at]
+            labels = [regions.labels(i) for i in at]
+            images = np.repeat(np.asarray(at), [len(found) for found in labels])
+            yield (
+                self._normalised(pictures),
+                torch.from_numpy(np.concatenate(boxes).astype(np.float32)).to(self.device),
+                torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+                torch.from_numpy(images),
+            )
+
+    def _same_size(self, regions: LabelledRegions) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+        group: list[NDArray[np.uint8]] = []
+        for i in range(len(regions)):
+            picture = regions.read(i)
+            if group and (len(group) == self.batch_size or picture.shape != group[0].shape):
+                yield i - len(group), group
+                group = []
+            group.append(picture)
+        if group:
+            yield len(regions) - len(group), group
+
+    def _normalised(self, pictures: list[NDArray[np.uint8]]) -> Tensor:
+        images = torch.from_numpy(np.stack(pictures)).to(self.device).permute(0, 3, 1, 2)  # channels_last as it lies
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+def _measure_batchnorm(encoder: nn.Module, regions: LabelledRegions, reader: _Reader) -> None:
+    """Replace the running statistics by plain averages over the first images."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not any(norm.track_running_stats for norm in norms):
+        return
+    encoder.eval()  # dropout and its like stay off
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative average
+        norm.train()
+    seen = 0
+    for images, *_ in reader.batches(regions):
+        encoder(images)
+        seen += len(images)
+        if seen >= STATISTICS_IMAGES:
+            break
+
+
+# ---- classifier ----
+
+
+def _classify(train: _Samples, test: _Samples) -> RoILinearResult:
+    classes = int(train.labels.max()) + 1
+    centre, scale = train.features.mean(0), train.features.std(0, correction=0)
+    scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)  # a dead channel stays at zero
+    train, test = (_Samples((s.features - centre) / scale, s.labels, s.images) for s in (train, test))
+    validation = train.images % VALIDATION_FOLD == 0
+    penalty = PENALTIES[len(PENALTIES) // 2]
+    if validation.any() and not validation.all():
+        fitted = _fit(train[~validation], classes, PENALTIES)
+        scores = [_accuracy(weight, train[validation]) for weight in fitted]
+        penalty = PENALTIES[scores.index(max(scores))]
+    (weight,) = _fit(train, classes, [penalty])
+    return RoILinearResult(_accuracy(weight, test), len(test.labels), len(train.labels), classes, penalty)
+
+
+@torch.enable_grad()
+def _fit(samples: _Samples, classes: int, penalties: Sequence[float]) -> list[Tensor]:
+    """Weights ``[C + 1, classes]`` (the last row is the bias) for each penalty, each started from the one before."""
+    rows = F.pad(samples.features, (0, 1), value=1.0)
+    weight = torch.zeros(rows.shape[1], classes, dtype=rows.dtype, requires_grad=True)
+    fitted = []
+    for penalty in penalties:
+        solver = torch.optim.LBFGS([weight], max_iter=LBFGS_STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+        def objective(solver: torch.optim.LBFGS = solver, penalty: float = penalty) -> Tensor:
+            solver.zero_grad()
+            loss = F.cross_entropy(rows @ weight, samples.labels) + penalty * weight[:-1].square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(objective)  # type: ignore[arg-type]
+        fitted.append(weight.detach().clone())
+    return fitted
+
+
+def _accuracy(weight: Tensor, samples: _Samples) -> float:
+    predicted = (samples.features @ weight[:-1] + weight[-1]).argmax(1)
+    return (predicted == samples.labels).double().mean().item()

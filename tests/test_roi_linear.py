@@ -1,0 +1,142 @@
+"""RoI linear accuracy: the protocol is blind to who made the weights, exact where the answer is known, repeatable."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scrl_fast.config import Config
+from scrl_fast.evaluate import demo_roi_linear, roi_linear
+from scrl_fast.evaluate.roi_linear import _fit, _Samples
+from scrl_fast.models import Encoder, build_encoder
+
+
+class Colours:
+    """Grey images with squares of one of three colours: the class is the colour, its place is random."""
+
+    def __init__(self, count: int, seed: int, sizes: tuple[int, ...] = (32,), squares: int = 2) -> None:
+        rng = np.random.default_rng(seed)
+        self._items = []
+        for i in range(count):
+            size = sizes[i % len(sizes)]
+            image = rng.integers(90, 160, (size, size, 3)).astype(np.uint8)
+            labels = rng.integers(0, 3, squares if i % 4 else 0)  # every fourth image holds none
+            boxes = np.zeros((len(labels), 4), np.float32)
+            for k, label in enumerate(labels):
+                x, y = 16 * k, int(rng.integers(0, size - 12))
+                image[y : y + 12, x : x + 12] = 40
+                image[y : y + 12, x : x + 12, label] = 220
+                boxes[k] = x, y, x + 12, y + 12
+            self._items.append((image, boxes, labels))
+
+    def __len__(self):
+        return len(self._items)
+
+    def read(self, index):
+        return self._items[index][0]
+
+    def boxes(self, index):
+        return self._items[index][1]
+
+    def labels(self, index):
+        return self._items[index][2]
+
+
+def identity_encoder() -> Encoder:
+    """A feature map that is the image itself, averaged over 4x4 pixels."""
+    torch.manual_seed(0)
+    body = nn.Module()
+    body.conv1, body.bn1 = nn.Conv2d(3, 3, 4, 4, bias=False), nn.BatchNorm2d(3)
+    body.conv1.weight.data = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 4, 4) / 16
+    for name in ("relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        setattr(body, name, nn.Identity())
+    return Encoder("identity", body, out_channels=3, stride=4)
+
+
+def test_finds_what_lies_in_the_boxes():
+    result = roi_linear(identity_encoder(), Colours(60, seed=0), Colours(40, seed=1))
+    assert result.accuracy > 0.97
+    assert (result.boxes, result.train_boxes, result.classes) == (60, 90, 3)
+
+
+def test_labels_that_say_nothing_are_not_learned():
+    test = Colours(200, seed=1)
+    for _, _, labels in test._items:
+        labels[:] = np.random.default_rng(len(labels)).permutation(labels + 1) % 3
+    result = roi_linear(identity_encoder(), Colours(60, seed=0), test)
+    assert result.accuracy < 0.6
+
+
+def test_boxes_are_read_where_they_lie():
+    shifted = Colours(40, seed=1)
+    for _, boxes, _ in shifted._items:
+        boxes[:, [0, 2]] = 31 - boxes[:, [2, 0]]  # mirrored: the other square, or none
+    assert roi_linear(identity_encoder(), Colours(60, seed=0), shifted).accuracy < 0.7
+
+
+def test_images_of_mixed_sizes_and_batches_give_the_same_answer():
+    train, test = Colours(60, seed=0, sizes=(32, 48)), Colours(40, seed=1, sizes=(40, 32, 32))
+    results = [roi_linear(identity_encoder(), train, test, batch_size=b, measure_batchnorm=False) for b in (1, 7, 128)]
+    assert results[0].accuracy > 0.97 and results[0] == results[1] == results[2]
+
+
+def test_the_encoder_is_left_alone_and_the_answer_repeats():
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet10_tiny").train()
+    before = copy.deepcopy(encoder.state_dict())
+    results = [roi_linear(encoder, Colours(40, seed=0), Colours(20, seed=1)) for _ in range(2)]
+    assert results[0] == results[1]
+    assert encoder.training and all(p.requires_grad for p in encoder.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_stored_batchnorm_statistics_do_not_matter():
+    """Two encoders that differ in running statistics only are the same encoder to this protocol."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet10_tiny")
+    other = copy.deepcopy(encoder)
+    for module in other.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 9)
+    data = Colours(40, seed=0), Colours(20, seed=1)
+    assert roi_linear(encoder, *data) == roi_linear(other, *data)
+
+
+def test_channel_scale_does_not_matter():
+    """Standardised features: a channel a thousand times larger than its neighbours has no louder voice."""
+    encoder = identity_encoder()
+    loud = copy.deepcopy(encoder)
+    loud.body.conv1.weight.data[0] *= 1000
+    data = Colours(60, seed=0), Colours(40, seed=1)
+    plain, scaled = (roi_linear(e, *data, measure_batchnorm=False).accuracy for e in (encoder, loud))
+    assert plain == pytest.approx(scaled, abs=0.02)
+
+
+def test_classifier_agrees_with_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the other solver here")
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(300, 7)), rng.integers(0, 4, 300)
+    features[:, 0] += labels
+    penalty = 1e-2
+    samples = _Samples(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(300))
+    (ours,) = _fit(samples, 4, [penalty])
+    theirs = linear_model.LogisticRegression(C=1 / (2 * penalty * 300), tol=1e-10, max_iter=2000).fit(features, labels)
+    torch.testing.assert_close(ours[:-1].T, torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-4)
+
+
+def test_demo_protocol_runs_on_the_configured_scenes():
+    config = Config()
+    config.data.demo_images, config.data.demo_size, config.eval.scenes = 24, 48, 12
+    torch.manual_seed(0)
+    result = demo_roi_linear(build_encoder("resnet10_tiny"), config)
+    assert 0 <= result.accuracy <= 1 and result.classes == 10 and result.boxes > 12
+
+
+def test_without_boxes_there_is_nothing_to_measure():
+    with pytest.raises(ValueError, match="test holds no boxes in its 8 images"):
+        roi_linear(identity_encoder(), Colours(60, seed=0), Colours(8, seed=0, squares=0))
