@@ -291,6 +291,7 @@ def test_kill_at_any_moment_loses_at_most_the_step_being_written(manager):
         time.sleep(random.Random(trial).uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         done = max([done + 1, *map(int, process.stdout.read().split())])
+        process.stdout.close()
         process.wait()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # killed between a file and its checksum: read by its zip checksums
