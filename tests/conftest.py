@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():  # before the first kernel is decorated: the decorator reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():  # before the first kernel is decorated: the d
 from scrl_fast import backends
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+_device_constructors()  # fills its cache with the real torch.empty, before that is replaced below
 GUARD = 256  # elements before and behind; whole cache lines in every dtype, so alignment stays what an allocator gives
 INTEGER_POISON = 85  # 0b01010101 in every byte: far outside any index, and a legal value of every integer dtype
 

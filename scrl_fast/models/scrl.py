@@ -129,7 +129,8 @@ class SCRL(nn.Module):
     def _probe(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.probe is None or labels is None:
             return None, None, None
-        logits = self.probe(features.detach().mean((2, 3))).float()
+        logits = self.probe(features.detach().mean((2, 3)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = labels.repeat(2)
         count = (labels >= 0).sum()
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count.clamp(min=1)
