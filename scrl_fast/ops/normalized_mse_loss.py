@@ -155,27 +155,39 @@ def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
     return grad * factor if scalar else (grad * factor.unsqueeze(-1)).to(grad.dtype)
 
 
-if not _native.load_failure("_ops"):
-    torch.library.register_fake("scrl_fast::normalized_mse_loss", _fake)
-    torch.library.register_autograd("scrl_fast::normalized_mse_loss", _backward, setup_context=_setup_context)
+def _triton_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from scrl_fast.kernels.normalized_mse_loss import normalized_mse_loss as launch  # imports triton only when it runs
+
+    return launch(*args)
 
 
-_FORMS: dict[str, Any] = {
-    "native_failure": lambda device_type: _native.op_failure("normalized_mse_loss", device_type),
-}
-_ROWS = register(
-    Operation(
-        "normalized_mse_loss",
-        reference=normalized_mse_loss_reference,
-        native=_rows_through("normalized_mse_loss"),
-        **_FORMS,
-    )
+def _register(op: str) -> None:
+    torch.library.register_fake(f"scrl_fast::{op}", _fake)
+    torch.library.register_autograd(f"scrl_fast::{op}", _backward, setup_context=_setup_context)
+
+
+torch.library.define(
+    "scrl_fast::normalized_mse_loss_triton",
+    "(Tensor input, Tensor target, bool two_views, int reduction, bool grad_input, bool grad_target)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-_TWO_VIEW = register(
-    Operation(
-        "two_view_loss",
-        reference=two_view_loss_reference,
-        native=_two_views_through("normalized_mse_loss"),
-        **_FORMS,
+torch.library.impl("scrl_fast::normalized_mse_loss_triton", ("cpu", "cuda"), _triton_impl)
+_register("normalized_mse_loss_triton")
+if not _native.load_failure("_ops"):
+    _register("normalized_mse_loss")
+
+_ROWS, _TWO_VIEW = (
+    register(
+        Operation(
+            name,
+            reference=reference,
+            native=through("normalized_mse_loss"),
+            native_failure=lambda device_type: _native.op_failure("normalized_mse_loss", device_type),
+            triton=through("normalized_mse_loss_triton"),
+        )
+    )
+    for name, reference, through in (
+        ("normalized_mse_loss", normalized_mse_loss_reference, _rows_through),
+        ("two_view_loss", two_view_loss_reference, _two_views_through),
     )
 )
