@@ -18,11 +18,8 @@ struct LarsFactors {
   A gradient, decay, momentum, lr;
 };
 
-// lr and momentum multiply the settings' own: numbers that live on the GPU, else 1.
 template <class A>
-SCRL_HOST_DEVICE LarsFactors<A> lars_factors(const LarsSettings& s, double lr, double momentum, double param_squared,
-                                             double gradient_squared) {
-  lr *= s.lr;
+SCRL_HOST_DEVICE LarsFactors<A> lars_factors(const LarsSettings& s, double param_squared, double gradient_squared) {
   double gradient = s.grad_scale, decay = s.weight_decay;
   if (s.mode == kAdapt) {
     const double param_norm = std::sqrt(param_squared), gradient_norm = std::sqrt(gradient_squared);
@@ -31,9 +28,9 @@ SCRL_HOST_DEVICE LarsFactors<A> lars_factors(const LarsSettings& s, double lr, d
                             : s.trust_coefficient * param_norm / (gradient_norm + s.weight_decay * param_norm + s.eps);
     decay *= gradient;
   } else if (s.mode == kPlainByLr) {
-    gradient = lr;
+    gradient = s.lr;
   }
-  return {static_cast<A>(gradient), static_cast<A>(decay), static_cast<A>(momentum * s.momentum), static_cast<A>(lr)};
+  return {static_cast<A>(gradient), static_cast<A>(decay), static_cast<A>(s.momentum), static_cast<A>(s.lr)};
 }
 
 // V: one number or a vector of them

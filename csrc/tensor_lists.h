@@ -72,18 +72,20 @@ inline void check_lars_lists(const std::vector<Tensor>& params, const std::vecto
   for (int64_t row : setting_of) STD_TORCH_CHECK(row >= 0 && row < rows, what, ": no settings at ", row);
 }
 
-// A number given as a factor and, perhaps, a tensor of one float32 or float64 element that it multiplies.
-inline void check_number(const std::optional<Tensor>& tensor, const char* what) {
+// Numbers given as factors of a float32 or float64 tensor, if there is one: it has one element for all or one for each.
+inline void check_numbers(const std::optional<Tensor>& tensor, int64_t count, const char* what) {
   if (!tensor) return;
-  STD_TORCH_CHECK(tensor->numel() == 1, what, ": a number must have one element");
+  STD_TORCH_CHECK(tensor->numel() == 1 || tensor->numel() == count, what, ": one number or ", count, " are needed");
+  STD_TORCH_CHECK(tensor->is_contiguous(), what, ": numbers must be contiguous");
   STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float || tensor->scalar_type() == ScalarType::Double, what,
-                  ": a number must be float32 or float64");
+                  ": numbers must be float32 or float64");
 }
 
-inline double number_on_host(double factor, const std::optional<Tensor>& tensor) {
-  if (!tensor) return factor;
-  if (tensor->scalar_type() == ScalarType::Float) return factor * *tensor->const_data_ptr<float>();
-  return factor * *tensor->const_data_ptr<double>();
+inline double number_on_host(const std::optional<Tensor>& tensor, int64_t place) {
+  if (!tensor) return 1;
+  if (tensor->numel() == 1) place = 0;
+  if (tensor->scalar_type() == ScalarType::Float) return tensor->const_data_ptr<float>()[place];
+  return tensor->const_data_ptr<double>()[place];
 }
 
 }  // namespace scrl

@@ -43,8 +43,8 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
                  std::optional<Tensor> momentum_tensor) {
   check_flat(targets, "ema_update_");
   check_alike(targets, sources, "ema_update_");
-  check_number(momentum_tensor, "ema_update_");
-  momentum = number_on_host(momentum, momentum_tensor);
+  check_numbers(momentum_tensor, 1, "ema_update_");
+  momentum *= number_on_host(momentum_tensor, 0);
   if (momentum == 1) return;
   const std::vector<Chunk> chunks = chunks_of(targets);
   torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {

@@ -29,10 +29,6 @@ struct Item {
   Squares squares;
 };
 
-struct Numbers {
-  double lr, momentum, ema_momentum;
-};
-
 // The products of two float32 are exact in float64: sums agree to the bit on every instruction set.
 SCRL_INLINE void add_squares(f64x8 (&sum)[2], f32x16 value) {
   using f32x8 = float __attribute__((vector_size(32)));
@@ -64,12 +60,11 @@ SCRL_INLINE Squares squares_of_chunk(const Item& item, int64_t begin, int64_t co
 }
 
 template <class Storage, bool with_target>
-SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
+SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, double ema_momentum) {
   constexpr int64_t L = lane_count<Storage>;
   using A = accumulate_t<Storage>;
-  const auto factors = lars_factors<A>(*item.settings, numbers.lr, numbers.momentum, item.squares.param,
-                                       item.squares.gradient);
-  const auto toward = ema_factors<A>(numbers.ema_momentum);
+  const auto factors = lars_factors<A>(*item.settings, item.squares.param, item.squares.gradient);
+  const auto toward = ema_factors<A>(ema_momentum);
   Storage* p = static_cast<Storage*>(item.param) + begin;
   Storage* b = static_cast<Storage*>(item.buffer) + begin;
   Storage* t = static_cast<Storage*>(item.target) + (with_target ? begin : 0);
@@ -100,11 +95,11 @@ SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, Nu
 }
 
 template <class Storage>
-SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
+SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, double ema_momentum) {
   if (item.target)
-    update_chunk<Storage, true>(item, begin, count, numbers);
+    update_chunk<Storage, true>(item, begin, count, ema_momentum);
   else
-    update_chunk<Storage, false>(item, begin, count, numbers);
+    update_chunk<Storage, false>(item, begin, count, ema_momentum);
 }
 
 SCRL_MULTIVERSION Squares squares_any(const Item& item, int64_t begin, int64_t count) {
@@ -114,24 +109,58 @@ SCRL_MULTIVERSION Squares squares_any(const Item& item, int64_t begin, int64_t c
   return squares_of_chunk<f16>(item, begin, count);
 }
 
-SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count, Numbers numbers) {
-  if (item.dtype == ScalarType::Float) return update_chunk<float>(item, begin, count, numbers);
-  if (item.dtype == ScalarType::Double) return update_chunk<double>(item, begin, count, numbers);
-  if (item.dtype == ScalarType::BFloat16) return update_chunk<bf16>(item, begin, count, numbers);
-  return update_chunk<f16>(item, begin, count, numbers);
+SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count, double ema_momentum) {
+  if (item.dtype == ScalarType::Float) return update_chunk<float>(item, begin, count, ema_momentum);
+  if (item.dtype == ScalarType::Double) return update_chunk<double>(item, begin, count, ema_momentum);
+  if (item.dtype == ScalarType::BFloat16) return update_chunk<bf16>(item, begin, count, ema_momentum);
+  return update_chunk<f16>(item, begin, count, ema_momentum);
 }
 
-// Adds the chunks' squares to their tensors, in their order. Whether all gradients are finite.
-bool gather_squares(const std::vector<Chunk>& chunks, const std::vector<Squares>& squares, std::vector<Item>& items) {
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    Squares& sum = items[chunks[c].tensor].squares;
-    sum.param += squares[c].param;
-    sum.gradient += squares[c].gradient;
+class Step {
+ public:
+  Step(std::vector<Item> items, const std::vector<Tensor>& params, double ema_momentum)
+      : items_(std::move(items)), chunks_(chunks_of(params)), squares_(chunks_.size()), ema_momentum_(ema_momentum) {}
+
+  int64_t size() const { return chunks_.size(); }
+
+  // End of the shortest run of whole tensors from chunk `begin` on that keeps all threads busy.
+  int64_t run_end(int64_t begin) const {
+    int64_t end = std::min(begin + kRun, size());
+    while (end < size() && chunks_[end].begin > 0) ++end;
+    return end;
   }
-  for (const Item& item : items)
-    if (!std::isfinite(item.squares.gradient)) return false;
-  return true;
-}
+
+  // Sums of squares of the tensors in a run, chunk by chunk and then over chunks in their order.
+  void measure(int64_t begin, int64_t end) {
+    torch::stable::parallel_for(begin, end, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c)
+        squares_[c] = squares_any(items_[chunks_[c].tensor], chunks_[c].begin, chunks_[c].count);
+    });
+    for (int64_t c = begin; c < end; ++c) {
+      Squares& sum = items_[chunks_[c].tensor].squares;
+      sum.param += squares_[c].param;
+      sum.gradient += squares_[c].gradient;
+    }
+  }
+
+  bool finite() const {
+    return std::all_of(items_.begin(), items_.end(), [](const Item& i) { return std::isfinite(i.squares.gradient); });
+  }
+
+  void update(int64_t begin, int64_t end) const {
+    torch::stable::parallel_for(begin, end, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c)
+        update_any(items_[chunks_[c].tensor], chunks_[c].begin, chunks_[c].count, ema_momentum_);
+    });
+  }
+
+ private:
+  static constexpr int64_t kGrain = 2, kRun = 32;
+  std::vector<Item> items_;
+  std::vector<Chunk> chunks_;
+  std::vector<Squares> squares_;
+  double ema_momentum_;
+};
 
 void count_skip(const Tensor& counter) {
   if (counter.scalar_type() == ScalarType::Int)
@@ -146,29 +175,38 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
                 std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
                 std::optional<Tensor> skip_counter) {
   check_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of);
-  for (const auto* number : {&lr, &momentum, &ema_momentum_tensor}) check_number(*number, "lars_step_");
-  const Numbers numbers{number_on_host(1, lr), number_on_host(1, momentum),
-                        number_on_host(ema_momentum, ema_momentum_tensor)};
-  const auto* rows = reinterpret_cast<const LarsSettings*>(settings.data());
+  const auto* given = reinterpret_cast<const LarsSettings*>(settings.data());
+  const auto row_count = static_cast<int64_t>(settings.size()) / kLarsSettings;
+  check_numbers(lr, row_count, "lars_step_");
+  check_numbers(momentum, row_count, "lars_step_");
+  check_numbers(ema_momentum_tensor, 1, "lars_step_");
+  std::vector<LarsSettings> rows(given, given + row_count);
+  for (int64_t row = 0; row < row_count; ++row) {
+    rows[row].lr *= number_on_host(lr, row);
+    rows[row].momentum *= number_on_host(momentum, row);
+  }
+  ema_momentum *= number_on_host(ema_momentum_tensor, 0);
   std::vector<Item> items;
   for (size_t k = 0; k < params.size(); ++k)
     items.push_back({params[k].mutable_data_ptr(), momentum_buffers[k].mutable_data_ptr(), nullptr,
-                     grads[k].const_data_ptr(), params[k].scalar_type(), rows + setting_of[k], {}});
-  if (numbers.ema_momentum != 1)
+                     grads[k].const_data_ptr(), params[k].scalar_type(), &rows[setting_of[k]], {}});
+  if (ema_momentum != 1)
     for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
 
-  const std::vector<Chunk> chunks = chunks_of(params);
-  std::vector<Squares> squares(chunks.size());
-  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count);
-  });
-  const bool finite = gather_squares(chunks, squares, items);
-  if (skip_counter && !finite) return count_skip(*skip_counter);
-  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, numbers);
-  });
+  Step step(std::move(items), params, ema_momentum);
+  if (skip_counter) {  // no update before every gradient has been seen
+    step.measure(0, step.size());
+    if (step.finite())
+      step.update(0, step.size());
+    else
+      count_skip(*skip_counter);
+    return;
+  }
+  for (int64_t begin = 0, end; begin < step.size(); begin = end) {  // the update finds its tensors in the cache
+    end = step.run_end(begin);
+    step.measure(begin, end);
+    step.update(begin, end);
+  }
 }
 }  // namespace
 

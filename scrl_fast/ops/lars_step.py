@@ -25,9 +25,9 @@ class Settings(NamedTuple):
     """For each tensor its place in rows."""
     ema_momentum: float
     lr_tensor: Tensor | None
-    """One element; the rows' lr are factors of it."""
+    """One element for all rows or one for each, that the row's lr multiplies."""
     momentum_tensor: Tensor | None
-    """One element, likewise."""
+    """Likewise."""
     ema_momentum_tensor: Tensor | None
 
 
@@ -37,8 +37,8 @@ def lars_step_(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     *,
-    lr: float | Tensor | Sequence[float],
-    momentum: float | Tensor | Sequence[float] = 0.9,
+    lr: float | Tensor | Sequence[float | Tensor],
+    momentum: float | Tensor | Sequence[float | Tensor] = 0.9,
     weight_decay: float | Sequence[float] = 0.0,
     trust_coefficient: float | Sequence[float] = 1e-3,
     eps: float | Sequence[float] = 1e-8,
@@ -76,7 +76,16 @@ def lars_step_(
         raise ValueError("ema_momentum is needed with ema_targets, got None")
     _check_counter(skip_counter, params)
     settings = _settings(
-        len(params), lr, momentum, weight_decay, trust_coefficient, eps, adapt, grad_scale, ema_momentum
+        len(params),
+        params[0].device if len(params) > 0 and isinstance(params[0], Tensor) else None,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        eps=eps,
+        adapt=adapt,
+        grad_scale=grad_scale,
+        ema_momentum=ema_momentum,
     )
     targets = [None] * len(params) if ema_targets is None else ema_targets
     if len(params) == 0 or not isinstance(params[0], Tensor):
@@ -100,6 +109,8 @@ def _check_counter(counter: Tensor | None, params: Sequence[Tensor]) -> None:
 
 def _settings(
     count: int,
+    device: torch.device | None,
+    *,
     lr: Any,
     momentum: Any,
     weight_decay: Any,
@@ -110,43 +121,68 @@ def _settings(
     ema_momentum: Any,
 ) -> Settings:
     """Checked hyper-parameters, gathered into rows."""
-    lrs, lr_tensor = _column("lr", lr, count, low=0)
-    momenta, momentum_tensor = _column("momentum", momentum, count, low=0)
-    decays = _column("weight_decay", weight_decay, count, low=0)[0]
-    trusts = _column("trust_coefficient", trust_coefficient, count, low=0)[0]
-    epsilons = _column("eps", eps, count, low=0)[0]
-    scales, modes = _scales_and_modes(adapt, grad_scale, count)
+    lrs, lr_tensors = _numbers_or_tensors("lr", lr, count)
+    momenta, momentum_tensors = _numbers_or_tensors("momentum", momentum, count)
+    decays = _numbers("weight_decay", weight_decay, count)
+    trusts = _numbers("trust_coefficient", trust_coefficient, count)
+    scales, modes = _scales_and_modes(_column("adapt", adapt, count), _column("grad_scale", grad_scale, count))
+    columns = (lrs, momenta, decays, trusts, _numbers("eps", eps, count), scales, modes)
     places: dict[tuple[float, ...], int] = {}
-    rows = zip(lrs, momenta, decays, trusts, epsilons, scales, modes, strict=True)
-    row_of = [places.setdefault(row, len(places)) for row in rows]
+    keys = zip(*columns, map(id, lr_tensors), map(id, momentum_tensors), strict=True)
+    row_of = [places.setdefault(key, len(places)) for key in keys]
+    firsts = [row_of.index(row) for row in range(len(places))]
     ema, ema_tensor = check_scalar("ema_momentum", 1.0 if ema_momentum is None else ema_momentum, 0, 1)
-    return Settings(list(places), row_of, ema, lr_tensor, momentum_tensor, ema_tensor)
+    return Settings(
+        [key[: len(columns)] for key in places],
+        row_of,
+        ema,
+        _by_row("lr", [lr_tensors[i] for i in firsts], device),
+        _by_row("momentum", [momentum_tensors[i] for i in firsts], device),
+        _by_row("ema_momentum", [ema_tensor], device),
+    )
 
 
-def _column(name: str, value: Any, count: int, low: float) -> tuple[list[float], Tensor | None]:
-    """A value for each tensor, and the tensor that they are factors of."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != count:
-            raise ValueError(f"{name} has {len(value)} values for {count} tensors")
-        for number in set(value):
-            check_number(name, number, low)
-        return list(value), None
-    number, tensor = check_scalar(name, value, low)
-    return [number] * count, tensor
+def _column(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each tensor."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} tensors")
+    return list(value)
 
 
-def _scales_and_modes(adapt: Any, grad_scale: Any, count: int) -> tuple[list[float], list[float]]:
-    for name, value in (("adapt", adapt), ("grad_scale", grad_scale)):
-        if isinstance(value, (list, tuple)) and len(value) != count:
-            raise ValueError(f"{name} has {len(value)} values for {count} tensors")
-    adapts = adapt if isinstance(adapt, (list, tuple)) else [adapt] * count
-    scales = grad_scale if isinstance(grad_scale, (list, tuple)) else [grad_scale] * count
+def _numbers(name: str, value: Any, count: int) -> list[float]:
+    column = _column(name, value, count)
+    for number in set(column):
+        check_number(name, number, 0)
+    return column
+
+
+def _numbers_or_tensors(name: str, value: Any, count: int) -> tuple[list[float], list[Tensor | None]]:
+    """For each tensor a factor and the tensor that it multiplies, None where the factor is all."""
+    column = _column(name, value, count)
+    distinct = {id(number): number for number in column}
+    checked = {key: check_scalar(name, number, 0) for key, number in distinct.items()}
+    return [checked[id(number)][0] for number in column], [checked[id(number)][1] for number in column]
+
+
+def _by_row(name: str, tensors: list[Tensor | None], device: torch.device | None) -> Tensor | None:
+    """The rows' tensors as one: None, one element for all rows, or one element for each."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device and tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}, the parameters are on {device}")
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0] if tensors else None
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one if t is None else t.reshape(()).to(device, torch.float64) for t in tensors])
+
+
+def _scales_and_modes(adapts: list[bool], scales: list[Any]) -> tuple[list[float], list[float]]:
     for flag in set(adapts):
         if not isinstance(flag, bool):
             raise TypeError(f"adapt must be True or False, got {flag!r}")
-    for scale in set(scales):
-        if scale != "lr":
-            check_number("grad_scale", scale)
+    for scale in set(scales) - {"lr"}:
+        check_number("grad_scale", scale)
     modes = [ADAPT if a else PLAIN_BY_LR if s == "lr" else PLAIN for a, s in zip(adapts, scales, strict=True)]
     return [1.0 if s == "lr" else float(s) for s in scales], modes
 
@@ -164,22 +200,21 @@ def lars_step_reference(
     if skip_counter is None:
         good = None
     else:
-        good = torch.stack([g.isfinite().all() for g in grads]).all()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
+        good = torch.stack(norms).isfinite().all()
         skip_counter += (~good).to(skip_counter.dtype)
     for p, g, b, t, row in zip(params, grads, momentum_buffers, ema_targets, settings.row_of, strict=True):
-        new = _reference_update(p, g, b, t, settings, settings.rows[row])
+        new = _reference_update(p, g, b, t, settings, row)
         for old, value in zip((p, b, t), new, strict=True):
             if old is not None:
                 old.copy_(value if good is None else torch.where(good, value, old))
 
 
-def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, settings: Settings, row: tuple[float, ...]):
-    lr, momentum, weight_decay, trust, eps, grad_scale, mode = row
+def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, settings: Settings, row: int):
+    lr, momentum, weight_decay, trust, eps, grad_scale, mode = settings.rows[row]
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    if settings.lr_tensor is not None:
-        lr = lr * settings.lr_tensor.to(p.device, wide).reshape(())
-    if settings.momentum_tensor is not None:
-        momentum = momentum * settings.momentum_tensor.to(p.device, wide).reshape(())
+    lr = _at_row(lr, settings.lr_tensor, row, p.device, wide)
+    momentum = _at_row(momentum, settings.momentum_tensor, row, p.device, wide)
     wp, wg = p.to(wide), g.to(wide)
     if mode == ADAPT:
         p_norm = torch.linalg.vector_norm(wp, dtype=torch.float64)
@@ -198,6 +233,12 @@ def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, setting
     weight = torch.as_tensor(1.0 - m, dtype=wide, device=p.device)
     moved = torch.lerp(t.to(wide), new_p.to(wide), weight)
     return new_p, new_b, torch.where(weight > 0, moved, t.to(wide))
+
+
+def _at_row(number: Any, tensor: Tensor | None, row: int, device: torch.device, dtype: torch.dtype) -> Any:
+    if tensor is None:
+        return number
+    return number * tensor.flatten()[row if tensor.numel() > 1 else 0].to(device, dtype)
 
 
 def _native_lars_step_(
