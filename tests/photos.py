@@ -51,7 +51,7 @@ def write_formats(folder: Path) -> dict[str, str]:
     alpha.save(folder / "rgba.png")
     alpha.convert("LA").save(folder / "grey-alpha.png")
     picture.quantize(256).save(folder / "palette.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) << 8 | 0x5A).save(folder / "sixteen.png")
     picture.save(folder / "a" / "wrong-name.jpg", format="PNG")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright

@@ -21,6 +21,7 @@ from photos import write_bad, write_photos
 
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
+from scrl_fast.data.bad import BadFiles
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
 from scrl_fast.philox import permutation
@@ -159,6 +160,7 @@ def test_epochs_one_after_the_other_and_out_of_order() -> None:
     epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
     assert not any(same(a, b) for a, b in zip(*epochs, strict=True))
     assert all(map(same, loader.epoch(0, 2), epochs[0][2:]))
+    assert all(map(same, loader.epoch(0, 3), epochs[0][3:]))  # though epoch 1 has been begun
     for _ in loader.epoch(0):
         break  # what was made ahead is dropped
     assert all(map(same, loader.epoch(1), epochs[1]))
@@ -262,6 +264,18 @@ def test_too_many_bad_images_stop_the_run(fraction: float, bad: int) -> None:
     with pytest.raises(TooManyBadImages, match=r"of the 100 images of epoch 0 cannot be read.*picture \d+: no picture"):
         epoch_of(source, config)
     assert issubclass(TooManyBadImages, UsageError)
+
+
+def test_bad_images_are_counted_by_epoch_and_a_good_one_breaks_the_row() -> None:
+    tally = BadFiles(100, 0.1)
+    for epoch in range(3):
+        for index in range(10):
+            tally.add(BadImage(f"{epoch}-{index}", "no picture"), epoch)
+    tally = BadFiles(100, 0.1)
+    for index in range(300):
+        tally.add(BadImage(f"{index % 5}", "no picture"), 0)
+        if index % 99 == 98:
+            tally.good()
 
 
 def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:
