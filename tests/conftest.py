@@ -174,8 +174,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def assert_as_accurate(ours: Tensor, pytorch: Tensor, exact: Tensor, name: str = "result") -> None:
     """The house rule: ``err(ours) <= 2 * err(PyTorch in the same dtype) + eps``, errors being maxima against float64.
 
-    eps is one rounding of the largest exact value in ours' dtype; 64 roundings in float64, where "exact" is no more exact
-    than ours. Shape and dtype must equal PyTorch's.
+    eps is one rounding of the largest exact value in ours' dtype, 64 in float64, where "exact" is no more exact than
+    ours. Shape and dtype must equal PyTorch's.
     """
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     assert ours.dtype == pytorch.dtype, f"{name}: dtype {ours.dtype}, expected {pytorch.dtype}"
