@@ -49,8 +49,17 @@ class Operation:
 
         Raises ValueError for an unknown backend name and RuntimeError for a forced one that cannot run.
         """
-        forced = backend if backend is not None else os.environ.get("SCRL_FAST_BACKEND") or None
-        return getattr(self, _choose(self, device_type, forced))
+        return getattr(self, _chosen(self.name, device_type, backend))
+
+
+def _chosen(name: str, device_type: str, backend: str | None) -> str:
+    forced = backend if backend is not None else os.environ.get("SCRL_FAST_BACKEND") or None
+    return _choose(OPERATIONS[name], device_type, forced)
+
+
+# torch.compile calls it once and keeps the answer instead of tracing into library loading. This is what
+# torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
