@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scrl_fast.config import Config
+from scrl_fast.data import DemoScenes
 from scrl_fast.evaluate import demo_roi_linear, roi_linear
 from scrl_fast.evaluate.roi_linear import _fit, _Samples
 from scrl_fast.models import Encoder, build_encoder
@@ -133,8 +134,12 @@ def test_demo_protocol_runs_on_the_configured_scenes():
     config = Config()
     config.data.demo_images, config.data.demo_size, config.eval.scenes = 24, 48, 12
     torch.manual_seed(0)
-    result = demo_roi_linear(build_encoder("resnet10_tiny"), config)
-    assert 0 <= result.accuracy <= 1 and result.classes == 10 and result.boxes > 12
+    encoders = {"random": build_encoder("resnet10_tiny"), "other": build_encoder("resnet10_tiny")}
+    results = demo_roi_linear(encoders, config)
+    train, test = DemoScenes(24, 48, config.train.seed), DemoScenes(12, 48, config.train.seed, "test")
+    assert results == {name: roi_linear(encoder, train, test) for name, encoder in encoders.items()}
+    assert demo_roi_linear(encoders, config, train=train) == results
+    assert results["random"].classes == 10 and results["random"].boxes > 12
 
 
 def test_without_boxes_there_is_nothing_to_measure():

@@ -15,9 +15,9 @@ The result is deterministic for a given number of threads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -108,20 +108,25 @@ def roi_linear(
     return _classify(*samples)
 
 
-def demo_roi_linear(encoder: Encoder, config: Config) -> RoILinearResult:
-    """`roi_linear` on the scenes that the demo trained on and on ``eval.scenes`` held-out ones (source=demo)."""
+def demo_roi_linear(
+    encoders: Mapping[str, Encoder], config: Config, *, train: LabelledRegions | None = None
+) -> dict[str, RoILinearResult]:
+    """`roi_linear` of each encoder on the demo's own scenes: fitted to the training ones, tested on held-out ones.
+
+    train: the scenes that the configuration describes, where they exist already; else they are made anew.
+    """
     from scrl_fast.data import DemoScenes
 
-    data, model = config.data, config.model
-    return roi_linear(
-        encoder,
-        DemoScenes(data.demo_images, data.demo_size, config.train.seed),
-        DemoScenes(config.eval.scenes, data.demo_size, config.train.seed, "test"),
-        mean=config.views.mean,
-        std=config.views.std,
-        sampling_ratio=model.sampling_ratio,
-        aligned=model.aligned,
-    )
+    data, model, seed = config.data, config.model, config.train.seed
+    train = train or DemoScenes(data.demo_images, data.demo_size, seed)
+    test = DemoScenes(config.eval.scenes, data.demo_size, seed, "test")
+    options: dict[str, Any] = {
+        "mean": config.views.mean,
+        "std": config.views.std,
+        "sampling_ratio": model.sampling_ratio,
+        "aligned": model.aligned,
+    }
+    return {name: roi_linear(encoder, train, test, **options) for name, encoder in encoders.items()}
 
 
 # ---- features ----
