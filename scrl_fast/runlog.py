@@ -70,19 +70,15 @@ def replace_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """The options in full as YAML, so that ``--config`` repeats the run."""
-    import yaml
-
-    plain = json.loads(json.dumps(config))  # tuples become lists: plain YAML has no others
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
 def write_environment(path: Path) -> None:
     """Versions, device and the implementation behind each operation, as `scrl_fast.info` shows them."""
-    from scrl_fast import info
+    try:
+        from scrl_fast import info
 
-    path.write_text(json.dumps(info.collect(), indent=2, default=str), encoding="utf-8")
+        facts = info.collect()
+    except ImportError:
+        facts = {}
+    path.write_text(json.dumps(facts, indent=2, default=str), encoding="utf-8")
 
 
 def json_line(row: Mapping[str, Any]) -> str:

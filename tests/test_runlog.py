@@ -182,13 +182,6 @@ def test_wandb_is_used_when_asked_and_named_when_missing(tmp_path, hide, monkeyp
         open_log(tmp_path, wandb="project")
 
 
-def test_config_comes_back_as_it_was(tmp_path):
-    yaml = pytest.importorskip("yaml")
-    config = {"optim": {"weight_decay": 1e-6, "lr": 0.45}, "views": {"scale": (0.2, 1.0)}, "resume": ""}
-    runlog.write_config(tmp_path / "config.yaml", config)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config | {"views": {"scale": [0.2, 1.0]}}
-
-
 def test_boxes_are_drawn_in_matching_colours_at_their_place(tmp_path):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
     views = torch.zeros(2 * 3, 3, 32, 32)  # grey after un-normalising: the mean

@@ -1,0 +1,138 @@
+"""From the options of a run to its folder, device, networks and optimizer; what can be wrong is found here, early."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from scrl_fast.config import Config
+from scrl_fast.models import SCRL
+from scrl_fast.optim import LARS, lars_param_groups
+
+if TYPE_CHECKING:
+    from scrl_fast.data import Batch
+
+
+def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
+    """Checks what options and data set must agree on, before a network is allocated.
+
+    images: size of the data set. Raises ValueError naming the option, its value and what to do.
+    """
+    config.check_ready()
+    per_step = config.train.batch_size * config.train.accumulate * world_size
+    if images < per_step:
+        factors = f"train.batch_size {config.train.batch_size}"
+        if config.train.accumulate > 1:
+            factors += f" x train.accumulate {config.train.accumulate}"
+        if world_size > 1:
+            factors += f" x {world_size} processes"
+        raise ValueError(f"{factors} needs {per_step} images a step, but the data set has {images}: choose fewer")
+
+
+def choose_folder(config: Config) -> str:
+    """``run.dir``; without one, the folder of the run that ``resume`` points into, or a new one under ``runs/``.
+
+    Raises ValueError for ``resume=auto`` without ``run.dir``.
+    """
+    if config.run.dir:
+        return config.run.dir
+    if config.resume == "auto":
+        raise ValueError("resume=auto continues the run in run.dir, which is empty: name the folder with --run.dir")
+    if config.resume:
+        path = Path(config.resume)
+        folder = path if path.is_dir() else path.parent
+        return str(folder.parent if folder.name == "checkpoints" else folder)
+    return f"runs/{config.data.source}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``train.device`` means. Raises ValueError for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"train.device is {name!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def set_numerics(deterministic: bool, device: torch.device) -> None:
+    """torch's process-wide switches: bit-equal runs, or the fastest convolutions for shapes that never change."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its first call
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def build_model(config: Config, num_classes: int) -> SCRL:
+    """The networks with their initial weights, which ``train.seed`` alone decides; a probe where there are classes."""
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    return SCRL(
+        model.backbone,
+        method=model.method,
+        hidden_dim=model.hidden_dim,
+        projection_dim=model.projection_dim,
+        pool_size=model.pool_size,
+        pool_reduce=model.pool_reduce,
+        sampling_ratio=model.sampling_ratio,
+        aligned=model.aligned,
+        target_init="random" if config.compat == "kakaobrain" else model.target_init,
+        num_classes=num_classes,
+    )
+
+
+def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:
+    """LARS over online network and predictor, with the target's EMA attached, and the probe by plain SGD beside it.
+
+    Every group carries ``peak_lr``, its learning rate at the top of the schedule, scaled by the global batch.
+    With ``compat=kakaobrain`` the probe is one more head under LARS, as in the published implementation; it is read
+    by nobody but the monitor either way.
+    """
+    optim = config.optim
+    scale = global_batch / optim.reference_batch
+    probe_too = config.compat == "kakaobrain"
+    named = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (probe_too or not name.startswith("probe."))
+    ]
+    groups = lars_param_groups(named, optim.weight_decay, compat=config.compat)
+    for group in groups:
+        group["peak_lr"] = optim.lr * scale
+    if model.probe is not None and not probe_too:
+        peak = optim.probe_lr * scale
+        groups.append({"params": list(model.probe.parameters()), "adapt": False, "weight_decay": 0.0, "peak_lr": peak})
+    optimizer = LARS(
+        groups,
+        lr=optim.lr * scale,
+        momentum=optim.momentum,
+        trust_coefficient=optim.trust_coefficient,
+        eps=optim.eps,
+        skip_nonfinite=True,
+    )
+    optimizer.attach_ema(*model.ema_pairs())
+    return optimizer
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed for whatever torch draws in one step of one process (drop path and its like)."""
+    return int(np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def loss_shares(batches: Sequence[Batch]) -> list[float]:
+    """Each batch's share of the box pairs of all, so that the weighted losses add up to the mean over all pairs."""
+    pairs = [count_pairs(batch) for batch in batches]
+    total = sum(pairs)
+    return [count / total for count in pairs] if total else [1.0 / len(batches)] * len(batches)
+
+
+def count_pairs(batch: Batch) -> int:
+    """Box pairs of a batch; without boxes (BYOL) its images."""
+    return batch.views.shape[0] // 2 if batch.boxes is None else batch.boxes[0].shape[0]

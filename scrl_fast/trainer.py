@@ -1,0 +1,307 @@
+"""Pre-training, top to bottom: batches in, checkpoints and a run folder out."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrl_fast import checkpoint, pictures, prepare, resume, runlog
+from scrl_fast.config import Config
+from scrl_fast.data import Batch, Loader, make_source
+from scrl_fast.metrics import StepMeter, feature_std, rankme
+from scrl_fast.schedules import ema_momentum, learning_rate
+from scrl_fast.signals import StopRequest
+
+MONITOR_ROWS = 2048  # projections that the collapse monitors look at: an SVD of more takes longer and says the same
+CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient became NaN or infinite; the parameters are those of the step before."""
+
+
+class SCRLTrainer:
+    """SCRL (or BYOL) pre-training of one encoder.
+
+    config: see `scrl_fast.config.Config`. source: images to use instead of those that ``config.data`` names.
+    rank, world_size: this process among its fellows; the first one writes.
+    Raises ValueError naming the option for whatever can be known to be wrong before the networks exist.
+
+    After construction ``model``, ``optimizer``, ``loader`` and ``train_step`` may also be used without ``fit``.
+    """
+
+    def __init__(self, config: Config, *, source: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        config = replace(config)  # checks again what was changed since it was made
+        train = config.train
+        self.rank, self.world_size = rank, world_size
+        self.source = make_source(config) if source is None else source
+        prepare.check_run(config, images=len(self.source), world_size=world_size)
+        self.device = prepare.choose_device(train.device)
+        self.folder = runlog.prepare_folder(prepare.choose_folder(config), resume=bool(config.resume))
+        self.config = config = replace(config, run=replace(config.run, dir=str(self.folder)))
+        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
+        prepare.set_numerics(train.deterministic, self.device)
+
+        self.loader = Loader(
+            self.source,
+            config,
+            rank=rank,
+            world_size=world_size,
+            pin_memory=self.device.type == "cuda",
+            bad_files_path=self.folder / "bad_files.jsonl",
+        )
+        self.steps_per_epoch = len(self.loader) // train.accumulate
+        self.planned_steps = self.steps_per_epoch * train.epochs
+        self.last_step = min(self.planned_steps, train.max_steps or self.planned_steps)
+        self.save_every = config.run.checkpoint_every or self.steps_per_epoch
+        self.global_batch = train.batch_size * train.accumulate * world_size
+
+        self.model = prepare.build_model(config, self.source.num_classes).to(self.device)
+        if train.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.optimizer = prepare.build_optimizer(self.model, config, self.global_batch)
+        if train.compile:
+            self.model.online.encoder.compile()
+            self.model.target.encoder.compile()
+
+        self.step = 0  # updates made so far
+        self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
+        self.best = -math.inf  # score of best.pt
+        self.scores: list[float] = []  # of the logging points since the last checkpoint
+        self.meter = StepMeter()
+        self.pending: list[list[float]] = []  # what the meter gave since the last logging point
+        self.clock = runlog.Clock()
+        self.drawn = time.monotonic()  # when curves.png was drawn last
+        self.projections: Tensor | None = None
+        self.last_row: dict[str, Any] = {}
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end of the plan, to ``train.max_steps``, or to a signal, and says what came out.
+
+        Returns ``{run_dir, step, epoch, loss, feature_std, rankme, interrupted, checkpoint, resume_command, seconds}``
+        and evaluation results. SIGINT and SIGTERM finish the step, save, and return with ``interrupted`` set.
+        Raises NonFiniteError, naming the step and the last good checkpoint, when the numbers break down.
+        """
+        notes = resume.restore(self)
+        with self.open_log() as self.log, closing(self.loader), StopRequest() as stop:
+            self.introduce(notes)
+            self.clock.read()
+            with closing(self.batches()) as stream:
+                for batches in stream:
+                    self.train_step(batches)
+                    self.log.tick()
+                    if self.step % self.config.run.log_every == 0 or self.step in (1, self.last_step):
+                        self.report()
+                    if self.step % self.save_every == 0 or self.step == self.last_step:
+                        self.save()
+                    if stop:  # an extra checkpoint, but no extra row: the resumed run writes the same ones
+                        self.save(planned=False)
+                        break
+            return self.finish(stop)
+
+    def batches(self) -> Generator[list[Batch], None, None]:
+        """Groups of ``train.accumulate`` batches, from the step after the last one made to the last one planned."""
+        accumulate = self.config.train.accumulate
+        while self.step < self.last_step:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            with closing(self.loader.epoch(epoch, start_batch=done * accumulate)) as stream:
+                for _ in range(min(self.steps_per_epoch - done, self.last_step - self.step)):
+                    with self.clock.waiting():
+                        group = [next(stream) for _ in range(accumulate)]
+                    if self.step == 0:
+                        self.draw_boxes(group[0])
+                    yield group
+
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """One update from ``train.accumulate`` batches; nothing in here waits for the device.
+
+        The loss is the mean over the box pairs of all the batches together, so accumulation equals the large batch
+        but for BatchNorm, which sees each batch by itself.
+        """
+        torch.manual_seed(prepare.step_seed(self.config.train.seed, self.step, self.rank))
+        momentum = self.set_schedule()
+        rows: list[list[Tensor]] = []
+        for batch, share in zip(batches, prepare.loss_shares(batches), strict=True):
+            batch = batch.to(self.device, self.config.train.channels_last)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                output = self.model(batch.views, batch.boxes, batch.labels)
+            objective = output.loss * share
+            probe = [output.probe_loss, output.probe_correct, output.probe_count]
+            if output.probe_loss is not None:  # its input carries no gradient: encoder and heads do not feel it
+                objective = objective + output.probe_loss / len(batches)
+            objective.backward()
+            zero = torch.zeros_like(output.loss)
+            rows.append([output.loss.detach() * share, *(zero if value is None else value.detach() for value in probe)])
+        self.optimizer.step(ema_momentum=momentum)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.projections = output.projections
+        self.clock.images += sum(batch.views.shape[0] // 2 for batch in batches)
+        totals = [sum(column) for column in zip(*rows, strict=True)]
+        self.meter.add([*totals, self.optimizer.skipped.reshape(())], sum(map(prepare.count_pairs, batches)))
+
+    def set_schedule(self) -> float:
+        """Sets the learning rates of the coming update and returns the momentum of the target network after it."""
+        train, optim = self.config.train, self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                self.step,
+                base=group["peak_lr"],
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=train.epochs,
+                warmup_epochs=optim.warmup_epochs,
+            )
+        self.momentum = ema_momentum(self.step, base=optim.ema_momentum, total_steps=self.planned_steps)
+        return self.momentum
+
+    def read_meter(self) -> None:
+        """Brings the finished steps' numbers to the host. Raises NonFiniteError at the first one that went wrong."""
+        rows = self.meter.drain()
+        for step, (loss, *_, skipped, _pairs) in enumerate(rows, self.step - len(rows) + 1):
+            if not math.isfinite(loss) or skipped > 0:
+                good = self.checkpoints.newest_good()
+                what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+                kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+                raise NonFiniteError(
+                    f"step {step}: {what}; the update was not made, and {kept}. Try a lower --optim.lr, a longer "
+                    "--optim.warmup_epochs, or --train.precision=fp32"
+                )
+        self.pending += rows
+
+    def report(self) -> None:
+        """One logging point: the means since the last one, and the collapse monitors of this step."""
+        self.read_meter()
+        rows, self.pending = self.pending, []
+        loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
+        assert self.projections is not None
+        monitored = self.projections[:MONITOR_ROWS]
+        images = self.global_batch // self.world_size * len(rows)
+        row: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "loss": fmean(loss),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "ema_momentum": self.momentum,
+            **self.clock.read(),
+            "feature_std": feature_std(monitored).item(),
+            "rankme": rankme(monitored).item(),
+            "pairs_per_image": sum(pairs) / images,
+        }
+        if sum(count):
+            row |= {"probe_loss": fmean(probe_loss) / self.config.train.accumulate}
+            row |= {"probe_accuracy": sum(correct) / sum(count)}
+        if self.device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.scores.append(row.get("probe_accuracy", row["rankme"]))
+        self.last_row = row
+        self.log.metrics(row, seconds_per_step=self.clock.seconds / len(rows))
+
+    def save(self, planned: bool = True) -> None:
+        """Writes a checkpoint of this step; a planned one is the best if the mean score since the last is the highest.
+
+        The score is the probe's accuracy where there are labels, else RankMe, which needs none; the loss would choose
+        a collapsed network, where it is lowest.
+        """
+        self.read_meter()  # a step that went wrong must not be saved
+        better = False
+        if planned and self.scores:
+            score = fmean(self.scores)
+            better, self.best, self.scores = score > self.best, max(score, self.best), []
+        if self.rank == 0:
+            self.checkpoints.save(resume.training_state(self), self.step, best=better)
+            if time.monotonic() - self.drawn > CURVES_EVERY:
+                self.draw_curves()
+
+    def introduce(self, notes: Sequence[str]) -> None:
+        """What this run is, for the person at the terminal and, in files, for whoever asks later."""
+        config, train = self.config, self.config.train
+        for note in notes:
+            self.log.say(note)
+        precision = "bf16" if self.bf16 else "fp32"
+        self.log.say(f"{config.model.method} with {config.model.backbone} on {self.device} in {precision}")
+        plan = f"{self.steps_per_epoch} steps x {train.epochs} epochs"
+        peak = self.optimizer.param_groups[0]["peak_lr"]
+        self.log.say(f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}")
+        self.log.say(f"run folder: {self.folder}")
+        if self.rank == 0:
+            text = replace(config, resume="", init="").to_yaml()
+            (self.folder / runlog.CONFIG).write_text(text, encoding="utf-8")
+            runlog.write_environment(self.folder / runlog.ENVIRONMENT)
+
+    def finish(self, stop: StopRequest) -> dict[str, Any]:
+        """Curves, evaluation and the last words."""
+        row = self.last_row or (runlog.read_metrics(self.folder / runlog.METRICS) or [{}])[-1]
+        keys = ("loss", "feature_std", "rankme", "probe_accuracy")
+        summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "epoch": row.get("epoch")}
+        summary |= {key: row[key] for key in keys if key in row}
+        self.draw_curves()
+        if not stop and self.config.eval.roi_linear and self.config.data.source == "demo":
+            with stop.at_once():
+                summary |= self.evaluate()
+        summary["interrupted"] = stop.signal_name
+        summary["checkpoint"] = str(self.checkpoints.folder / "last.pt")
+        summary["resume_command"] = self.resume_command()
+        if stop:
+            self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
+            self.log.say(f"  {summary['resume_command']}")
+        else:
+            self.log.say(f"done: {self.step} steps; checkpoint and curves are in {self.folder}")
+        return summary
+
+    def evaluate(self) -> dict[str, Any]:
+        """RoI linear accuracy of the encoder as it was before training and as it is now, measured the same way."""
+        from scrl_fast.evaluate import demo_roi_linear
+
+        self.log.say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
+        untrained = prepare.build_model(self.config, self.source.num_classes).to(self.device)
+        encoders = {"random": untrained.online.encoder, "trained": self.model.online.encoder}
+        results = demo_roi_linear(encoders, self.config, train=self.source)
+        before, after = results["random"], results["trained"]
+        self.log.say(
+            f"linear classifier on frozen features of {after.boxes} boxes, {after.classes} classes: "
+            f"random initialisation {before.accuracy:.1%}, after {self.step} steps {after.accuracy:.1%} "
+            f"({100 * (after.accuracy - before.accuracy):+.1f} points)"
+        )
+        result = {"roi_linear": {name: asdict(each) for name, each in results.items()}}
+        self.log.amend(result)
+        return result
+
+    def resume_command(self) -> str:
+        """What to type to go on from here."""
+        arguments = [f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
+        return f"python -m scrl_fast.train {shlex.join(arguments)}"
+
+    def draw_boxes(self, batch: Batch) -> None:
+        """boxes.png: what the network is asked to match, from the first batch."""
+        if self.rank == 0:
+            views = self.config.views
+            pictures.draw_boxes(self.folder / "boxes.png", batch.views, batch.boxes, mean=views.mean, std=views.std)
+
+    def draw_curves(self) -> None:
+        """curves.png from metrics.jsonl."""
+        self.drawn = time.monotonic()
+        rows = runlog.read_metrics(self.folder / runlog.METRICS) if self.rank == 0 else []
+        if rows and not pictures.draw_curves(self.folder / "curves.png", rows):
+            self.log.say_once("matplotlib is not installed: no curves.png (pip install matplotlib brings it)")
+
+    def open_log(self) -> runlog.RunLog:
+        """The run's log, continued after the step that was restored."""
+        run = self.config.run
+        return runlog.RunLog(
+            self.folder,
+            total_steps=self.last_step,
+            step=self.step,
+            tensorboard=run.tensorboard,
+            wandb=run.wandb,
+            settings=self.config.to_dict(),
+            active=self.rank == 0,
+        )

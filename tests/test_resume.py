@@ -1,0 +1,204 @@
+"""A run that was stopped, by a signal or a step limit, ends where the undisturbed run ends, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_trainer import Pictures, make_config
+
+from scrl_fast import runlog
+from scrl_fast.trainer import SCRLTrainer
+
+UNREPEATABLE = {"images_per_s", "data_wait"}
+STEPS = 9  # 3 epochs of 3
+
+
+def run(folder, *, resume="", stop_at=None, stop_by=signal.SIGTERM, **train):
+    """One run, stopped by a signal during the step after `stop_at` steps where that is given."""
+    config = make_config(folder, **({"epochs": 3} | train))
+    config.run.checkpoint_every = 2
+    config.resume = resume
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    plain = trainer.train_step
+
+    def step(batches):
+        if trainer.step == stop_at:
+            os.kill(os.getpid(), stop_by)
+        plain(batches)
+
+    trainer.train_step = step
+    return trainer, trainer.fit()
+
+
+def final_state(trainer):
+    state = torch.load(trainer.folder / "checkpoints" / "last.pt", weights_only=True)
+    tensors = []
+
+    def collect(value):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, dict):
+            [collect(item) for item in value.values()]
+        elif isinstance(value, list):
+            [collect(item) for item in value]
+
+    collect({name: state[name] for name in ("model", "optimizer", "rng")})
+    return tensors, {name: state[name] for name in ("step", "epoch", "loader", "log")}
+
+
+def metrics(trainer):
+    rows = runlog.read_metrics(trainer.folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in UNREPEATABLE} for row in rows]
+
+
+def assert_same(ours, whole):
+    (tensors, rest), (expected, expected_rest) = final_state(ours), final_state(whole)
+    assert len(tensors) == len(expected) > 100
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    assert rest == expected_rest
+    assert metrics(ours) == metrics(whole)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))[0]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "stop_by"),
+    [(0, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGTERM)],
+)
+def test_stop_by_signal_and_resume_is_bit_equal(tmp_path, whole, stop_at, stop_by, capsys):
+    _, summary = run(tmp_path, stop_at=stop_at, stop_by=stop_by)
+    assert summary["interrupted"] == signal.Signals(stop_by).name
+    assert summary["step"] == stop_at + 1
+    said = capsys.readouterr().err
+    assert f"python -m scrl_fast.train --config={tmp_path}/config.yaml --resume=auto" in said
+    resumed, summary = run(tmp_path, resume="auto")
+    assert (summary["step"], summary["interrupted"]) == (STEPS, "")
+    assert_same(resumed, whole)
+
+
+def test_resume_with_workers_and_twice(tmp_path, whole):
+    run(tmp_path, stop_at=1)
+    run(tmp_path, resume="auto", stop_at=4)
+    config = make_config(tmp_path, epochs=3)
+    config.run.checkpoint_every, config.resume, config.data.workers = 2, "auto", 2
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    trainer.fit()
+    assert_same(trainer, whole)
+
+
+def test_resume_with_accumulation(tmp_path):
+    whole, _ = run(tmp_path / "whole", accumulate=3)
+    run(tmp_path / "parts", accumulate=3, stop_at=1)
+    resumed, _ = run(tmp_path / "parts", accumulate=3, resume="auto")
+    assert resumed.step == 3
+    assert_same(resumed, whole)
+
+
+def test_a_lost_row_and_steps_after_the_checkpoint_are_written_again(tmp_path, whole):
+    """As after SIGKILL: metrics are ahead of the newest checkpoint, which lies in mid-epoch."""
+    run(tmp_path, max_steps=6)
+    for name in ("step_00000006.pt", "last.pt", "best.pt"):
+        (tmp_path / "checkpoints" / name).unlink()
+    assert runlog.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 6
+    resumed, _ = run(tmp_path, resume="auto")
+    assert "resumed from" in (tmp_path / "log.txt").read_text()
+    assert [row["step"] for row in metrics(resumed)] == [1, 2, 4, 6, 8, 9]
+    assert_same(resumed, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole):
+    run(tmp_path, stop_at=6)
+    newest = tmp_path / "checkpoints" / "step_00000007.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    resumed, _ = run(tmp_path, resume="auto")
+    log = (tmp_path / "log.txt").read_text()
+    assert "step_00000007.pt" in log
+    assert "step_00000006.pt at step 6" in log
+    assert_same(resumed, whole)
+
+
+def test_resume_auto_of_nothing_starts_and_of_a_finished_run_only_ends(tmp_path, whole):
+    started, _ = run(tmp_path, resume="auto")
+    assert "no checkpoint" in (tmp_path / "log.txt").read_text()
+    before = metrics(started)
+    again, summary = run(tmp_path, resume="auto")
+    assert summary["step"] == STEPS
+    assert summary["loss"] == before[-1]["loss"]
+    assert metrics(again) == before
+    assert_same(again, whole)
+
+
+def test_a_checkpoint_by_path_continues_in_its_own_folder(tmp_path, whole):
+    run(tmp_path / "run", stop_at=4)
+    config = make_config("", epochs=3)
+    config.run.checkpoint_every, config.resume = 2, str(tmp_path / "run" / "checkpoints" / "last.pt")
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    trainer.fit()
+    assert trainer.folder == tmp_path / "run"
+    assert_same(trainer, whole)
+
+
+def test_an_older_checkpoint_asks_for_a_folder_of_its_own(tmp_path):
+    run(tmp_path / "run", max_steps=4)
+    old = str(tmp_path / "run" / "checkpoints" / "step_00000002.pt")
+    with pytest.raises(ValueError, match=r"newer checkpoint, step_00000004\.pt.*--run\.dir"):
+        run(tmp_path / "run", resume=old)
+    trainer, _ = run(tmp_path / "branch", resume=old, max_steps=3)
+    assert trainer.step == 3
+
+
+def test_changed_options_are_told_and_win(tmp_path):
+    run(tmp_path, stop_at=2)
+    config = make_config(tmp_path, epochs=3)
+    config.resume, config.optim.lr, config.data.workers = "auto", 0.9, 1
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    trainer.fit()
+    log = (tmp_path / "log.txt").read_text()
+    assert "optim.lr 0.45 -> 0.9" in log
+    assert "workers" not in log
+    assert {group["peak_lr"] for group in trainer.optimizer.param_groups} >= {0.9 * 4 / 256}
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"foreign\.pt is no training checkpoint"):
+        run(tmp_path / "run", resume=str(tmp_path / "foreign.pt"))
+
+
+def test_sigterm_to_the_command_saves_exits_0_and_the_printed_command_resumes(tmp_path):
+    """The whole way, as a scheduler would do it: start, SIGTERM, and the command that was printed."""
+    options = "--data.demo_images=32 --data.demo_size=48 --views.size=32 --boxes.min_size=8 --train.batch_size=4"
+    options += f" --train.epochs=40 --eval.roi_linear=false --run.tensorboard=false --run.dir={tmp_path / 'run'}"
+    start = [sys.executable, "-m", "scrl_fast.train", *options.split(), "--run.log_every=1"]
+    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics_file = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics_file.exists() and metrics_file.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    (command,) = [line.strip() for line in said.splitlines() if "--resume=auto" in line]
+    step = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["step"]
+    assert 3 <= step < 320
+    assert f"after step {step}" in said
+    words = [sys.executable, *shlex.split(command)[1:], f"--train.max_steps={step + 2}"]
+    again = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    rows = [json.loads(line)["step"] for line in metrics_file.read_text().splitlines()]
+    assert rows == list(range(1, step + 3))
