@@ -11,13 +11,26 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+@functools.cache
+def triton_failure(device_type: str) -> str:
+    """'' when Triton kernels run on device_type: on a GPU compiled, on a CPU under TRITON_INTERPRET=1."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with torch's CUDA build)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "on a CPU Triton runs only under TRITON_INTERPRET=1"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no GPU is available"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Operation:
     native: Callable[..., Any] | None = None
     native_failure: Callable[[str], str] = lambda device_type: ""
     triton: Callable[..., Any] | None = None
-    triton_failure: Callable[[str], str] = field(default=lambda device_type: triton_failure(device_type))
+    triton_failure: Callable[[str], str] = triton_failure
 
     def failure(self, backend: str, device_type: str) -> str:
         """'' when backend runs on device_type, else the reason why not."""
@@ -75,19 +88,6 @@ def _choose(operation: Operation, device_type: str, forced: str | None) -> str:
     if device_type != "cpu" and not operation.failure("triton", device_type):
         return "triton"
     return "reference"
-
-
-@functools.cache
-def triton_failure(device_type: str) -> str:
-    """'' when Triton kernels run on device_type: on a GPU compiled, on a CPU under TRITON_INTERPRET=1."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it comes with torch's CUDA build)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type == "cpu" and not interpreted:
-        return "on a CPU Triton runs only under TRITON_INTERPRET=1"
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "no GPU is available"
-    return ""
 
 
 OPERATIONS: dict[str, Operation] = {}

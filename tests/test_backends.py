@@ -1,0 +1,112 @@
+"""The choice of an implementation: automatic order, forced ones, reasons; and the same numbers from all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import scrl_fast.ops  # noqa: F401  registers every operation
+from scrl_fast import _native, backends
+from scrl_fast.backends import OPERATIONS, Operation, register
+
+
+@pytest.fixture
+def operation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operation]:
+    """native runs on the CPU only, triton on CUDA only."""
+    monkeypatch.delenv("SCRL_FAST_BACKEND", raising=False)
+    made = Operation(
+        "made_up",
+        reference=lambda: "reference",
+        native=lambda: "native",
+        native_failure=lambda device: "" if device == "cpu" else "not compiled for it",
+        triton=lambda: "triton",
+        triton_failure=lambda device: "" if device == "cuda" else "interpreted only",
+    )
+    yield register(made)
+    del OPERATIONS["made_up"]
+
+
+def test_native_first_then_triton_on_gpus_only(operation: Operation) -> None:
+    assert operation.resolve("cpu")() == "native"
+    assert operation.resolve("cuda")() == "triton"
+    assert operation.resolve("xpu")() == "reference"
+
+
+def test_triton_is_never_chosen_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted it is a thousand times slower: it runs there only when asked for."""
+    monkeypatch.setenv("SCRL_FAST_BACKEND", "")
+    only = register(Operation("made_up", reference=lambda: 0, triton=lambda: 1, triton_failure=lambda device: ""))
+    try:
+        assert only.resolve("cpu") is only.reference
+        assert only.resolve("cpu", "triton") is only.triton
+        assert only.resolve("cuda") is only.triton
+    finally:
+        del OPERATIONS["made_up"]
+
+
+@pytest.mark.parametrize("how", ["argument", "variable"])
+def test_a_forced_one_runs_or_says_why_not(operation: Operation, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(device: str, backend: str) -> str:
+        if how == "argument":
+            return operation.resolve(device, backend)()
+        monkeypatch.setenv("SCRL_FAST_BACKEND", backend)
+        return operation.resolve(device)()
+
+    assert resolve("cpu", "reference") == "reference"
+    assert resolve("cuda", "triton") == "triton"
+    with pytest.raises(RuntimeError, match="made_up: backend 'native' cannot run on cuda: not compiled for it"):
+        resolve("cuda", "native")
+    with pytest.raises(ValueError, match="backend 'cutlass' is unknown; choose one of native, triton, reference"):
+        resolve("cpu", "cutlass")
+
+
+def test_the_argument_comes_before_the_variable(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_BACKEND", "reference")
+    assert operation.resolve("cpu", "native")() == "native"
+
+
+def test_a_blank_is_named() -> None:
+    assert Operation("made_up", reference=print).failure("triton", "cuda") == "made_up has no triton form"
+
+
+def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = backends.triton_failure.__wrapped__  # without its memory
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in failure("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert failure("cuda") == "no GPU is available"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in failure("cpu")
+
+
+def test_libraries_answer_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "build_info", lambda: {"missing": {"_cuda": "no nvcc"}})
+    monkeypatch.setattr(_native, "_FOLDER", _native._FOLDER / "nowhere")
+    assert _native.load_failure.__wrapped__("_cpu").startswith("not built: install the package with a C++ compiler")
+    if torch.version.cuda is not None:
+        assert _native.load_failure.__wrapped__("_cuda") == "not built: no nvcc"
+    assert _native.op_failure("roi_align", "mps") == "no compiled kernel for device 'mps'"
+
+
+def test_every_operation_has_a_reference_and_a_registered_name() -> None:
+    for name, known in OPERATIONS.items():
+        assert known.name == name and callable(known.reference)
+        assert not known.failure("reference", "cpu")
+        assert known.resolve("cpu") is not None
+
+
+def test_a_process_can_be_held_to_the_reference() -> None:
+    """SCRL_FAST_BACKEND=reference loads no library of ours for the operation that it runs."""
+    program = (
+        "import torch; from scrl_fast.ops import two_view_loss\n"
+        "print(two_view_loss(torch.eye(4), torch.eye(4)).item())\n"
+        "print(any('_cpu' in path for path in torch.ops.loaded_libraries))"
+    )
+    environment = {**os.environ, "SCRL_FAST_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["4.0", "False"]
