@@ -37,7 +37,8 @@ class DataConfig:
     prefetch: int = 2
     """Batches prepared ahead of the one in training."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of an epoch's images cannot be read."""
+    """Stop when more than this share of an epoch's images cannot be read (unless 0, ten never stop a run, or half of
+    the images if those are fewer)."""
     max_pixels: int = 178_000_000
     """Images with more pixels than this are refused before they are decoded."""
     demo_images: int = 2048

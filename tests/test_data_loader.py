@@ -268,9 +268,13 @@ def test_too_many_bad_images_stop_the_run(fraction: float, bad: int) -> None:
 
 def test_bad_images_are_counted_by_epoch_and_a_good_one_breaks_the_row() -> None:
     tally = BadFiles(100, 0.1)
-    for epoch in range(3):
-        for index in range(10):
+    for epoch in (0, 1, 0, 1, 2):  # the next epoch is begun before the last batch of this one is done
+        for index in range(9):
             tally.add(BadImage(f"{epoch}-{index}", "no picture"), epoch)
+    tally.add(BadImage("2-9", "no picture"), 2)
+    tally.add(BadImage("1-9", "no picture"), 1)
+    with pytest.raises(TooManyBadImages, match="11 of the 100 images of epoch 1"):
+        tally.add(BadImage("1-10", "no picture"), 1)
     tally = BadFiles(100, 0.1)
     for index in range(300):
         tally.add(BadImage(f"{index % 5}", "no picture"), 0)

@@ -19,6 +19,12 @@ def test_a_number_depends_on_its_own_key_only() -> None:
     assert not np.isin(together[3], together[:3]).any()
 
 
+def test_long_draws_are_worked_through_in_parts() -> None:
+    long = uniforms(7, 3, np.arange(9000), 5)
+    assert np.array_equal(long[8190:8195], uniforms(7, 3, np.arange(8190, 8195), 5))
+    assert np.array_equal(long[4095:4098], uniforms(7, 3, np.arange(4095, 4098), 5))
+
+
 def test_everything_that_should_tell_draws_apart_does() -> None:
     draws = [
         uniforms(0, 0, [0], 8),
@@ -49,7 +55,7 @@ def test_permutation() -> None:
     assert not np.array_equal(order, permutation(0, 6, 1000))
     assert not np.array_equal(order, permutation(1, 5, 1000))
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.15
-    assert permutation(0, 0, 6).tolist() == permutation(0, 0, 6).tolist()
+    assert permutation(0, 0, 8).tolist() == [5, 0, 1, 6, 7, 2, 3, 4]  # of every machine and version
 
 
 @pytest.mark.parametrize("bad", [{"epoch": -1}, {"epoch": 1 << 29}, {"stream": 8}, {"stream": -1}])

@@ -33,7 +33,8 @@ class BadFiles:
         self._allowed = max(int(fraction * images), min(_ALWAYS_TOLERATED, images // 2)) if fraction > 0 else 0
         self._written = _already_in(path)
         self._lock = threading.Lock()
-        self._epoch, self._names, self._in_a_row = -1, set[str](), 0
+        self._names: dict[int, set[str]] = {}  # by epoch
+        self._in_a_row = 0
 
     def good(self) -> None:
         if self._in_a_row:
@@ -42,16 +43,17 @@ class BadFiles:
     def add(self, bad: BadImage, epoch: int) -> None:
         """Count one failed read. Raises TooManyBadImages when it is one too many."""
         with self._lock:
-            if epoch > self._epoch:  # batches of the next epoch are made while the last ones of this are in use
-                self._epoch, self._names = epoch, set()
-            self._names.add(bad.name)
+            # two epochs at once: batches of the next are begun before the last of this one are done
+            self._names = {e: names for e, names in self._names.items() if abs(e - epoch) <= 1}
+            names = self._names.setdefault(epoch, set())
+            names.add(bad.name)
             self._in_a_row += 1
             if bad.name not in self.errors:
                 self.errors[bad.name] = bad.cause
                 self._tell(bad, epoch)
-            if len(self._names) > self._allowed:
+            if len(names) > self._allowed:
                 raise TooManyBadImages(
-                    f"{len(self._names)} of the {self._images} images of epoch {epoch} cannot be read, more than "
+                    f"{len(names)} of the {self._images} images of epoch {epoch} cannot be read, more than "
                     f"data.max_bad_fraction allows; the last: {bad}{self._where()}"
                 )
             if self._in_a_row >= IN_A_ROW:
