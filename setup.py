@@ -32,7 +32,9 @@ except ImportError:  # build isolation hides the environment that we are install
         torch = None
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # one build serves torch 2.10 and newer
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+# nobody reads errno or floating-point traps here; loops with choices and conversions stay scalar while they count
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 missing: dict[str, str] = {}  # library -> why it was left out
 
 
@@ -155,8 +157,11 @@ class SafeBuild(BaseBuild):
 
     @staticmethod
     def _why(error: Exception) -> str:
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        if shutil.which(compiler) is None:
+            return f"no C++ compiler at build time ({compiler} not found; install one or set CXX)"
         text = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        return f"{type(error).__name__}: {text[0] if text else 'no message'} (see the output of pip install -v)"
 
     def _exists(self, ext) -> bool:
         return Path(self.build_lib, self.get_ext_filename(ext.name)).exists()
