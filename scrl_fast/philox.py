@@ -43,12 +43,12 @@ def words(
     counter[1] = (ids & _LOW)[:, None]
     counter[2] = (ids >> _SHIFT)[:, None]
     counter[3] = (epoch << _STREAM_BITS) | stream
-    counter = counter.reshape(4, -1)
+    flat = counter.reshape(4, -1)  # the same memory: each counter gives way to its words
     key = np.array([seed & 0xFFFFFFFF, ((seed >> 32) ^ purpose) & 0xFFFFFFFF], np.uint64)
-    for start in range(0, counter.shape[1], _PART):
+    for start in range(0, flat.shape[1], _PART):
         part = slice(start, start + _PART)
-        counter[:, part] = philox4x32(counter[:, part], key)
-    return np.moveaxis(counter.reshape(4, len(ids), blocks), 0, -1).reshape(len(ids), 4 * blocks)[:, :count]
+        flat[:, part] = philox4x32(flat[:, part], key)
+    return np.moveaxis(counter, 0, -1).reshape(len(ids), 4 * blocks)[:, :count]
 
 
 def uniforms(
@@ -60,7 +60,7 @@ def uniforms(
     purpose: keeps two users of one seed apart.
     Raises ValueError for an epoch or a stream out of range.
     """
-    return words(seed, epoch, keys, count, stream=stream, purpose=purpose) * 2.0**-32
+    return words(seed, epoch, keys, count, stream=stream, purpose=purpose) * np.float64(2.0**-32)
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
