@@ -25,6 +25,8 @@ def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
     images: size of the data set. Raises ValueError naming the option, its value and what to do.
     """
     config.check_ready()
+    if world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes do not train together yet: start one, without torchrun")
     per_step = config.train.batch_size * config.train.accumulate * world_size
     if images < per_step:
         factors = f"train.batch_size {config.train.batch_size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+LOGGER = logging.getLogger("scrl_fast")
 METRICS, LOG, CONFIG, ENVIRONMENT = "metrics.jsonl", "log.txt", "config.yaml", "env.json"
 CHECKPOINTS = "checkpoints"
 
@@ -72,13 +74,9 @@ def replace_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_environment(path: Path) -> None:
     """Versions, device and the implementation behind each operation, as `scrl_fast.info` shows them."""
-    try:
-        from scrl_fast import info
+    from scrl_fast import info
 
-        facts = info.collect()
-    except ImportError:
-        facts = {}
-    path.write_text(json.dumps(facts, indent=2, default=str), encoding="utf-8")
+    path.write_text(json.dumps(info.collect(), indent=2, default=str), encoding="utf-8")
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -110,6 +108,17 @@ class Clock:
         return result
 
 
+class LogHandler(logging.Handler):
+    """Takes what the package's modules log (an image that cannot be read) to where the run is reported."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.INFO)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.say(record.getMessage())
+
+
 class RunLog:
     """Everything a run reports goes through here: `say` for sentences, `metrics` for numbers, `tick` once a step.
 
@@ -134,16 +143,18 @@ class RunLog:
         self.stream = stream or sys.stderr
         self.bar = self.events = self.tracker = None
         self.said: set[str] = set()
+        self.handler = LogHandler(self)
         if not active:
             return
+        self.tracker = open_wandb(wandb, folder, settings) if wandb else None
         self.text = open(folder / LOG, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        LOGGER.addHandler(self.handler)
         keep_metrics_until(folder / METRICS, step)
         self.rows = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if self.stream.isatty():  # into a file tqdm writes a line a tenth of a second; log lines serve better there
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=step, file=self.stream, unit="step", dynamic_ncols=True)
-        self.tracker = open_wandb(wandb, folder, settings) if wandb else None
         if tensorboard:
             self.events = open_tensorboard(folder, purge_step=step + 1)
             if self.events is None:
@@ -208,6 +219,7 @@ class RunLog:
             self.bar.close()
             self.bar = None
         self.active = False
+        LOGGER.removeHandler(self.handler)
         for output in (self.events, self.rows, self.text):
             if output is not None:
                 output.close()

@@ -43,7 +43,7 @@ class SCRLTrainer:
         config = replace(config)  # checks again what was changed since it was made
         train = config.train
         self.rank, self.world_size = rank, world_size
-        self.source = make_source(config) if source is None else source
+        self.source: Any = make_source(config) if source is None else source
         prepare.check_run(config, images=len(self.source), world_size=world_size)
         self.device = prepare.choose_device(train.device)
         self.folder = runlog.prepare_folder(prepare.choose_folder(config), resume=bool(config.resume))
@@ -75,13 +75,14 @@ class SCRLTrainer:
 
         self.step = 0  # updates made so far
         self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
-        self.best = -math.inf  # score of best.pt
-        self.scores: list[float] = []  # of the logging points since the last checkpoint
+        self.best = -math.inf  # probe accuracy of best.pt
+        self.scores: list[float] = []  # probe accuracies at the logging points since the last checkpoint
         self.meter = StepMeter()
         self.pending: list[list[float]] = []  # what the meter gave since the last logging point
         self.clock = runlog.Clock()
         self.drawn = time.monotonic()  # when curves.png was drawn last
-        self.projections: Tensor | None = None
+        self.projections: Tensor | None = None  # of the last batch
+        self.momentum = config.optim.ema_momentum  # of the last update
         self.last_row: dict[str, Any] = {}
 
     def fit(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class SCRLTrainer:
         and evaluation results. SIGINT and SIGTERM finish the step, save, and return with ``interrupted`` set.
         Raises NonFiniteError, naming the step and the last good checkpoint, when the numbers break down.
         """
+        started = time.perf_counter()
         notes = resume.restore(self)
         with self.open_log() as self.log, closing(self.loader), StopRequest() as stop:
             self.introduce(notes)
@@ -103,10 +105,11 @@ class SCRLTrainer:
                         self.report()
                     if self.step % self.save_every == 0 or self.step == self.last_step:
                         self.save()
-                    if stop:  # an extra checkpoint, but no extra row: the resumed run writes the same ones
+                    elif stop:  # an extra checkpoint, but no extra row: the resumed run writes the same ones
                         self.save(planned=False)
+                    if stop:
                         break
-            return self.finish(stop)
+            return self.finish(stop) | {"seconds": time.perf_counter() - started}
 
     def batches(self) -> Generator[list[Batch], None, None]:
         """Groups of ``train.accumulate`` batches, from the step after the last one made to the last one planned."""
@@ -199,20 +202,20 @@ class SCRLTrainer:
         if sum(count):
             row |= {"probe_loss": fmean(probe_loss) / self.config.train.accumulate}
             row |= {"probe_accuracy": sum(correct) / sum(count)}
+            self.scores.append(row["probe_accuracy"])
         if self.device.type == "cuda":
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        self.scores.append(row.get("probe_accuracy", row["rankme"]))
         self.last_row = row
         self.log.metrics(row, seconds_per_step=self.clock.seconds / len(rows))
 
     def save(self, planned: bool = True) -> None:
-        """Writes a checkpoint of this step; a planned one is the best if the mean score since the last is the highest.
+        """Writes a checkpoint of this step; a planned one is the best if the probe has never been more accurate.
 
-        The score is the probe's accuracy where there are labels, else RankMe, which needs none; the loss would choose
-        a collapsed network, where it is lowest.
+        Without labels the newest counts as the best: the loss is lowest in a collapsed network, and RankMe highest
+        in an untrained one.
         """
         self.read_meter()  # a step that went wrong must not be saved
-        better = False
+        better = planned and not self.source.num_classes
         if planned and self.scores:
             score = fmean(self.scores)
             better, self.best, self.scores = score > self.best, max(score, self.best), []
@@ -254,6 +257,8 @@ class SCRLTrainer:
             self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
             self.log.say(f"  {summary['resume_command']}")
         else:
+            if bad := len(self.loader.bad_files):
+                self.log.say(f"{bad} images could not be read, others stood in for them: {self.folder}/bad_files.jsonl")
             self.log.say(f"done: {self.step} steps; checkpoint and curves are in {self.folder}")
         return summary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import logging
 import math
 import os
 import stat
@@ -98,6 +99,16 @@ def test_into_a_file_there_are_lines_and_on_a_terminal_a_bar(tmp_path):
         assert part in lines[2]
     assert "hello" in terminal.getvalue()
     assert "\r" in terminal.getvalue()
+
+
+def test_what_the_package_logs_is_in_the_log_while_it_is_open(tmp_path):
+    with open_log(tmp_path):
+        logging.getLogger("scrl_fast").warning("skipped %s", "a.jpg")
+    logging.getLogger("scrl_fast").info("too late")
+    text = (tmp_path / "log.txt").read_text()
+    assert "skipped a.jpg" in text
+    assert "too late" not in text
+    assert not logging.getLogger("scrl_fast").handlers
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -222,9 +222,11 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
 
 def test_bf16_runs_and_keeps_float32_weights(tmp_path):
     trainer = make_trainer(tmp_path, Pictures(num_classes=3), precision="bf16")
+    before = trainer.model.online.encoder.body.conv1.weight.clone()
     for _ in range(2):
         trainer.train_step([first_batch(trainer)])
     assert trainer.projections.dtype == torch.bfloat16
+    assert not torch.equal(trainer.model.online.encoder.body.conv1.weight, before)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert 0 < trainer.meter.drain()[1][0] < 8
 
@@ -274,6 +276,28 @@ def test_metrics_have_each_logging_point_once_with_every_key(finished):
     assert summary["loss"] == rows[-1]["loss"]
     assert rows[-1]["lr"] == 0.0
     assert [row["epoch"] for row in rows] == [pytest.approx(row["step"] / 3, abs=1e-5) for row in rows]
+
+
+def test_best_is_the_most_accurate_probe_or_without_labels_the_newest(tmp_path):
+    for classes, expected in ((3, 3), (0, 9)):
+        folder = tmp_path / str(classes)
+        trainer = make_trainer(folder, Pictures(num_classes=classes), epochs=3)
+        plain = trainer.report
+
+        def report(trainer=trainer, plain=plain):
+            plain()
+            trainer.scores = trainer.scores and [1 / trainer.step]  # the first is the best
+
+        trainer.report = report
+        trainer.fit()
+        assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == expected
+
+
+def test_compiling_the_encoders_leaves_names_as_they_are(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    trainer = make_trainer(tmp_path, compile=True)
+    assert compiled == [trainer.model.online.encoder, trainer.model.target.encoder]
 
 
 def test_max_steps_stops_early_with_schedules_as_planned(tmp_path):
@@ -370,6 +394,12 @@ def test_a_folder_with_a_run_is_not_overwritten(finished):
     folder, *_ = finished
     with pytest.raises(ValueError, match=r"already holds a run"):
         make_trainer(folder)
+
+
+def test_several_processes_are_refused_until_they_are_supported(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes"):
+        make_trainer(tmp_path)
 
 
 def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
