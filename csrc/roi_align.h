@@ -18,8 +18,8 @@
 
 namespace scrl::roi {
 
-// A product that is rounded before it is added to anything: a fused multiply-add would move samples by one rounding, and
-// the GPU's boxes away from the CPU's.
+// A product that is rounded before it is added to anything: a fused multiply-add would move samples by one rounding,
+// and the GPU's boxes away from the CPU's.
 SCRL_HOST_DEVICE float multiply(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);

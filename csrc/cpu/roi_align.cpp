@@ -3,162 +3,208 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 #include "check.h"
+#include "cpu/roi_align_boxes.h"
 
+namespace scrl::roi {
 namespace {
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-struct Problem {
-  const void* boxes;
-  int64_t count, images, channels, height, width, pooled_height, pooled_width, sampling_ratio;
-  int64_t stride[4];  // of the map
-  double scale;
-  bool aligned;
-};
-
-// Dense weights [bins, size] of one axis.
+// Adds a weight to a cell's tap. Samples walk the cells in order, so an earlier tap of the cell is among the last
+// three.
 template <class T>
-void dense(const scrl::roi::Axis<T>& axis, int64_t bins, int64_t size, std::vector<T>& weights) {
-  weights.assign(bins * size, T(0));
-  for (int64_t bin = 0; bin < bins; ++bin)
-    scrl::roi::for_each_tap(axis, bin, size, [&](int64_t cell, T weight) { weights[bin * size + cell] += weight; });
-}
-
-template <class T>
-bool weights_of(const Problem& p, int64_t k, std::vector<T>& wy, std::vector<T>& wx) {
-  const T* box = static_cast<const T*>(p.boxes) + 5 * k;
-  scrl::roi::Axis<T> y, x;
-  bool fine = scrl::roi::make_axis(box[2], box[4], T(p.scale), p.pooled_height, p.sampling_ratio, p.aligned, y);
-  fine = scrl::roi::make_axis(box[1], box[3], T(p.scale), p.pooled_width, p.sampling_ratio, p.aligned, x) && fine;
-  if (!fine) return false;
-  dense(y, p.pooled_height, p.height, wy);
-  dense(x, p.pooled_width, p.width, wx);
-  return true;
-}
-
-template <class T, class Visit>  // visit(output bin, map cell offset, weight)
-void visit_box(const Problem& p, const std::vector<T>& wy, const std::vector<T>& wx, const Visit& visit) {
-  for (int64_t a = 0; a < p.pooled_height; ++a)
-    for (int64_t b = 0; b < p.pooled_width; ++b)
-      for (int64_t i = 0; i < p.height; ++i)
-        for (int64_t j = 0; j < p.width && wy[a * p.height + i] != 0; ++j)
-          if (wx[b * p.width + j] != 0)
-            visit(a * p.pooled_width + b, i * p.stride[2] + j * p.stride[3], wy[a * p.height + i] * wx[b * p.width + j]);
-}
-
-template <class S>
-void forward(const Problem& p, const void* input, void* output) {
-  using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  const int64_t bins = p.pooled_height * p.pooled_width;
-  torch::stable::parallel_for(0, p.count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> wy, wx, sum(bins);
-    for (int64_t k = begin; k < end; ++k) {
-      const bool fine = weights_of(p, k, wy, wx);
-      const S* map = static_cast<const S*>(input) + static_cast<int64_t>(static_cast<const T*>(p.boxes)[5 * k]) * p.stride[0];
-      for (int64_t c = 0; c < p.channels; ++c) {
-        sum.assign(bins, fine ? T(0) : std::numeric_limits<T>::quiet_NaN());
-        if (fine)
-          visit_box(p, wy, wx, [&](int64_t bin, int64_t at, T w) { sum[bin] += w * static_cast<T>(map[c * p.stride[1] + at]); });
-        for (int64_t bin = 0; bin < bins; ++bin)
-          static_cast<S*>(output)[(k * p.channels + c) * bins + bin] = static_cast<S>(sum[bin]);
-      }
+void add_tap(std::vector<Tap<T>>& taps, size_t bin_begin, int64_t cell, T weight) {
+  if (weight == T(0)) return;
+  for (size_t i = taps.size(); i > bin_begin && i + 3 > taps.size(); --i) {
+    if (taps[i - 1].cell == cell) {
+      taps[i - 1].weight += weight;
+      return;
     }
-  });
+  }
+  taps.push_back({static_cast<int32_t>(cell), weight});
 }
 
-template <class S>
-void backward(const Problem& p, const void* grad, void* out) {
-  using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  const int64_t bins = p.pooled_height * p.pooled_width, cells = p.height * p.width;
-  torch::stable::parallel_for(0, p.images, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> wy, wx, slab(p.channels * cells);
-    for (int64_t n = begin; n < end; ++n) {
-      slab.assign(p.channels * cells, T(0));
-      for (int64_t k = 0; k < p.count; ++k) {
-        if (static_cast<int64_t>(static_cast<const T*>(p.boxes)[5 * k]) != n || !weights_of(p, k, wy, wx)) continue;
-        Problem dense_map = p;
-        dense_map.stride[2] = p.width, dense_map.stride[3] = 1;
-        const S* g = static_cast<const S*>(grad) + k * p.channels * bins;
-        for (int64_t c = 0; c < p.channels; ++c)
-          visit_box(dense_map, wy, wx, [&](int64_t bin, int64_t at, T w) { slab[c * cells + at] += w * static_cast<T>(g[c * bins + bin]); });
-      }
-      for (int64_t c = 0; c < p.channels; ++c)
-        for (int64_t i = 0; i < p.height; ++i)
-          for (int64_t j = 0; j < p.width; ++j)
-            static_cast<S*>(out)[n * p.stride[0] + c * p.stride[1] + i * p.stride[2] + j * p.stride[3]] =
-                static_cast<S>(slab[c * cells + i * p.width + j]);
+// A bin may have more than 2^31 cells only if the map has: checked before.
+template <class T>
+void append_rows(const Axis<T>& axis, int64_t bins, int64_t size, std::vector<Tap<T>>& taps,
+                 std::vector<RowTap<T>>& rows) {
+  const size_t box_begin = rows.size();
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    taps.clear();
+    for_each_tap(axis, bin, size, [&](int64_t cell, T weight) { add_tap(taps, 0, cell, weight); });
+    for (const Tap<T>& tap : taps) {
+      size_t at = rows.size();
+      rows.push_back({tap.cell, static_cast<int32_t>(bin), tap.weight});
+      for (; at > box_begin && rows[at - 1].row > rows[at].row; --at) std::swap(rows[at - 1], rows[at]);
     }
-  });
+  }
 }
+}  // namespace
 
 template <class T>
-void check_index(const Problem& p) {
-  for (int64_t k = 0; k < p.count; ++k) {
-    const T index = static_cast<const T*>(p.boxes)[5 * k];
-    STD_TORCH_CHECK(scrl::roi::image_of(index, p.images) >= 0, "boxes: row ", k, " has image index ", index, ", outside 0..",
-                    p.images - 1);
+void Weights<T>::assign(const Problem& p, int64_t begin, int64_t end) {
+  bins_ = p.pooled_width;
+  rows_.clear(), columns_.clear(), sampled_.clear();
+  row_ends_.assign(1, 0), column_ends_.assign(1, 0);
+  std::vector<Tap<T>> taps;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* box = static_cast<const T*>(p.boxes) + 5 * p.order[i];
+    Axis<T> y, x;
+    const T scale = static_cast<T>(p.scale);
+    const bool fine_y = make_axis(box[2], box[4], scale, p.pooled_height, p.sampling_ratio, p.aligned, y);
+    const bool fine = make_axis(box[1], box[3], scale, p.pooled_width, p.sampling_ratio, p.aligned, x) && fine_y;
+    const size_t box_begin = columns_.size();
+    for (int64_t bin = 0; bin < p.pooled_width; ++bin) {
+      const size_t bin_begin = columns_.size();
+      if (fine)
+        for_each_tap(x, bin, p.width, [&](int64_t cell, T weight) { add_tap(columns_, bin_begin, cell, weight); });
+      column_ends_.push_back(static_cast<int32_t>(columns_.size()));
+    }
+    if (columns_.size() > box_begin) append_rows(y, p.pooled_height, p.height, taps, rows_);
+    row_ends_.push_back(static_cast<int32_t>(rows_.size()));
+    sampled_.push_back(fine);
   }
 }
 
-Problem problem_of(const Tensor& map, const Tensor& boxes, double scale, int64_t sampling_ratio, bool aligned) {
+template class Weights<float>;
+template class Weights<double>;
+
+namespace {
+using torch::headeronly::MemoryFormat;
+using torch::stable::Tensor;
+
+constexpr int64_t kGroup = 32;             // boxes whose weights are held at once in the forward pass
+constexpr int64_t kChannelsAtOnce = 64;    // channel ranges are multiples of it
+constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on are written past the caches
+
+// Counting sort by image. Refuses an index outside the batch before anything else looks at it.
+template <class T>
+void group_by_image(Problem& p) {
+  const T* boxes = static_cast<const T*>(p.boxes);
+  p.first.assign(p.images + 1, 0);
+  p.order.resize(p.count);
+  for (int64_t k = 0; k < p.count; ++k) {
+    const int64_t image = image_of(boxes[5 * k], p.images);
+    STD_TORCH_CHECK(image >= 0, "roi_align: boxes row ", k, " has image index ", boxes[5 * k], ", outside 0..",
+                    p.images - 1);
+    ++p.first[image];
+  }
+  int32_t total = 0;
+  for (int32_t& first : p.first) total += first, first = total;
+  for (int64_t k = p.count - 1; k >= 0; --k)
+    p.order[--p.first[static_cast<int64_t>(boxes[5 * k])]] = static_cast<int32_t>(k);
+}
+
+Problem make_problem(const Tensor& map, const Tensor& pooled, const Tensor& boxes, double scale, int64_t sampling_ratio,
+                     bool aligned) {
+  const ScalarType box_dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(map.dim() == 4, "roi_align: the map must be [N, C, H, W]");
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "roi_align: boxes must be [K, 5]");
+  STD_TORCH_CHECK(boxes.is_cpu() && boxes.scalar_type() == box_dtype,
+                  "roi_align: boxes must be float64 for a float64 map, else float32, on the CPU");
+  STD_TORCH_CHECK(pooled.scalar_type() == map.scalar_type(), "roi_align: dtypes of map and pooled gradient differ");
+  STD_TORCH_CHECK(pooled.size(0) == boxes.size(0) && pooled.size(1) == map.size(1),
+                  "roi_align: the pooled gradient must be [K, C, h, w]");
   Problem p{};
   p.boxes = boxes.const_data_ptr();
   p.count = boxes.size(0);
   p.images = map.size(0), p.channels = map.size(1), p.height = map.size(2), p.width = map.size(3);
-  for (int d = 0; d < 4; ++d) p.stride[d] = map.stride(d);
+  p.pooled_height = pooled.size(2), p.pooled_width = pooled.size(3);
   p.scale = scale, p.sampling_ratio = sampling_ratio, p.aligned = aligned;
-  map.scalar_type() == ScalarType::Double ? check_index<double>(p) : check_index<float>(p);
+  p.image_stride = map.stride(0), p.channel_stride = map.stride(1), p.row_stride = map.stride(2),
+  p.column_stride = map.stride(3);
+  constexpr int64_t largest = (1LL << 31) - 1;
+  STD_TORCH_CHECK(p.count <= largest && p.height <= largest && p.width <= largest,
+                  "roi_align: too many boxes or cells");
+  STD_TORCH_CHECK(p.count == 0 || p.cells() > 0, "roi_align: the map has no cells");
+  box_dtype == ScalarType::Double ? group_by_image<double>(p) : group_by_image<float>(p);
   return p;
 }
 
-template <class F>
-void dispatch(ScalarType dtype, const F& f) {
+// Enough pieces of similar size for every thread to take several, cut along channels only where there are few.
+template <class Run>
+void run_pieces(const Problem& p, int64_t pieces, const Run& run) {
+  if (pieces == 0 || p.channels == 0) return;
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t blocks = (p.channels + kChannelsAtOnce - 1) / kChannelsAtOnce;
+  const int64_t ranges = std::clamp<int64_t>((wanted + pieces - 1) / pieces, 1, blocks);
+  Work work{};
+  work.channels_a_range = (blocks + ranges - 1) / ranges * kChannelsAtOnce;
+  work.channel_ranges = (p.channels + work.channels_a_range - 1) / work.channels_a_range;
+  work.pieces = pieces * work.channel_ranges;
+  std::atomic<bool> failed{false};
+  torch::stable::parallel_for(0, work.pieces, 1, [&](int64_t, int64_t) {
+    try {
+      run(p, work);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  STD_TORCH_CHECK(!failed, "roi_align: out of memory");
+}
+
+using Run = void (*)(const Problem&, Work&);
+Run choose(ScalarType dtype, Run f32, Run f64, Run bf16, Run f16) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    case ScalarType::Half: return f(c10::Half{});
-    default: STD_TORCH_CHECK(false, "roi_align: dtype not supported");
+    case ScalarType::Float:
+      return f32;
+    case ScalarType::Double:
+      return f64;
+    case ScalarType::BFloat16:
+      return bf16;
+    case ScalarType::Half:
+      return f16;
+    default:
+      STD_TORCH_CHECK(false, "roi_align: dtype must be float32, float64, bfloat16 or float16");
   }
 }
 
 Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int64_t pooled_height, int64_t pooled_width,
                  int64_t sampling_ratio, bool aligned) {
-  Tensor boxes = torch::stable::contiguous(boxes_in);
-  Problem p = problem_of(input, boxes, scale, sampling_ratio, aligned);
-  p.pooled_height = pooled_height, p.pooled_width = pooled_width;
-  Tensor output = torch::stable::new_empty(input, {p.count, p.channels, pooled_height, pooled_width});
-  dispatch(input.scalar_type(), [&](auto s) { forward<decltype(s)>(p, input.const_data_ptr(), output.mutable_data_ptr()); });
-  return output;
+  const Tensor boxes = torch::stable::contiguous(boxes_in);
+  const bool in_place = input.stride(1) == 1 || input.stride(3) == 1;
+  const Tensor map = in_place ? input : torch::stable::contiguous(input);
+  Tensor pooled = torch::stable::new_empty(input, {boxes.size(0), input.size(1), pooled_height, pooled_width});
+  Problem p = make_problem(map, pooled, boxes, scale, sampling_ratio, aligned);
+  p.source = map.const_data_ptr(), p.result = pooled.mutable_data_ptr();
+  for (int32_t image = 0; image < p.images; ++image)
+    for (int32_t begin = p.first[image]; begin < p.first[image + 1]; begin += kGroup)
+      p.groups.push_back({image, begin, std::min<int32_t>(begin + kGroup, p.first[image + 1])});
+  run_pieces(p, p.groups.size(), choose(map.scalar_type(), forward_float, forward_double, forward_bf16, forward_f16));
+  return pooled;
 }
 
 void roi_align_backward_out(const Tensor& grad_in, const Tensor& boxes_in, double scale, int64_t sampling_ratio,
                             bool aligned, Tensor out) {
-  Tensor boxes = torch::stable::contiguous(boxes_in), grad = torch::stable::contiguous(grad_in);
-  Problem p = problem_of(out, boxes, scale, sampling_ratio, aligned);
-  p.pooled_height = grad.size(2), p.pooled_width = grad.size(3);
-  dispatch(out.scalar_type(), [&](auto s) { backward<decltype(s)>(p, grad.const_data_ptr(), out.mutable_data_ptr()); });
+  const Tensor boxes = torch::stable::contiguous(boxes_in), grad = torch::stable::contiguous(grad_in);
+  const bool side_by_side = out.stride(1) == 1;
+  const bool planes = out.stride(3) == 1 && out.stride(2) == out.size(3);
+  Tensor map = side_by_side || planes ? out : torch::stable::new_empty(out, out.sizes());
+  Problem p = make_problem(map, grad, boxes, scale, sampling_ratio, aligned);
+  p.source = grad.const_data_ptr(), p.result = map.mutable_data_ptr();
+  const int64_t size = out.element_size();
+  p.stream = side_by_side && out.numel() * size >= kStreamBytes && reinterpret_cast<uintptr_t>(p.result) % 64 == 0 &&
+             p.image_stride * size % 64 == 0 && p.row_stride * size % 64 == 0 && p.column_stride * size % 64 == 0;
+  run_pieces(p, p.images, choose(out.scalar_type(), backward_float, backward_double, backward_bf16, backward_f16));
+  if (!side_by_side && !planes) torch::stable::copy_(out, map);
 }
 
 Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, double scale, int64_t sampling_ratio, bool aligned,
                           std::vector<int64_t> size, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
   Tensor out = torch::stable::empty(size, grad.scalar_type(), std::nullopt, grad.device(), std::nullopt,
                                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   roi_align_backward_out(grad, boxes, scale, sampling_ratio, aligned, out);
   return out;
 }
 }  // namespace
+}  // namespace scrl::roi
 
 STABLE_TORCH_LIBRARY_IMPL(scrl_fast, CPU, m) {
-  m.impl("roi_align", TORCH_BOX(&roi_align));
-  m.impl("roi_align_backward", TORCH_BOX(&roi_align_backward));
-  m.impl("roi_align_backward_out", TORCH_BOX(&roi_align_backward_out));
+  m.impl("roi_align", TORCH_BOX(&scrl::roi::roi_align));
+  m.impl("roi_align_backward", TORCH_BOX(&scrl::roi::roi_align_backward));
+  m.impl("roi_align_backward_out", TORCH_BOX(&scrl::roi::roi_align_backward_out));
 }
