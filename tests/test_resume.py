@@ -15,6 +15,7 @@ import torch
 from test_trainer import Pictures, make_config
 
 from scrl_fast import runlog
+from scrl_fast.resume import restore
 from scrl_fast.trainer import SCRLTrainer
 
 UNREPEATABLE = {"images_per_s", "data_wait"}
@@ -97,12 +98,28 @@ def test_resume_with_workers_and_twice(tmp_path, whole):
     assert_same(trainer, whole)
 
 
-def test_resume_with_accumulation(tmp_path):
-    whole, _ = run(tmp_path / "whole", accumulate=3)
-    run(tmp_path / "parts", accumulate=3, stop_at=1)
-    resumed, _ = run(tmp_path / "parts", accumulate=3, resume="auto")
-    assert resumed.step == 3
+def test_resume_with_accumulation_in_mid_epoch(tmp_path):
+    options = {"batch_size": 2, "accumulate": 2, "epochs": 2}
+    whole, _ = run(tmp_path / "whole", **options)
+    run(tmp_path / "parts", stop_at=1, **options)
+    resumed, _ = run(tmp_path / "parts", resume="auto", **options)
+    assert resumed.step == 6
     assert_same(resumed, whole)
+
+
+def test_a_stop_keeps_what_the_next_row_and_the_next_best_are_made_of(tmp_path):
+    config = make_config(tmp_path, epochs=3)
+    config.run.checkpoint_every, config.run.log_every = 9, 2
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    plain = trainer.train_step
+    trainer.train_step = lambda batches: plain(batches) or (trainer.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    trainer.fit()
+    log = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["log"]
+    assert (len(log["scores"]), len(log["pending"])) == (3, 1)  # rows of steps 1, 2, 4; step 5
+    config.resume = "auto"
+    again = SCRLTrainer(config, source=Pictures(num_classes=3))
+    restore(again)
+    assert (again.scores, again.pending, again.best) == (log["scores"], log["pending"], log["best"])
 
 
 def test_a_lost_row_and_steps_after_the_checkpoint_are_written_again(tmp_path, whole):
