@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
 
 VIEW_DTYPE = np.dtype(
@@ -39,7 +40,7 @@ NO_BLUR, RESIZE_BLUR, GAUSSIAN_BLUR = 0, 1, 2
 GAUSSIAN_TAPS = 23
 _JITTERS = ("brightness", "contrast", "saturation", "hue")
 _NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the compiled form
 
 
 class PackedImages(NamedTuple):
@@ -91,7 +92,8 @@ def augment_views(
     the drawn order (contrast towards the mean grey of the picture at that moment), grayscale, blur, solarise, each on
     uint8; then `(value / 255 - mean) / std`.
     images: packed RGB. table: VIEW_DTYPE. size: pixels. mean, std: three each, for values in 0..1.
-    solarize_threshold: values from this on are inverted. dtype: float32, bfloat16 or float16.
+    solarize_threshold: values from this on are inverted. dtype: float32, bfloat16, float16, or uint8 for levels 0..255
+    as they are before normalisation (mean and std are then not used).
     channels_last: memory format of the result. threads: at most so many; 1 for callers that run many calls at once.
     out: written and returned if given (dense in either memory format); dtype and channels_last are then its own.
     Raises TypeError or ValueError naming the argument and the first bad row before any pixel is touched.
@@ -124,11 +126,20 @@ def augment_views_reference(
     threads: int = 1,
 ) -> None:
     """One view after the other with Pillow and torchvision, on one thread; arguments checked by `augment_views`."""
-    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
-    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    scale, shift = normalization(mean, std)
     for row, view in zip(rows, out, strict=True):
         picture = view_reference(images.image(row["image"]), row, out.shape[-1], solarize_threshold)
-        view.copy_(torch.from_numpy(picture * scale + shift).permute(2, 0, 1))
+        values = np.transpose(picture if out.dtype == torch.uint8 else picture * scale + shift, (2, 0, 1))
+        if out.dtype in (torch.float32, torch.uint8):  # PyTorch would start threads of its own in every loader thread
+            view.numpy()[:] = values
+        else:
+            view.copy_(torch.from_numpy(values))
+
+
+def normalization(mean: Sequence[float], std: Sequence[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale and shift that turn a level 0..255 into a normalised value: `level * scale + shift`."""
+    scale = 1.0 / (255.0 * np.asarray(std, np.float64))
+    return scale.astype(np.float32), (-np.asarray(mean, np.float64) / np.asarray(std)).astype(np.float32)
 
 
 def view_reference(image: NDArray[np.uint8], row: np.void, size: int, solarize_threshold: int) -> NDArray[np.uint8]:
@@ -212,11 +223,38 @@ def _check_images(images: PackedImages) -> None:
 
 def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
     if out.dtype not in DTYPES or out.device.type != "cpu":
-        raise TypeError(f"dtype must be float32, bfloat16 or float16 on the CPU, got {out.dtype} on {out.device}")
+        raise TypeError(
+            f"dtype must be float32, bfloat16, float16 or uint8 on the CPU, got {out.dtype} on {out.device}"
+        )
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"out must be dense, NCHW or channels_last, got strides {out.stride()}")
 
 
-_OPERATION = register(Operation("augment_views", reference=augment_views_reference))
+def _native_augment_views(
+    images: PackedImages,
+    rows: np.ndarray,
+    out: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    solarize_threshold: int = 128,
+    threads: int = 1,
+) -> None:
+    scale, shift = ([1.0] * 3, [0.0] * 3) if out.dtype == torch.uint8 else normalization(mean, std)
+    _native.host().augment_views(
+        images.buffer, images.offsets, images.widths, np.ascontiguousarray(rows), out.data_ptr(), out.shape[-1],
+        DTYPES.index(out.dtype), not out.is_contiguous(), scale, shift, solarize_threshold, GAUSSIAN_TAPS, threads,
+    )  # fmt: skip
+
+
+_OPERATION = register(
+    Operation(
+        "augment_views",
+        reference=augment_views_reference,
+        native=_native_augment_views,
+        native_failure=lambda device_type: _native.host_failure("augment_views"),
+        triton_failure=lambda device_type: "no Triton form yet",
+    )
+)
