@@ -56,7 +56,7 @@ def test_boxes_lie_inside_and_apart(train: DemoScenes) -> None:
                 shared = np.minimum(boxes[a, 2:], boxes[b, 2:]) - np.maximum(boxes[a, :2], boxes[b, :2])
                 assert (shared <= 0).any()
     sides = np.array(sides)
-    assert (sides[:, 0] == sides[:, 1]).all() and sides.min() == 24 and sides.max() == 40
+    assert (sides[:, 0] == sides[:, 1]).all() and sides.min() == 16 and sides.max() == 32
 
 
 def test_digits_are_where_the_boxes_say() -> None:

@@ -86,8 +86,8 @@ def build_encoder(name: str) -> Encoder:
     return Encoder(name, body, out_channels=channels, stride=32)
 
 
-def _resnet10_tiny(width: int = 32) -> torchvision_resnet.ResNet:
-    """torchvision's ResNet cut down for 64-pixel views on a CPU: three stages of one BasicBlock, widths 32, 64, 128.
+def _resnet10_tiny(width: int = 16) -> torchvision_resnet.ResNet:
+    """torchvision's ResNet cut down for 64-pixel views on a CPU: three stages of one BasicBlock, widths 16, 32, 64.
 
     A 3x3 stem without max-pool and no fourth stage leave a stride of 8: 8x8 cells in a view of 64.
     """
