@@ -21,6 +21,8 @@ SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, in
   const Storage* s = static_cast<const Storage*>(sources) + begin;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
+    prefetch_page_ahead(t + i);
+    prefetch_page_ahead(s + i);
     auto target = load(t + i);
     ema(target, load(s + i), factors);
     store(t + i, target);
@@ -47,11 +49,9 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
   momentum *= number_on_host(momentum_tensor, 0);
   if (momentum == 1) return;
   const std::vector<Chunk> chunks = chunks_of(targets);
-  torch::stable::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Tensor &t = targets[chunks[c].tensor], &s = sources[chunks[c].tensor];
-      ema_any(t.scalar_type(), t.mutable_data_ptr(), s.const_data_ptr(), chunks[c].begin, chunks[c].count, momentum);
-    }
+  for_each_chunk(chunks.size(), [&](int64_t c) {
+    const Tensor &t = targets[chunks[c].tensor], &s = sources[chunks[c].tensor];
+    ema_any(t.scalar_type(), t.mutable_data_ptr(), s.const_data_ptr(), chunks[c].begin, chunks[c].count, momentum);
   });
 }
 }  // namespace

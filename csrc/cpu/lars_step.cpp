@@ -49,6 +49,8 @@ SCRL_INLINE Squares squares_of_chunk(const Item& item, int64_t begin, int64_t co
   f64x8 params[2] = {}, gradients[2] = {};
   int64_t i = 0;
   for (; i + L <= count; i += L) {
+    prefetch_page_ahead(p + i);
+    prefetch_page_ahead(g + i);
     add_squares(params, load(p + i));
     add_squares(gradients, load(g + i));
   }
@@ -71,6 +73,10 @@ SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, do
   const Storage* g = static_cast<const Storage*>(item.gradient) + begin;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
+    prefetch_page_ahead(p + i);
+    prefetch_page_ahead(g + i);
+    prefetch_page_ahead(b + i);
+    if constexpr (with_target) prefetch_page_ahead(t + i);
     auto param = load(p + i), buffer = load(b + i);
     lars_update(param, load(g + i), buffer, factors);
     store(b + i, buffer);
@@ -116,51 +122,22 @@ SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count
   return update_chunk<f16>(item, begin, count, ema_momentum);
 }
 
-class Step {
- public:
-  Step(std::vector<Item> items, const std::vector<Tensor>& params, double ema_momentum)
-      : items_(std::move(items)), chunks_(chunks_of(params)), squares_(chunks_.size()), ema_momentum_(ema_momentum) {}
-
-  int64_t size() const { return chunks_.size(); }
-
-  // End of the shortest run of whole tensors from chunk `begin` on that keeps all threads busy.
-  int64_t run_end(int64_t begin) const {
-    int64_t end = std::min(begin + kRun, size());
-    while (end < size() && chunks_[end].begin > 0) ++end;
-    return end;
+// Sums of squares of every tensor: chunk by chunk, then over its chunks in their order.
+void measure(std::vector<Item>& items, const std::vector<Chunk>& chunks) {
+  std::vector<Squares> squares(chunks.size());
+  for_each_chunk(chunks.size(), [&](int64_t c) {
+    squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count);
+  });
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    Squares& sum = items[chunks[c].tensor].squares;
+    sum.param += squares[c].param;
+    sum.gradient += squares[c].gradient;
   }
+}
 
-  // Sums of squares of the tensors in a run, chunk by chunk and then over chunks in their order.
-  void measure(int64_t begin, int64_t end) {
-    torch::stable::parallel_for(begin, end, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c)
-        squares_[c] = squares_any(items_[chunks_[c].tensor], chunks_[c].begin, chunks_[c].count);
-    });
-    for (int64_t c = begin; c < end; ++c) {
-      Squares& sum = items_[chunks_[c].tensor].squares;
-      sum.param += squares_[c].param;
-      sum.gradient += squares_[c].gradient;
-    }
-  }
-
-  bool finite() const {
-    return std::all_of(items_.begin(), items_.end(), [](const Item& i) { return std::isfinite(i.squares.gradient); });
-  }
-
-  void update(int64_t begin, int64_t end) const {
-    torch::stable::parallel_for(begin, end, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c)
-        update_any(items_[chunks_[c].tensor], chunks_[c].begin, chunks_[c].count, ema_momentum_);
-    });
-  }
-
- private:
-  static constexpr int64_t kGrain = 2, kRun = 32;
-  std::vector<Item> items_;
-  std::vector<Chunk> chunks_;
-  std::vector<Squares> squares_;
-  double ema_momentum_;
-};
+bool gradients_finite(const std::vector<Item>& items) {
+  return std::all_of(items.begin(), items.end(), [](const Item& i) { return std::isfinite(i.squares.gradient); });
+}
 
 void count_skip(const Tensor& counter) {
   if (counter.scalar_type() == ScalarType::Int)
@@ -193,20 +170,12 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   if (ema_momentum != 1)
     for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
 
-  Step step(std::move(items), params, ema_momentum);
-  if (skip_counter) {  // no update before every gradient has been seen
-    step.measure(0, step.size());
-    if (step.finite())
-      step.update(0, step.size());
-    else
-      count_skip(*skip_counter);
-    return;
-  }
-  for (int64_t begin = 0, end; begin < step.size(); begin = end) {  // the update finds its tensors in the cache
-    end = step.run_end(begin);
-    step.measure(begin, end);
-    step.update(begin, end);
-  }
+  const std::vector<Chunk> chunks = chunks_of(params);
+  measure(items, chunks);
+  if (skip_counter && !gradients_finite(items)) return count_skip(*skip_counter);
+  for_each_chunk(chunks.size(), [&](int64_t c) {
+    update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, ema_momentum);
+  });
 }
 }  // namespace
 
