@@ -6,6 +6,7 @@ published implementation (whose parameter names decide what LARS leaves out ther
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 from scrl_fast.config import Config
 from scrl_fast.trainer import SCRLTrainer
@@ -49,6 +51,24 @@ def head(inputs, hidden, outputs):
     return nn.ModuleDict({"net": nn.Sequential(*body)})
 
 
+def resnet18(width):
+    r = torchvision.models.resnet18(weights=None)
+    return nn.Sequential(r.conv1, r.bn1, r.relu, r.maxpool, r.layer1, r.layer2, r.layer3, r.layer4)
+
+
+def resnet10_tiny(width):
+    def stage(inputs, outputs):
+        down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+        return nn.Sequential(BasicBlock(inputs, outputs, 2, down))
+
+    stem = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Identity()]
+    stages = [nn.Sequential(BasicBlock(width, width)), stage(width, 2 * width), stage(2 * width, 4 * width)]
+    return nn.Sequential(*stem, *stages)
+
+
+ENCODERS = {"resnet18": (resnet18, 1 / 32), "resnet10_tiny": (resnet10_tiny, 1 / 8)}
+
+
 class Plain:
     """SCRL or BYOL as a reader of the paper would write it."""
 
@@ -59,14 +79,16 @@ class Plain:
         self.total = self.steps_per_epoch * config.train.epochs
         hidden, size = config.model.hidden_dim, config.model.projection_dim
 
+        encoder, self.scale = ENCODERS[config.model.backbone]
+        width = trainer.model.online.encoder.body.conv1.out_channels
+        channels = encoder(width)[-1][-1].conv2.out_channels
+
         def branch():
-            r = torchvision.models.resnet18(weights=None)
-            layers = [r.conv1, r.bn1, r.relu, r.maxpool, r.layer1, r.layer2, r.layer3, r.layer4]
-            return nn.ModuleDict({"encoder": nn.Sequential(*layers), "projector": head(512, hidden, size)})
+            return nn.ModuleDict({"encoder": encoder(width), "projector": head(channels, hidden, size)})
 
         self.online, self.target = branch(), branch()
         self.predictor = head(size, hidden, size)
-        self.probe = nn.ModuleDict({"linear": nn.Linear(512, CLASSES)})
+        self.probe = nn.ModuleDict({"linear": nn.Linear(channels, CLASSES)})
         ours = trainer.model
         pairs = [(self.online, ours.online), (self.target, ours.target)]
         for mine, theirs in [*pairs, (self.predictor, ours.predictor), (self.probe, ours.probe)]:
@@ -86,7 +108,7 @@ class Plain:
         rows = pooled
         if boxes is not None:
             rois = torch.cat(boxes).to(features.dtype)
-            rows = torchvision.ops.roi_align(features, rois, 1, 1 / 32, -1, False).flatten(1)
+            rows = torchvision.ops.roi_align(features, rois, 1, self.scale, -1, False).flatten(1)
         return branch["projector"]["net"](rows), pooled
 
     def loss(self, batch):
@@ -138,14 +160,14 @@ class Plain:
             p.grad = None
 
 
-def make_config(folder, method, compat, dtype):
+def make_config(folder, method, compat, dtype, backbone):
     # ReLU and BatchNorm of few samples amplify rounding: large steps would part float32 from itself
     lr, batch = (10.0, 4) if dtype == torch.float64 else (0.01, 8)
     config = Config(compat=compat)
     config.data.workers = 0
     config.views.size = 48
     config.boxes.min_size, config.boxes.per_image = 16, 4
-    config.model.backbone, config.model.method = "resnet18", method
+    config.model.backbone, config.model.method = backbone, method
     config.model.hidden_dim, config.model.projection_dim = 32, 16
     config.optim.lr, config.optim.weight_decay, config.optim.warmup_epochs = lr, 1e-3, 2
     config.optim.trust_coefficient = 0.02  # large, so that ten steps move the weights
@@ -169,12 +191,17 @@ def relative(ours, exact):
     return ((ours - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("compat", ["none", "kakaobrain"])
-@pytest.mark.parametrize("method", ["scrl", "byol"])
-def test_ten_steps_equal_plain_pytorch(tmp_path, method, compat, dtype):
+TINY = itertools.product(["scrl", "byol"], ["none", "kakaobrain"], [torch.float64, torch.float32], ["resnet10_tiny"])
+
+
+@pytest.mark.parametrize(
+    ("method", "compat", "dtype", "backbone"),
+    [("scrl", "kakaobrain", torch.float64, "resnet18"), *TINY],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_ten_steps_equal_plain_pytorch(tmp_path, method, compat, dtype, backbone):
     limit = 1e-10 if dtype == torch.float64 else 1e-5
-    trainer = SCRLTrainer(make_config(tmp_path / "run", method, compat, dtype), source=Pictures())
+    trainer = SCRLTrainer(make_config(tmp_path / "run", method, compat, dtype, backbone), source=Pictures())
     trainer.model.to(dtype)
     plain = Plain(trainer)
     start = {name: vector.clone() for name, vector in parts(trainer.model.state())}
