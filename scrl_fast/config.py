@@ -27,11 +27,13 @@ BACKBONE_STRIDES = {
 class DataConfig:
     """Where the images come from."""
 
-    source: Literal["demo", "folder", "imagefolder", "imagenet", "list"] = "demo"
+    source: Literal["demo", "folder", "imagefolder", "imagenet", "list", "tar", "packed", "hf"] = "demo"
     """demo: generated digit scenes; folder: any tree of images; imagefolder, imagenet: one folder a class; list: a
-    text file with one path a line."""
+    text file with one path a line; tar: shards in WebDataset's layout; packed: what scrl_fast.data.pack wrote; hf: a
+    dataset of the Hugging Face package datasets."""
     root: str = ""
-    """Folder (or list file) of the images; the demo needs none."""
+    """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar; hf:
+    NAME_OR_PATH[:split[:column]]; the demo needs none."""
     workers: int = 2
     """Threads that read images and make views."""
     prefetch: int = 2
@@ -345,7 +347,12 @@ class Config:
     def check_ready(self) -> None:
         """Raise ValueError when an option that a recipe leaves to the user is still missing."""
         if self.data.source != "demo" and not self.data.root:
-            what = "text file with the images' paths" if self.data.source == "list" else "folder of the images"
+            what = {
+                "list": "text file with the images' paths",
+                "tar": "folder, file or pattern of the shards",
+                "packed": "folder that scrl_fast.data.pack wrote",
+                "hf": "name or path of the dataset, as NAME[:split[:column]]",
+            }.get(self.data.source, "folder of the images")
             raise ValueError(f"data.source={self.data.source} needs --data.root, the {what}")
 
     def to_dict(self) -> dict[str, Any]:

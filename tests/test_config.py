@@ -148,7 +148,7 @@ def test_byol_needs_no_boxes():
     Config(model=ModelConfig(method="byol"), boxes=BoxesConfig(per_image=0), views=ViewsConfig(size=32))
 
 
-@pytest.mark.parametrize("source", ["folder", "imagefolder", "imagenet", "list"])
+@pytest.mark.parametrize("source", ["folder", "imagefolder", "imagenet", "list", "tar", "packed", "hf"])
 def test_ready_means_that_the_images_are_named(source):
     Config().check_ready()
     Config(data=DataConfig(source=source, root="x")).check_ready()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ JpegDecoder = Callable[[bytes], Pixels]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may hold, whatever it is called
 _ORIENTATION = 0x0112
+SHRINKS = (8, 4, 2)  # divisors that libjpeg's inverse transform makes for nothing
 
 
 class BadImage(Exception):
@@ -35,12 +37,16 @@ class BadImage(Exception):
 
 def read_image(path: str, *, max_pixels: int, name: str | None = None) -> Pixels:
     """The file at path as uint8 `[H, W, 3]`; see `decode`. Raises BadImage also when it cannot be opened."""
+    return decode(read_file(path, name), max_pixels=max_pixels, name=name or path)
+
+
+def read_file(path: str, name: str | None = None) -> bytes:
+    """The bytes of a file. Raises BadImage(name, cause) when they cannot be read."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise BadImage(name or path, error.strerror or str(error)) from error
-    return decode(data, max_pixels=max_pixels, name=name or path)
 
 
 def decode(data: bytes, *, max_pixels: int, name: str = "image") -> Pixels:
@@ -50,27 +56,66 @@ def decode(data: bytes, *, max_pixels: int, name: str = "image") -> Pixels:
     Raises BadImage(name, cause) for an empty, damaged or cut file, for one that is no image, and for one with more than
     max_pixels pixels, which is refused before it is decoded.
     """
-    fast = jpeg_decoder()
-    if not data:
-        raise BadImage(name, "the file is empty")
+    return Encoded(data, max_pixels=max_pixels, name=name).decode()
+
+
+class Encoded:
+    """An image file in memory of which the header is known and no pixel is decoded yet.
+
+    height, width: in pixels, upright. Raises BadImage as `decode` does.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int, name: str = "image") -> None:
+        self.name, self._data = name, data
+        if not data:
+            raise BadImage(name, "the file is empty")
+        with _bad_image(name):
+            self._picture = Image.open(io.BytesIO(data), formats=_FORMATS)  # reads the header only
+            width, height = self._picture.size
+            if width * height > max_pixels:
+                raise BadImage(name, f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+            self._orientation = _orientation(self._picture)
+        self._plain_jpeg = self._picture.format in ("JPEG", "MPO") and self._picture.mode in ("RGB", "L")
+        self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
+
+    def can_shrink(self, shrink: int) -> bool:
+        """Whether `decode(shrink)` works and pixel (i, j) of it covers exactly the pixels from (i, j) * shrink on."""
+        if shrink == 1:
+            return True
+        whole = self._orientation == 1 or self.height % shrink == self.width % shrink == 0  # mirrored, the rest leads
+        return self._plain_jpeg and shrink in SHRINKS and whole
+
+    def decode(self, shrink: int = 1) -> Pixels:
+        """RGB, uint8 `[ceil(height / shrink), ceil(width / shrink), 3]`; a JPEG shrunk while decoding costs less."""
+        if not self.can_shrink(shrink):
+            raise ValueError(f"shrink must be 1, or one of {SHRINKS} for a JPEG that allows it, got {shrink}")
+        orientation, decoder = self._orientation, jpeg_decoder()
+        with _bad_image(self.name):
+            if self._plain_jpeg and shrink > 1:
+                pixels = _shrunk(decoder)(self._data, shrink)
+            elif self._plain_jpeg:
+                pixels = _load(decoder)[0](self._data)
+                orientation = 1 if decoder in _TURNS_BY_ITSELF else orientation
+            else:
+                pixels = _rgb(self._picture)
+            pixels = _upright(pixels, orientation)
+            height, width = -(-self.height // shrink), -(-self.width // shrink)
+            if pixels.shape != (height, width, 3):  # views are drawn for the size in the header
+                raise BadImage(self.name, f"{height} x {width} pixels announced, {pixels.shape[:2]} found")
+        return pixels
+
+
+@contextmanager
+def _bad_image(name: str) -> Iterator[None]:
+    """Damaged files make decoders raise OSError, struct.error, zlib.error, IndexError, ...: here all are BadImage."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)  # reads the header only
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise BadImage(name, f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
-        orientation = _orientation(picture)
-        if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L"):
-            pixels = _load(fast)[0](data)
-            orientation = 1 if fast in _TURNS_BY_ITSELF else orientation
-        else:
-            pixels = _rgb(picture)
+        yield
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
         raise BadImage(name, "not an image of a known format") from None
-    except Exception as error:  # damaged files make decoders raise OSError, struct.error, zlib.error, IndexError, ...
+    except Exception as error:
         raise BadImage(name, str(error) or type(error).__name__) from error
-    return _upright(pixels, orientation)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -138,6 +183,24 @@ def _torchvision() -> JpegDecoder:
 
 def _pillow() -> JpegDecoder:
     return lambda data: np.asarray(Image.open(io.BytesIO(data), formats=_FORMATS).convert("RGB"))
+
+
+def _shrunk(decoder: str) -> Callable[[bytes, int], Pixels]:
+    """From a JPEG's bytes and a divisor to its pixels; the others than these two cannot, and Pillow stands in."""
+    return _simplejpeg_shrunk if decoder == "simplejpeg" else _pillow_shrunk
+
+
+def _simplejpeg_shrunk(data: bytes, shrink: int) -> Pixels:
+    import simplejpeg
+
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink), min_width=-(-width // shrink), min_factor=1)
+
+
+def _pillow_shrunk(data: bytes, shrink: int) -> Pixels:
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    picture.draft(None, (max(1, picture.width // shrink), max(1, picture.height // shrink)))
+    return np.asarray(picture.convert("RGB"))
 
 
 _JPEG_DECODERS: dict[str, Callable[[], JpegDecoder]] = {

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from scrl_fast.data.decode import EXTENSIONS, read_image
-from scrl_fast.data.source import UNLABELLED
+from scrl_fast.data.decode import EXTENSIONS, read_file
+from scrl_fast.data.source import UNLABELLED, EncodedImages
 from scrl_fast.errors import UsageError
 
 
-class ImageFiles:
+class ImageFiles(EncodedImages):
     """Images by path. paths: relative to root (or absolute). labels: one class per path, or None.
 
     `classes` are the names of the classes, empty where there are no labels.
@@ -36,13 +35,13 @@ class ImageFiles:
         self.root, self.paths, self.classes = root, list(paths), list(classes)
         self.labels = None if labels is None else np.asarray(labels, np.int32)
         self.num_classes = len(self.classes)
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        return read_image(self.name_of(index), max_pixels=self._max_pixels)
+    def data(self, index: int) -> bytes:
+        return read_file(self.name_of(index))
 
     def label(self, index: int) -> int:
         return UNLABELLED if self.labels is None else int(self.labels[index])

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.config import Config, DataConfig
+from scrl_fast.data.decode import Encoded
 
 UNLABELLED = -1
 
@@ -33,6 +34,26 @@ class Source(Protocol):
         ...
 
 
+class EncodedImages:
+    """What the sources of image files share: they bring `data`, `name_of` and `max_pixels`."""
+
+    max_pixels: int
+
+    def data(self, index: int) -> bytes:
+        """The file of image `index`. Raises BadImage if it cannot be read."""
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> str:
+        raise NotImplementedError
+
+    def open(self, index: int) -> Encoded:
+        """Image `index` before it is decoded. Raises BadImage."""
+        return Encoded(self.data(index), max_pixels=self.max_pixels, name=self.name_of(index))
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return self.open(index).decode()
+
+
 def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Source:
     """The source of a configuration. seed: of the generated scenes; a Config brings its own (train.seed).
 
@@ -40,6 +61,8 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
     """
     from scrl_fast.data.demo import DemoScenes
     from scrl_fast.data.files import class_folders, image_folder, image_list
+    from scrl_fast.data.hub import hub_dataset
+    from scrl_fast.data.shards import packed_shards, tar_shards
 
     data = config.data if isinstance(config, Config) else config
     if seed is None:
@@ -52,4 +75,10 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
         return class_folders(data.root, max_pixels=data.max_pixels, train_split=data.source == "imagenet")
     if data.source == "list":
         return image_list(data.root, max_pixels=data.max_pixels)
-    raise ValueError(f"data.source must be demo, folder, imagefolder, imagenet or list, got {data.source!r}")
+    if data.source == "tar":
+        return tar_shards(data.root, max_pixels=data.max_pixels)
+    if data.source == "packed":
+        return packed_shards(data.root, max_pixels=data.max_pixels)
+    if data.source == "hf":
+        return hub_dataset(data.root, max_pixels=data.max_pixels)
+    raise ValueError(f"data.source is {data.source!r}, which is none of its choices")

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from photos import NAMES, crop
+
+from scrl_fast.config import DataConfig
+from scrl_fast.data import BadImage, make_source
+from scrl_fast.data.shard_index import INDEX_SUFFIX
+from scrl_fast.data.shards import TarImages, expand_braces
+from scrl_fast.errors import UsageError
+
+IMAGES = [crop(name, 40, 50) for name in NAMES]
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    IMAGES[number % len(IMAGES)].save(file, "PNG")  # without loss; the name does not matter
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> list[int]:
+    """A tar of these files; returns where the header of each begins, and where the end mark does."""
+    places = []
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in files.items():
+            places.append(archive.offset)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        places.append(archive.offset)
+    return places
+
+
+def source(root: Path | str, kind: str = "tar", **options: Any) -> TarImages:
+    return make_source(DataConfig(source=kind, root=str(root), **options))  # type: ignore[return-value, arg-type]
+
+
+def is_image(pixels: np.ndarray, number: int) -> bool:
+    return np.array_equal(pixels, np.asarray(IMAGES[number % len(IMAGES)]))
+
+
+def names(found: TarImages) -> list[str]:
+    return [found.name_of(index).partition(".tar:")[2] for index in range(len(found))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three shards of 2, 3 and 1 images with labels, the second in pax format with a name of 300 letters."""
+    write_tar(
+        tmp_path / "s-00.tar", {"a.jpg": jpeg(0), "a.cls": b"3", "b.cls": b"1\n", "b.PNG": jpeg(1), "b.json": b"{}"}
+    )
+    long = "deep/" * 30 + "x" * 150
+    files = {"a.jpg": jpeg(2), f"{long}.jpg": jpeg(3), f"{long}.cls": b"7", "n/é.jpeg": jpeg(4)}
+    write_tar(tmp_path / "s-01.tar", files, tarfile.PAX_FORMAT)
+    write_tar(tmp_path / "s-02.tar", {f"{long}.jpg": jpeg(5), "a.txt": b"?"}, tarfile.GNU_FORMAT)
+    (tmp_path / "notes.txt").touch()
+    return tmp_path
+
+
+def test_shards(folder: Path) -> None:
+    found = source(folder)
+    assert [found.label(index) for index in range(6)] == [3, 1, -1, 7, -1, -1] and found.num_classes == 8
+    assert names(found)[:3] == ["a.jpg", "b.PNG", "a.jpg"] and names(found)[4] == "n/é.jpeg"
+    assert names(found)[3] == names(found)[5] and len(names(found)[3]) == 304
+    assert all(is_image(found.read(index), index) for index in (5, 0, 3, 1, 4, 2))
+    assert not found.problems
+    assert sorted(folder.glob("*.tar")) == [Path(path) for path in found.shards]  # and nothing else was made of them
+    with pytest.raises(IndexError):
+        found.read(6)
+
+
+def test_what_names_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(source(folder / "s-01.tar")) == 3
+    assert len(source(folder / "s-{00..01}.tar")) == 5
+    assert len(source(folder / "s-0{2,0}.tar")) == 3
+    assert names(source(folder / "s-0{2,0}.tar"))[1] == "a.jpg"  # their order is kept
+    assert len(source(folder / "*-0[12].tar")) == 4
+    monkeypatch.chdir(folder)
+    assert len(source("s-00.tar")) == 2
+    assert list(expand_braces("{8..11}-{a,b}")) == [f"{n}-{c}" for n in (8, 9, 10, 11) for c in "ab"]
+    assert list(expand_braces("{08..10}")) == ["08", "09", "10"] and list(expand_braces("{x}")) == ["{x}"]
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("", r"--data\.root=DIR, FILE\.tar or a pattern"),
+        ("gone.tar", r"gone\.tar' does not exist"),
+        ("*.tgz", "matches no file"),
+        ("s-{00..04}.tar", r"names 5 shards, of which 2 do not exist, the first being 's-03\.tar'"),
+        ("{0..99999999}.tar", "more than a million"),
+        ("empty", r"holds no \.tar files, but its folders train do"),
+        ("notes.tar", r"no images in the 1 shards of data\.root='notes\.tar': looked for members ending in \.jpg"),
+        ("text.tar", "no images .*is no tar archive"),
+        ("nothing.tar", "no images .*ends without the end mark"),
+    ],
+)
+def test_no_shards(folder: Path, monkeypatch: pytest.MonkeyPatch, root: str, message: str) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "empty" / "train").mkdir(parents=True)
+    write_tar(folder / "empty" / "train" / "0.tar", {"a.jpg": jpeg(0)})
+    write_tar(folder / "notes.tar", {"a.txt": b"1"})
+    (folder / "text.tar").write_text("x" * 5000)
+    (folder / "nothing.tar").touch()
+    with pytest.raises(UsageError, match=message):
+        source(root)
+
+
+# ---- the index ----
+
+
+def test_the_index_is_kept_and_made_again_when_the_shard_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, index = folder / "s-00.tar", folder / f"s-00.tar{INDEX_SUFFIX}"
+    assert names(source(shard)) == ["a.jpg", "b.PNG"] and index.exists()
+    monkeypatch.setattr("scrl_fast.data.shard_index._scan", lambda *_: pytest.fail("indexed twice"))
+    again = source(shard)
+    assert names(again) == ["a.jpg", "b.PNG"] and again.label(0) == 3 and is_image(again.read(1), 1)
+    monkeypatch.undo()
+    write_tar(shard, {"c.jpg": jpeg(2)})
+    os.utime(shard, ns=(0, 1))
+    assert names(source(shard)) == ["c.jpg"]
+    data = index.read_bytes()
+    for damaged in (b"", data[:100], data[: len(data) // 2], b"PK" + data[2:90] + bytes(200) + data[290:]):
+        index.write_bytes(damaged)
+        assert names(source(shard)) == ["c.jpg"]
+
+
+def test_an_index_that_points_outside_is_not_believed(folder: Path) -> None:
+    shard, index = folder / "s-00.tar", folder / f"s-00.tar{INDEX_SUFFIX}"
+    source(shard)
+    with np.load(index) as file:
+        arrays = dict(file)
+    for name, value in (("sizes", 1 << 50), ("offsets", -1), ("name_ends", 1 << 40), ("labels", 1 << 30)):
+        np.savez(index, **{**arrays, name: np.full_like(arrays[name], value)})
+        assert names(source(shard)) == ["a.jpg", "b.PNG"] and source(shard).num_classes == 4
+
+
+def test_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert len(source(folder)) == 6
+    assert not list(folder.glob("*.npz")) and not list(folder.glob(".*"))
+
+
+def test_more_shards_than_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scrl_fast.data.tar._files_to_keep_open", lambda: 1)
+    found = source(folder)
+    assert all(is_image(found.read(index), index) for index in (5, 0, 3, 1, 4, 2)) and len(found._handles._open) == 1
+
+
+def test_indexing_is_quick(tmp_path: Path) -> None:
+    write_tar(tmp_path / "many.tar", {f"{number:06d}.jpg": b"x" * 700 for number in range(5000)})
+    start = time.perf_counter()
+    assert len(source(tmp_path)) == 5000
+    assert time.perf_counter() - start < 2  # takes 0.06 s; extraction or tarfile take 0.3 s and more
+
+
+# ---- grouping ----
+
+
+def test_labels_and_images_of_a_key(tmp_path: Path) -> None:
+    files = {
+        "a.cls": b"0", "a.seg.png": jpeg(5), "a.jpg": jpeg(0), "a.JPEG": jpeg(1),  # the mask is no picture of its own
+        "holiday.1.jpg": jpeg(2), "holiday.2.jpg": jpeg(3),  # these are
+        "x/a.jpg": jpeg(4), "b.jpg": jpeg(5), "b.cls": b"cat", "c.cls": b"-1", "c.jpg": jpeg(0), "d.cls": b"1",
+        "._e.jpg": b"",
+    }  # fmt: skip
+    write_tar(tmp_path / "0.tar", files)
+    found = source(tmp_path)
+    assert names(found) == ["a.jpg", "a.JPEG", "holiday.1.jpg", "holiday.2.jpg", "x/a.jpg", "b.jpg", "c.jpg"]
+    assert [found.label(index) for index in range(7)] == [0, 0, -1, -1, -1, -1, -1] and found.num_classes == 1
+    assert len(found.problems) == 1 and "1 x label that is no class number, left out: 'b.cls'" in found.problems[0]
+
+
+# ---- damage and malice ----
+
+
+def test_a_shard_cut_anywhere_gives_its_whole_members_and_says_so(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tar"
+    places = write_tar(whole, {f"{number}.jpg": jpeg(number) for number in range(4)})
+    data = whole.read_bytes()
+    ends = [place + 512 + len(jpeg(number)) for number, place in enumerate(places[:-1])]
+    cuts = [100, 512, *ends, *(end - 1 for end in ends), *places[1:], places[-1] + 512, places[2] + 300]
+    for number, cut in enumerate(cuts):
+        shard = tmp_path / f"cut{number}.tar"
+        shard.write_bytes(data[:cut])
+        there = sum(end <= cut for end in ends)
+        if not there:
+            with pytest.raises(UsageError, match="is cut in"):
+                source(shard)
+            continue
+        found = source(shard)
+        assert len(found) == there and all(is_image(found.read(index), index) for index in range(there))
+        assert bool(found.problems) == (cut <= places[-1]), cut
+        again = source(shard)  # from the index beside it
+        assert again.problems == found.problems
+
+
+def test_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    places = write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
+    data = bytearray((tmp_path / "0.tar").read_bytes())
+    data[places[1] + 20] ^= 1  # one bit of a header
+    (tmp_path / "0.tar").write_bytes(data)
+    for number in range(1, 10):
+        (tmp_path / f"{number}.tar").write_bytes(data)
+    with caplog.at_level(logging.WARNING, "scrl_fast"):
+        found = source(tmp_path)
+    assert len(found) == 10 and len(found.problems) == 10
+    assert f"damaged header at byte {places[1]}" in caplog.messages[0] and str(tmp_path / "0.tar") in caplog.messages[0]
+    assert len(caplog.messages) == 6 and "5 more problems" in caplog.messages[5]
+
+
+def test_joined_and_compressed_archives_are_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0)})
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "two.tar").write_bytes(data + data)
+    found = source(tmp_path / "two.tar")
+    assert len(found) == 1 and "goes on after its end mark" in found.problems[0]
+    with tarfile.open(tmp_path / "gz.tar", "w:gz") as archive:
+        archive.add(tmp_path / "a.tar", "a.jpg")
+    with pytest.raises(UsageError, match="gunzip"):
+        source(tmp_path / "gz.tar")
+
+
+def test_nothing_reaches_outside(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(jpeg(5))
+    before = set(Path("/tmp").glob("scrl-evil*"))
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    with tarfile.open(inner / "evil.tar", "w") as archive:
+
+        def add(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes = b"") -> None:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, link, len(data)
+            archive.addfile(member, io.BytesIO(data) if data else None)
+
+        add("../up.jpg", data=jpeg(0))
+        add("/tmp/scrl-evil.jpg", data=jpeg(1))
+        add("soft.jpg", tarfile.SYMTYPE, str(secret))
+        add("hard.jpg", tarfile.LNKTYPE, "../secret.jpg")
+        add("device.jpg", tarfile.CHRTYPE)
+        add("pipe.jpg", tarfile.FIFOTYPE)
+        add("folder.jpg", tarfile.DIRTYPE)
+        add("good.jpg", data=jpeg(2))
+    found = source(inner)
+    assert names(found) == ["../up.jpg", "/tmp/scrl-evil.jpg", "good.jpg"]
+    assert all(is_image(found.read(index), index) for index in range(3))
+    told = "\n".join(found.problems)
+    for what in ("symbolic link, left out: 'soft.jpg'", "hard link, left out: 'hard.jpg'", "device, left out"):
+        assert what in told
+    assert "2 x name outside the archive, read all the same: '../up.jpg', ..." in told and "folder" not in told
+    assert {path.name for path in inner.iterdir()} == {"evil.tar", f"evil.tar{INDEX_SUFFIX}"}
+    assert {path.name for path in tmp_path.iterdir()} == {"inner", "secret.jpg"}
+    assert set(Path("/tmp").glob("scrl-evil*")) == before
+
+
+def test_hostile_headers_cost_nothing(tmp_path: Path) -> None:
+    """Long names of gigabytes, negative and absurd sizes, pax records that lie: an end, soon, without much memory."""
+    shard = tmp_path / "0.tar"
+    places = write_tar(shard, {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
+    good = shard.read_bytes()
+
+    def header(kind: bytes, size: bytes) -> bytes:
+        block = bytearray(512)
+        block[:5], block[124 : 124 + len(size)], block[156:157] = b"n.jpg", size, kind
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        return bytes(block)
+
+    huge = b"\x80" + (1 << 62).to_bytes(11, "big")
+    lies = [b"", b"x", b"99999 path=a\n", b"0 path=a\n", b"9" * 300, b"11 path=ab", b"-5 size=7\n", b"6 size\n"]
+    evil = [
+        header(kind, size) for kind in (b"0", b"L", b"x", b"g", b"5") for size in (huge, b"\xff" * 12, b"77777777777")
+    ]
+    evil += [header(b"x", b"%011o" % 512) + lie.ljust(512, b"\0") for lie in lies]
+    for block in evil:
+        shard.write_bytes(good[: places[1]] + block + good[places[1] :])
+        start = time.perf_counter()
+        found = source(shard)
+        assert time.perf_counter() - start < 1
+        assert is_image(found.read(0), 0) and len(found) in (1, 2, 3)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = np.frombuffer(good, np.uint8).copy()
+        damaged[places[1] + rng.integers(0, 512, 3)] = rng.integers(0, 256, 3)
+        shard.write_bytes(damaged.tobytes())
+        assert is_image(source(shard).read(0), 0)
+
+
+def test_a_shard_that_shrinks_under_way(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
+    found = source(tmp_path)
+    os.truncate(tmp_path / "0.tar", 600)
+    with pytest.raises(BadImage, match=r"0\.tar:b\.jpg: the shard has become shorter"):
+        found.read(1)
+
+
+def test_bad_images_in_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"no picture", "b.jpg": b"", "c.jpg": jpeg(0)})
+    found = source(tmp_path, max_pixels=1000)
+    for index, message in enumerate(("a.jpg: not an image", "b.jpg: the file is empty", "max_pixels=1000")):
+        with pytest.raises(BadImage, match=message):
+            found.read(index)
