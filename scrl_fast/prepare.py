@@ -68,6 +68,9 @@ def set_numerics(deterministic: bool, device: torch.device) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its first call
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # a debugging aid that costs a write of every output
+        )
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
 

@@ -151,7 +151,7 @@ class RunLog:
         LOGGER.addHandler(self.handler)
         keep_metrics_until(folder / METRICS, step)
         self.rows = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if self.stream.isatty():  # into a file tqdm writes a line a tenth of a second; log lines serve better there
+        if is_terminal(self.stream):  # into a file tqdm writes ten lines a second; log lines serve better there
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=step, file=self.stream, unit="step", dynamic_ncols=True)
@@ -186,7 +186,7 @@ class RunLog:
         line = progress_line(row)
         left = format_seconds(seconds_per_step * (self.total_steps - row["step"]))
         if self.bar is not None:
-            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.set_postfix_str(line)
             self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {row['step']}  {line}\n")
         else:
             self.say(f"step {row['step']}/{self.total_steps}  {line}  ETA {left}")
@@ -211,13 +211,17 @@ class RunLog:
         if self.bar is not None:
             self.bar.update(1)
 
+    def end_progress(self) -> None:
+        """Ends the bar: what is said from here on comes below it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def close(self) -> None:
         """Ends the bar and closes files and trackers; safe to call twice."""
         if not self.active:
             return
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.end_progress()
         self.active = False
         LOGGER.removeHandler(self.handler)
         for output in (self.events, self.rows, self.text):
@@ -231,6 +235,16 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a progress bar can be drawn: on a terminal, unless it says that it has no columns."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file behind the stream
+        return True
 
 
 def progress_line(row: Mapping[str, Any]) -> str:

@@ -242,6 +242,7 @@ class SCRLTrainer:
 
     def finish(self, stop: StopRequest) -> dict[str, Any]:
         """Curves, evaluation and the last words."""
+        self.log.end_progress()
         row = self.last_row or (runlog.read_metrics(self.folder / runlog.METRICS) or [{}])[-1]
         keys = ("loss", "feature_std", "rankme", "probe_accuracy")
         summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "epoch": row.get("epoch")}

@@ -16,6 +16,7 @@ from test_trainer import Pictures, make_config
 
 from scrl_fast import runlog
 from scrl_fast.resume import restore
+from scrl_fast.signals import StopRequest
 from scrl_fast.trainer import SCRLTrainer
 
 UNREPEATABLE = {"images_per_s", "data_wait"}
@@ -86,6 +87,25 @@ def test_stop_by_signal_and_resume_is_bit_equal(tmp_path, whole, stop_at, stop_b
     resumed, summary = run(tmp_path, resume="auto")
     assert (summary["step"], summary["interrupted"]) == (STEPS, "")
     assert_same(resumed, whole)
+
+
+def test_a_signal_ends_the_evaluation_at_once(tmp_path):
+    config = make_config(tmp_path, max_steps=1)
+    config.eval.roi_linear = True
+    trainer = SCRLTrainer(config, source=Pictures())
+    trainer.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+    started = time.monotonic()
+    summary = trainer.fit()
+    assert time.monotonic() - started < 30
+    assert (summary["interrupted"], summary["step"]) == ("SIGTERM", 1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_resume_with_workers_and_twice(tmp_path, whole):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import io
 import json
 import logging
 import math
 import os
 import stat
+import struct
 import sys
+import termios
 import types
 
 import pytest
@@ -99,6 +102,15 @@ def test_into_a_file_there_are_lines_and_on_a_terminal_a_bar(tmp_path):
         assert part in lines[2]
     assert "hello" in terminal.getvalue()
     assert "\r" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(80, True), (0, False)])
+def test_a_terminal_without_columns_gets_lines(columns, bar):
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(main, "rb"), open(other, "w") as stream:
+        assert runlog.is_terminal(stream) is bar
 
 
 def test_what_the_package_logs_is_in_the_log_while_it_is_open(tmp_path):

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scrl_fast import prepare, runlog
+from scrl_fast import runlog
 from scrl_fast.config import Config
 from scrl_fast.resume import restore
 from scrl_fast.schedules import ema_momentum, learning_rate
@@ -363,52 +363,3 @@ def test_demo_is_compared_with_its_random_initialisation(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "random initialisation" in said
     assert str(tmp_path) in said.splitlines()[-1]
-
-
-# Refusals -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"train.batch_size": 13}, r"train\.batch_size.*13.* 12"),
-        ({"train.accumulate": 4}, r"train\.batch_size 4 x train\.accumulate 4 needs 16 .* has 12"),
-        ({"views.size": 7, "boxes.min_size": 6}, r"views\.size=7.*at least 8, the stride of resnet10_tiny"),
-        ({"boxes.min_size": 32}, r"boxes\.min_size=32"),
-        ({"boxes.per_image": 0}, r"boxes\.per_image=0"),
-        ({"run.dir": "/dev/null/run"}, r"run\.dir .*/dev/null/run.* cannot be written"),
-        ({"resume": "auto", "run.dir": ""}, r"resume=auto .* --run\.dir"),
-        ({"train.device": "cuda:99"}, r"train\.device is 'cuda:99'"),
-        ({"data.source": "folder"}, r"data\.source=folder needs --data\.root"),
-    ],
-)
-def test_mistakes_are_named_before_a_network_is_allocated(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
-    config = make_config(tmp_path)
-    for name, value in options.items():
-        section, _, field = name.rpartition(".")
-        setattr(getattr(config, section) if section else config, field, value)
-    with pytest.raises(ValueError, match=message):
-        SCRLTrainer(config, source=Pictures())
-
-
-def test_a_folder_with_a_run_is_not_overwritten(finished):
-    folder, *_ = finished
-    with pytest.raises(ValueError, match=r"already holds a run"):
-        make_trainer(folder)
-
-
-def test_several_processes_are_refused_until_they_are_supported(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="several processes"):
-        make_trainer(tmp_path)
-
-
-def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert prepare.choose_folder(make_config("")).startswith("runs/demo-scrl-")
-    config = make_config("")
-    (tmp_path / "x" / "checkpoints").mkdir(parents=True)
-    for path in ("x", "x/checkpoints", "x/checkpoints/last.pt"):
-        config.resume = path
-        assert prepare.choose_folder(config) == "x"

@@ -1,0 +1,76 @@
+"""What is refused, and that it is refused before a network is allocated; the folder of a run; the seeds of a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import Pictures, make_config, make_trainer
+
+from scrl_fast import prepare
+from scrl_fast.trainer import SCRLTrainer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train.batch_size": 13}, r"train\.batch_size.*13.* 12"),
+        ({"train.accumulate": 4}, r"train\.batch_size 4 x train\.accumulate 4 needs 16 .* has 12"),
+        ({"views.size": 7, "boxes.min_size": 6}, r"views\.size=7.*at least 8, the stride of resnet10_tiny"),
+        ({"boxes.min_size": 32}, r"boxes\.min_size=32"),
+        ({"boxes.per_image": 0}, r"boxes\.per_image=0"),
+        ({"run.dir": "/dev/null/run"}, r"run\.dir .*/dev/null/run.* cannot be written"),
+        ({"resume": "auto", "run.dir": ""}, r"resume=auto .* --run\.dir"),
+        ({"train.device": "cuda:99"}, r"train\.device is 'cuda:99'"),
+        ({"data.source": "folder"}, r"data\.source=folder needs --data\.root"),
+    ],
+)
+def test_mistakes_are_named_before_a_network_is_allocated(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
+    config = make_config(tmp_path)
+    for name, value in options.items():
+        section, _, field = name.rpartition(".")
+        setattr(getattr(config, section) if section else config, field, value)
+    with pytest.raises(ValueError, match=message):
+        SCRLTrainer(config, source=Pictures())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"already holds a run"):
+        make_trainer(tmp_path)
+
+
+def test_several_processes_are_refused_until_they_are_supported(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes"):
+        make_trainer(tmp_path)
+
+
+def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.choose_folder(make_config("")).startswith("runs/demo-scrl-")
+    config = make_config("")
+    (tmp_path / "x" / "checkpoints").mkdir(parents=True)
+    for path in ("x", "x/checkpoints", "x/checkpoints/last.pt"):
+        config.resume = path
+        assert prepare.choose_folder(config) == "x"
+
+
+def test_every_step_and_process_has_a_seed_of_its_own():
+    seeds = {prepare.step_seed(seed, step, rank) for seed in (0, 2**63 - 1) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert prepare.step_seed(3, 4, 5) == prepare.step_seed(3, 4, 5)
+
+
+def test_deterministic_runs_use_torchs_switch(tmp_path):
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        trainer = make_trainer(tmp_path, Pictures(num_classes=3), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        stream = trainer.batches()
+        trainer.train_step(next(stream))  # no operation of the step is refused
+        stream.close()
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
