@@ -62,11 +62,11 @@ def decode(data: bytes, *, max_pixels: int, name: str = "image") -> Pixels:
 class Encoded:
     """An image file in memory of which the header is known and no pixel is decoded yet.
 
-    height, width: in pixels, upright. Raises BadImage as `decode` does.
+    height, width: in pixels, upright. data: the file. Raises BadImage as `decode` does.
     """
 
     def __init__(self, data: bytes, *, max_pixels: int, name: str = "image") -> None:
-        self.name, self._data = name, data
+        self.name, self.data = name, data
         if not data:
             raise BadImage(name, "the file is empty")
         with _bad_image(name):
@@ -77,6 +77,11 @@ class Encoded:
             self._orientation = _orientation(self._picture)
         self._plain_jpeg = self._picture.format in ("JPEG", "MPO") and self._picture.mode in ("RGB", "L")
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
+
+    @property
+    def is_upright_baseline_jpeg(self) -> bool:
+        """Whether every decoder takes the file as it is, and quickly."""
+        return self._plain_jpeg and self._orientation == 1 and not self._picture.info.get("progressive")
 
     def can_shrink(self, shrink: int) -> bool:
         """Whether `decode(shrink)` works and pixel (i, j) of it covers exactly the pixels from (i, j) * shrink on."""
@@ -92,9 +97,9 @@ class Encoded:
         orientation, decoder = self._orientation, jpeg_decoder()
         with _bad_image(self.name):
             if self._plain_jpeg and shrink > 1:
-                pixels = _shrunk(decoder)(self._data, shrink)
+                pixels = _shrunk(decoder)(self.data, shrink)
             elif self._plain_jpeg:
-                pixels = _load(decoder)[0](self._data)
+                pixels = _load(decoder)[0](self.data)
                 orientation = 1 if decoder in _TURNS_BY_ITSELF else orientation
             else:
                 pixels = _rgb(self._picture)
