@@ -40,8 +40,12 @@ def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
 def choose_folder(config: Config) -> str:
     """``run.dir``; without one, the folder of the run that ``resume`` points into, or a new one under ``runs/``.
 
-    Raises ValueError for ``resume=auto`` without ``run.dir``.
+    Raises ValueError for ``resume=auto`` without ``run.dir``, and for a checkpoint that is not there.
     """
+    for option in ("resume", "init"):
+        path = getattr(config, option)
+        if path not in ("", "auto") and not os.path.exists(path):
+            raise ValueError(f"{option}={path}: there is no such checkpoint or run folder")
     if config.run.dir:
         return config.run.dir
     if config.resume == "auto":
@@ -49,7 +53,10 @@ def choose_folder(config: Config) -> str:
     if config.resume:
         path = Path(config.resume)
         folder = path if path.is_dir() else path.parent
-        return str(folder.parent if folder.name == "checkpoints" else folder)
+        if folder.name == "checkpoints":
+            return str(folder.parent)
+        if path.is_dir():
+            return str(path)
     return f"runs/{config.data.source}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -68,9 +75,8 @@ def set_numerics(deterministic: bool, device: torch.device) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its first call
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a debugging aid that costs a write of every output
-        )
+        # the switch also fills fresh memory, for debugging: a write of every output that nobody reads
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
 

@@ -20,6 +20,8 @@ from scrl_fast.trainer import SCRLTrainer
         ({"boxes.per_image": 0}, r"boxes\.per_image=0"),
         ({"run.dir": "/dev/null/run"}, r"run\.dir .*/dev/null/run.* cannot be written"),
         ({"resume": "auto", "run.dir": ""}, r"resume=auto .* --run\.dir"),
+        ({"resume": "/no/such.pt"}, r"resume=/no/such\.pt: there is no such checkpoint"),
+        ({"init": "/no/such.pt"}, r"init=/no/such\.pt: there is no such checkpoint"),
         ({"train.device": "cuda:99"}, r"train\.device is 'cuda:99'"),
         ({"data.source": "folder"}, r"data\.source=folder needs --data\.root"),
     ],
@@ -51,9 +53,13 @@ def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
     assert prepare.choose_folder(make_config("")).startswith("runs/demo-scrl-")
     config = make_config("")
     (tmp_path / "x" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "x" / "checkpoints" / "last.pt").touch()
+    (tmp_path / "downloaded.pt").touch()
     for path in ("x", "x/checkpoints", "x/checkpoints/last.pt"):
         config.resume = path
         assert prepare.choose_folder(config) == "x"
+    config.resume = "downloaded.pt"
+    assert prepare.choose_folder(config).startswith("runs/demo-scrl-")
 
 
 def test_every_step_and_process_has_a_seed_of_its_own():
