@@ -223,9 +223,9 @@ def test_messages_name_the_file_and_the_reason(tmp_path):
         (np.zeros(2), "numpy.ndarray"),
         (np.float64(1.0), "numpy.float64"),
         (np.random.RandomState(0).get_state(), "numpy.ndarray"),
-        (Path("x"), r"pathlib\.\w*Path"),
+        (Path("x"), r"pathlib\.[\w.]*Path"),
         (defaultdict(int), "collections.defaultdict"),
-        ({Path("x"): 1}, r"pathlib\.\w*Path"),
+        ({Path("x"): 1}, r"pathlib\.[\w.]*Path"),
     ],
 )
 def test_what_would_not_load_again_is_refused_before_writing(manager, value, kind):
