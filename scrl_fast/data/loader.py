@@ -20,12 +20,13 @@ from torch import Tensor
 from scrl_fast.config import Config
 from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.decode import BadImage
+from scrl_fast.data.scaled import Decoded, decode_for_views, fit_to_shrunk
 from scrl_fast.data.source import Source
 from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.augment_views import augment_views, pack_images
 from scrl_fast.philox import permutation, uniforms
-from scrl_fast.views import crops_of, draw_views
+from scrl_fast.views import draw_views
 
 TIMEOUT_SECONDS = 300.0
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
@@ -174,13 +175,13 @@ class Loader:
         self._workers.submit(pending.work, pending.parts)
         return pending
 
-    def read(self, key: int, epoch: int) -> tuple[NDArray[np.uint8], int]:
+    def read(self, key: int, epoch: int) -> tuple[Decoded, int]:
         """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides; and its key."""
         candidate = key
         for attempt in range(IN_A_ROW):
             try:
                 self._workers.reads(self.source.name_of(candidate))
-                image = self.source.read(candidate)
+                image = decode_for_views(self.source, candidate, self.config, seed=self._seed, epoch=epoch)
             except BadImage as bad:
                 self._bad.add(bad, epoch)
                 u = uniforms(self._seed, epoch, [key], attempt + 1, purpose=_REPLACEMENT)[0, attempt]
@@ -219,10 +220,11 @@ class _Pending:
             image, key = loader.read(int(self._keys[slot]), self.place[0])
             images.append(image)
             self._keys[slot], self._labels[slot] = key, loader.source.label(key)
-        sizes = [image.shape[:2] for image in images]
+        sizes = [image.size for image in images]
         table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
-        self._crops[:, low:high] = crops_of(table)
-        packed = pack_images(images)
+        table, crops = fit_to_shrunk(table, [image.shrink for image in images])
+        self._crops[:, low:high] = crops
+        packed = pack_images([image.pixels for image in images])
         for view, rows in enumerate(table):
             first = view * len(self._keys)
             augment_views(
