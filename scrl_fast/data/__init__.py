@@ -5,6 +5,7 @@ from scrl_fast.data.decode import BadImage, decoders
 from scrl_fast.data.demo import DemoScenes
 from scrl_fast.data.loader import Batch, Loader, LoaderStalled
 from scrl_fast.data.source import Source, make_source
+from scrl_fast.data.transfer import on_device
 
 __all__ = [
     "BadImage",
@@ -16,4 +17,5 @@ __all__ = [
     "TooManyBadImages",
     "decoders",
     "make_source",
+    "on_device",
 ]
