@@ -53,6 +53,7 @@ def test_published_sizes():
     targets, sources = model.ema_pairs()
     assert len(targets) == len(sources) == 164
     assert sum(t.numel() for t in targets) == 32_957_504
+    assert targets[0] is model.target.encoder.body.conv1.weight and sources[0] is model.online.encoder.body.conv1.weight
 
 
 @pytest.mark.parametrize("name", ["resnet10_tiny", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])

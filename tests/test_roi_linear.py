@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from scrl_fast.data import DemoScenes
 from scrl_fast.evaluate import demo_roi_linear, roi_linear
 from scrl_fast.evaluate.roi_linear import _fit, _Samples
 from scrl_fast.models import Encoder, build_encoder
+
+module = importlib.import_module("scrl_fast.evaluate.roi_linear")  # the package gives the name to the function
 
 
 class Colours:
@@ -100,22 +103,46 @@ def test_stored_batchnorm_statistics_do_not_matter():
     torch.manual_seed(0)
     encoder = build_encoder("resnet10_tiny")
     other = copy.deepcopy(encoder)
-    for module in other.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.1, 9)
+    for norm in other.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.num_batches_tracked.fill_(1000)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.1, 9)
     data = Colours(40, seed=0), Colours(20, seed=1)
     assert roi_linear(encoder, *data) == roi_linear(other, *data)
 
 
+def test_batchnorm_statistics_are_plain_averages_over_the_first_images(monkeypatch):
+    monkeypatch.setattr(module, "STATISTICS_IMAGES", 20)
+    encoder, data = identity_encoder().train(), Colours(60, seed=0)
+    module._measure_batchnorm(encoder, data, module._Reader((0.5,) * 3, (0.25,) * 3, torch.device("cpu"), 10))
+    first = torch.stack([torch.from_numpy(data.read(i)).float() for i in range(20)])  # two batches of ten
+    cells = ((first / 255 - 0.5) / 0.25).view(20, 8, 4, 8, 4, 3).mean((2, 4)).flatten(0, 2)
+    torch.testing.assert_close(encoder.body.bn1.running_mean, cells.mean(0))
+    torch.testing.assert_close(encoder.body.bn1.running_var, cells.var(0), rtol=0.05, atol=0)
+
+
 def test_channel_scale_does_not_matter():
-    """Standardised features: a channel a thousand times larger than its neighbours has no louder voice."""
+    """Standardised features: a channel a thousand times weaker than its neighbours is heard as well."""
     encoder = identity_encoder()
-    loud = copy.deepcopy(encoder)
-    loud.body.conv1.weight.data[0] *= 1000
+    faint = copy.deepcopy(encoder)
+    faint.body.conv1.weight.data *= torch.tensor([1.0, 1e-4, 1e-4]).view(3, 1, 1, 1)
     data = Colours(60, seed=0), Colours(40, seed=1)
-    plain, scaled = (roi_linear(e, *data, measure_batchnorm=False).accuracy for e in (encoder, loud))
-    assert plain == pytest.approx(scaled, abs=0.02)
+    plain, scaled = (roi_linear(e, *data, measure_batchnorm=False) for e in (encoder, faint))
+    assert plain.accuracy == pytest.approx(scaled.accuracy, abs=0.02) and plain.penalty == scaled.penalty
+
+
+def test_the_penalty_is_chosen_by_images_held_back():
+    """Two useful features among two hundred of noise want a strong penalty, ten classes on one axis a weak one."""
+    rng = np.random.default_rng(0)
+    coarse, fine = rng.integers(0, 2, 200), rng.integers(0, 10, 200)
+    hidden = rng.normal(size=(200, 202)) + np.where(np.arange(202) < 2, coarse[:, None], 0)
+    ordered = fine[:, None] + 0.1 * rng.normal(size=(200, 1))
+    chosen = []
+    for features, labels in ((hidden, coarse), (ordered, fine)):
+        samples = _Samples(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(200))
+        chosen.append(module._classify(samples, samples).penalty)
+    assert chosen[0] >= 1e-2 and chosen[1] <= 1e-4
 
 
 def test_classifier_agrees_with_scikit_learn():
