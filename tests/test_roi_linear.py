@@ -115,6 +115,8 @@ def test_stored_batchnorm_statistics_do_not_matter():
 def test_batchnorm_statistics_are_plain_averages_over_the_first_images(monkeypatch):
     monkeypatch.setattr(module, "STATISTICS_IMAGES", 20)
     encoder, data = identity_encoder().train(), Colours(60, seed=0)
+    encoder.body.bn1.num_batches_tracked.fill_(1000)
+    encoder.body.bn1.running_mean.fill_(9.0)
     module._measure_batchnorm(encoder, data, module._Reader((0.5,) * 3, (0.25,) * 3, torch.device("cpu"), 10))
     first = torch.stack([torch.from_numpy(data.read(i)).float() for i in range(20)])  # two batches of ten
     cells = ((first / 255 - 0.5) / 0.25).view(20, 8, 4, 8, 4, 3).mean((2, 4)).flatten(0, 2)
