@@ -7,9 +7,8 @@ inputs give the same bits.
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -211,76 +210,127 @@ def check_image_index(rows: Tensor, images: int) -> None:
 # ---- compiled forms ----
 
 
-def _native_roi_align(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
-    scale, sampling_ratio, aligned = options
-    operator = torch.ops.scrl_fast.roi_align
-    if torch.compiler.is_compiling():
-        return operator(input, rows, scale, *size, sampling_ratio, aligned)
-    try:
-        return operator(input, rows, scale, *size, sampling_ratio, aligned)
-    except (
-        RuntimeError
-    ) as error:  # the kernel looks at every image index anyway; a look here costs more than the call
-        if "has image index" not in str(error):
-            raise
-    check_image_index(rows, input.shape[0])
-    raise AssertionError("the kernel refused an image index that is inside the batch")
+def _through(name: str) -> Callable[..., Tensor]:
+    """The implementation of `roi_align` that calls torch.ops.scrl_fast.<name>."""
+
+    def run(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+        scale, sampling_ratio, aligned = options
+        operator = getattr(torch.ops.scrl_fast, name).default
+        arguments = (input, rows, scale, *size, sampling_ratio, aligned)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return operator(*arguments)
+        try:
+            if input.requires_grad and torch.is_grad_enabled():
+                return _Eager.apply(*arguments, operator, getattr(torch.ops.scrl_fast, f"{name}_backward").default)
+            return operator(*arguments)
+        except (
+            RuntimeError
+        ) as error:  # the kernel looks at every image index anyway; looking here costs more than a call
+            if "has image index" not in str(error):
+                raise
+        check_image_index(rows, input.shape[0])
+        raise AssertionError("the kernel refused an image index that is inside the batch")
+
+    return run
 
 
-def _triton_roi_align(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
-    check_image_index(rows, input.shape[0])
-    return importlib.import_module("scrl_fast.kernels.roi_align").roi_align(input, rows, size, *options)
+class _Eager(torch.autograd.Function):
+    """The operator's own autograd formula with less around it. Tracers and torch.func still take the operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, operator, ctx.backward_operator = arguments
+        _save(ctx, tuple(inputs), None)
+        return operator(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.backward_operator(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
-def register_derivatives(name: str) -> None:
-    """Fakes and autograd of ``scrl_fast::<name>`` and ``scrl_fast::<name>_backward``, which share their schemas.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    input, boxes, scale, _, _, sampling_ratio, aligned = inputs
+    ctx.save_for_backward(boxes)
+    channels_last = input.stride(1) == 1 and not input.is_contiguous()
+    ctx.options = (scale, sampling_ratio, aligned, input.shape, channels_last)
 
-    The backward pass is linear in its gradient too, and its derivative is the forward pass again.
+
+def _fake(input: Tensor, boxes: Tensor, scale: float, height: int, width: int, *options: Any) -> Tensor:
+    return input.new_empty((boxes.shape[0], input.shape[1], height, width))
+
+
+def _fake_backward(
+    grad: Tensor, boxes: Tensor, scale: float, ratio: int, aligned: bool, size: Sequence[int], channels_last: bool
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+
+def _register(name: str) -> None:
+    """Fakes and autograd of ``scrl_fast::<name>`` and ``scrl_fast::<name>_backward``.
+
+    The backward pass is linear in its gradient, and its own derivative is the forward pass again.
     """
-    forward = getattr(torch.ops.scrl_fast, name)
-    backward = getattr(torch.ops.scrl_fast, f"{name}_backward")
-
-    def fake_forward(input: Tensor, boxes: Tensor, scale: float, height: int, width: int, *rest: Any) -> Tensor:
-        return input.new_empty((boxes.shape[0], input.shape[1], height, width))
-
-    def fake_backward(
-        grad: Tensor, boxes: Tensor, scale: float, ratio: int, aligned: bool, size: Sequence[int], channels_last: bool
-    ) -> Tensor:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
-
-    def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, boxes, scale, _, _, ratio, aligned = inputs
-        ctx.save_for_backward(boxes)
-        channels_last = input.stride(1) == 1 and not input.is_contiguous()
-        ctx.options = (scale, ratio, aligned, input.shape, channels_last)
-
-    def backward_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    forward = getattr(torch.ops.scrl_fast, name).default
+    backward = getattr(torch.ops.scrl_fast, f"{name}_backward").default
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, boxes, scale, ratio, aligned, _, _ = inputs
+        grad, boxes, scale, sampling_ratio, aligned, _, _ = inputs
         ctx.save_for_backward(boxes)
-        ctx.options = (scale, grad.shape[2], grad.shape[3], ratio, aligned)
+        ctx.options = (scale, grad.shape[2], grad.shape[3], sampling_ratio, aligned)
 
-    def backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return forward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    torch.library.register_fake(f"scrl_fast::{name}", _fake)
+    torch.library.register_fake(f"scrl_fast::{name}_backward", _fake_backward)
+    torch.library.register_autograd(
+        f"scrl_fast::{name}",
+        lambda ctx, grad: (backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6),
+        setup_context=_save,
+    )
+    torch.library.register_autograd(
+        f"scrl_fast::{name}_backward",
+        lambda ctx, grad: (forward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6),
+        setup_context=save_backward,
+    )
 
-    torch.library.register_fake(f"scrl_fast::{name}", fake_forward)
-    torch.library.register_fake(f"scrl_fast::{name}_backward", fake_backward)
-    torch.library.register_autograd(f"scrl_fast::{name}", backward_forward, setup_context=save_forward)
-    torch.library.register_autograd(f"scrl_fast::{name}_backward", backward_backward, setup_context=save_backward)
+
+def _define_triton() -> None:
+    def launch(input: Tensor, boxes: Tensor, *options: Any) -> Tensor:
+        from scrl_fast.kernels import roi_align as kernels  # imports triton, only when it runs
+
+        check_image_index(boxes, input.shape[0])
+        return kernels.roi_align(input, boxes, *options)
+
+    def launch_backward(grad: Tensor, *options: Any) -> Tensor:
+        from scrl_fast.kernels import roi_align as kernels
+
+        return kernels.roi_align_backward(grad, *options)
+
+    name = "scrl_fast::roi_align_triton"
+    torch.library.define(
+        name,
+        "(Tensor input, Tensor boxes, float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, "
+        "bool aligned) -> Tensor",
+    )
+    torch.library.define(
+        f"{name}_backward",
+        "(Tensor grad, Tensor boxes, float spatial_scale, int sampling_ratio, bool aligned, SymInt[] size, "
+        "bool channels_last) -> Tensor",
+    )
+    torch.library.impl(name, ("cpu", "cuda"), launch)
+    torch.library.impl(f"{name}_backward", ("cpu", "cuda"), launch_backward)
 
 
+_define_triton()
+_register("roi_align_triton")
 if not _native.load_failure("_ops"):
-    register_derivatives("roi_align")
+    _register("roi_align")
 
 _OPERATION = register(
     Operation(
         "roi_align",
         reference=roi_align_reference,
-        native=_native_roi_align,
+        native=_through("roi_align"),
         native_failure=lambda device_type: _native.op_failure("roi_align", device_type),
-        triton=_triton_roi_align,
+        triton=_through("roi_align_triton"),
     )
 )
