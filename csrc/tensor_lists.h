@@ -42,6 +42,10 @@ inline bool lie_alike(const Tensor& a, const Tensor& b) {
 // Python knows the lists' names and says what is wrong (call_on_flat in scrl_fast/ops/_tensor_lists.py).
 inline void check_flat(const std::vector<Tensor>& leaders, const char* what) {
   for (const Tensor& tensor : leaders) {
+    const ScalarType dtype = tensor.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                        dtype == ScalarType::Half,
+                    what, ": a tensor is not floating");
     STD_TORCH_CHECK(is_dense(tensor), what, ": a tensor has gaps");
     STD_TORCH_CHECK(tensor.get_device_index() == leaders[0].get_device_index(), what, ": several devices");
   }

@@ -173,7 +173,8 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   const std::vector<Chunk> chunks = chunks_of(params);
   measure(items, chunks);
   if (skip_counter && !gradients_finite(items)) return count_skip(*skip_counter);
-  for_each_chunk(chunks.size(), [&](int64_t c) {
+  for_each_chunk(chunks.size(), [&](int64_t k) {
+    const int64_t c = chunks.size() - 1 - k;  // backwards: what was measured last is still in the cache
     update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, ema_momentum);
   });
 }

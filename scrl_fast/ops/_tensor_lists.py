@@ -77,10 +77,10 @@ def one_layout(written: Sequence[list[Tensor]], read: Sequence[list[Tensor]]) ->
     """
     copies = []
     for i, leader in enumerate(written[0]):
-        strides = torch.empty_like(leader, device="meta").stride()  # of a tensor with gaps: those without them
+        strides = _dense_strides(leader)
         for tensors in (*written, *read):
             tensor = tensors[i]
-            if tensor is not None and tensor.stride() != strides and tensor.numel() > 1:
+            if tensor is not None and not _has_strides(tensor, strides):
                 tensors[i] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
                 tensors[i].copy_(tensor)
                 if any(tensors is one for one in written):
@@ -88,6 +88,21 @@ def one_layout(written: Sequence[list[Tensor]], read: Sequence[list[Tensor]]) ->
     yield
     for tensor, copy in copies:
         tensor.copy_(copy)
+
+
+def _dense_strides(tensor: Tensor) -> list[int]:
+    """The tensor's own strides where it is dense, else those of its axes in the same order without gaps."""
+    strides, step = [0] * tensor.ndim, 1
+    for axis in sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.shape[axis])):
+        strides[axis] = step
+        step *= max(tensor.shape[axis], 1)
+    return strides
+
+
+def _has_strides(tensor: Tensor, strides: list[int]) -> bool:
+    return tensor.numel() < 2 or all(
+        size == 1 or own == other for size, own, other in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:

@@ -68,5 +68,7 @@ _OPERATION = register(
 if not _native.load_failure("_ops"):
 
     @torch.library.register_fake("scrl_fast::ema_update_")
-    def _fake(targets, sources, momentum, momentum_tensor=None):
-        return None
+    def _fake(
+        targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, momentum_tensor: Tensor | None = None
+    ) -> None:
+        check_lists(targets=targets, sources=sources)

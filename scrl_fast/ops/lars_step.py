@@ -88,7 +88,7 @@ def lars_step_(
         ema_momentum=ema_momentum,
     )
     targets = [None] * len(params) if ema_targets is None else ema_targets
-    if len(params) == 0 or not isinstance(params[0], Tensor):
+    if len(params) == 0 or not isinstance(params[0], Tensor) or len(targets) != len(params):
         check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers, ema_targets=targets)
         return
     implementation = _OPERATION.resolve(params[0].device.type, backend)
@@ -273,8 +273,12 @@ _OPERATION = register(
     )
 )
 
-if not _native.load_failure("_ops") and hasattr(torch.ops.scrl_fast, "lars_step_"):
+if not _native.load_failure("_ops"):
 
     @torch.library.register_fake("scrl_fast::lars_step_")
-    def _fake(*args):
-        return None
+    def _fake(
+        params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], ema_targets: Sequence[Tensor], *rest: Any
+    ) -> None:
+        grads, ema_places = rest[:2]
+        check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers)
+        check_lists(params=[params[i] for i in ema_places], ema_targets=ema_targets)

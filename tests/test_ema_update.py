@@ -1,0 +1,233 @@
+"""ema_update_: every backend against float64, in every layout, at every thread count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import assert_as_accurate, guarded, implementations, num_threads
+from torch import Tensor
+
+from scrl_fast import _native, backends
+from scrl_fast.ops import ema_update_
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (1,), (3,), (17, 5), (8, 3, 3, 3), (4, 0, 2), (16384,), (40013,)]
+MOMENTA = [0.0, 0.03, 0.5, 0.97, 0.9996]
+everywhere = pytest.mark.parametrize("device, backend", implementations("ema_update_"))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+needs_native = pytest.mark.skipif(bool(_native.load_failure("_cpu")), reason=_native.load_failure("_cpu"))
+
+
+def randoms(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def expected(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> list[Tensor]:
+    """In float64, and not by lerp."""
+    return [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(targets, sources, strict=True)]
+
+
+# ---- numbers ----
+
+
+@everywhere
+@dtypes
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_matches_float64(device: str, backend: str, dtype: torch.dtype, momentum: float) -> None:
+    targets, sources = randoms(SHAPES, dtype, device), randoms(SHAPES, dtype, device, seed=1)
+    exact, pytorch = expected(targets, sources, momentum), clones(targets)
+    torch._foreach_lerp_(pytorch, sources, 1 - momentum)
+    with guarded(*targets, *sources) as inside:
+        ours = inside[: len(targets)]
+        ema_update_(ours, inside[len(targets) :], momentum, backend=backend)
+        for i in range(len(SHAPES)):
+            assert_as_accurate(ours[i], pytorch[i], exact[i], f"target {i}")
+
+
+@everywhere
+@dtypes
+@pytest.mark.parametrize("number", [torch.float32, torch.float64])
+def test_momentum_may_be_a_tensor(device: str, backend: str, dtype: torch.dtype, number: torch.dtype) -> None:
+    targets, sources = randoms(SHAPES, dtype, device), randoms(SHAPES, dtype, device, seed=1)
+    by_number, by_tensor = clones(targets), clones(targets)
+    momentum = torch.tensor(0.9375, dtype=number, device=device)  # exact in both
+    ema_update_(by_number, sources, 0.9375, backend=backend)
+    ema_update_(by_tensor, sources, momentum, backend=backend)
+    for a, b in zip(by_number, by_tensor, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 1e-15
+        )
+
+
+@everywhere
+@pytest.mark.parametrize("momentum", [1, 1.0, torch.tensor(1.0)], ids=str)
+def test_momentum_one_keeps_targets_whatever_the_sources_hold(device: str, backend: str, momentum: float) -> None:
+    targets = randoms(SHAPES, torch.float32, device)
+    sources = [torch.full_like(t, float("nan")) for t in targets]
+    before = clones(targets)
+    ema_update_(targets, sources, momentum, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(targets, before, strict=True))
+
+
+@everywhere
+def test_momentum_zero_copies_bit_for_bit(device: str, backend: str) -> None:
+    targets, sources = randoms(SHAPES, torch.float32, device), randoms(SHAPES, torch.float32, device, seed=1)
+    ema_update_(targets, sources, 0.0, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(targets, sources, strict=True))
+
+
+@everywhere
+def test_a_list_may_mix_dtypes(device: str, backend: str) -> None:
+    targets = [randoms([(37,)], dtype, device)[0] for dtype in DTYPES * 2]
+    sources = [randoms([(37,)], dtype, device, seed=1)[0] for dtype in DTYPES * 2]
+    exact, pytorch = expected(targets, sources, 0.9), clones(targets)
+    torch._foreach_lerp_(pytorch, sources, 0.1)
+    ema_update_(targets, sources, 0.9, backend=backend)
+    for i in range(len(targets)):
+        assert_as_accurate(targets[i], pytorch[i], exact[i], f"target {i}")
+
+
+@needs_native
+@dtypes
+def test_native_agrees_with_pytorch_to_the_bit(dtype: torch.dtype) -> None:
+    targets, sources = randoms(SHAPES, dtype), randoms(SHAPES, dtype, seed=1)
+    pytorch = clones(targets)
+    torch._foreach_lerp_(pytorch, sources, 1 - 0.97)
+    ema_update_(targets, sources, 0.97, backend="native")
+    for ours, theirs in zip(targets, pytorch, strict=True):
+        eps = 0 if "avx512" in torch.backends.cpu.get_cpu_capability().lower() else torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, theirs, rtol=eps, atol=eps)  # without fused multiply-add the roundings differ
+
+
+@everywhere
+def test_any_thread_count_gives_the_same_bits(device: str, backend: str) -> None:
+    targets, sources = randoms([(100_003,), (5,), (70_000,)], torch.float32, device), []
+    sources = randoms([(100_003,), (5,), (70_000,)], torch.float32, device, seed=1)
+    results = []
+    for count in (1, 2, 3):
+        ours = clones(targets)
+        with num_threads(count):
+            ema_update_(ours, sources, 0.9, backend=backend)
+        results.append(ours)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- layouts ----
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
+    "gaps": lambda t: torch.stack([t, t + 1], dim=-1)[..., 0],
+    "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),  # not on a vector's boundary
+}
+
+
+@everywhere
+@pytest.mark.parametrize("target_layout", LAYOUTS)
+@pytest.mark.parametrize("source_layout", LAYOUTS)
+def test_layouts(device: str, backend: str, target_layout: str, source_layout: str) -> None:
+    shapes = [(6, 5, 3, 3), (4, 1, 3, 1), (2, 3, 1, 1)]
+    targets, sources = randoms(shapes, torch.float32, device), randoms(shapes, torch.float32, device, seed=1)
+    plain = clones(targets)
+    ema_update_(plain, sources, 0.9, backend=backend)
+    laid = [LAYOUTS[target_layout](t) for t in targets] + [LAYOUTS[source_layout](s) for s in sources]
+    with guarded(*laid) as inside:
+        strides = [t.stride() for t in inside]
+        ema_update_(inside[:3], inside[3:], 0.9, backend=backend)
+        assert [t.stride() for t in inside] == strides
+        for ours, alike in zip(inside[:3], plain, strict=True):
+            torch.testing.assert_close(ours, alike, rtol=1e-6, atol=1e-7)
+        assert all(torch.equal(a, b) for a, b in zip(inside[3:], sources, strict=True)), "a source was written"
+
+
+# ---- as PyTorch expects of an operation ----
+
+
+@everywhere
+def test_empty_lists_and_tuples(device: str, backend: str) -> None:
+    ema_update_([], [], 0.5, backend=backend)
+    target, source = torch.zeros(3, device=device), torch.ones(3, device=device)
+    ema_update_((target,), (source,), 0.5, backend=backend)
+    assert target.tolist() == [0.5] * 3
+
+
+@everywhere
+def test_parameters_are_updated_without_a_graph_and_autograd_is_told(device: str, backend: str) -> None:
+    target = torch.nn.Parameter(torch.zeros(3, device=device))
+    source = torch.nn.Parameter(torch.ones(3, device=device))
+    version = target._version
+    ema_update_([target], [source], 0.5, backend=backend)
+    assert target.is_leaf and target.grad_fn is None and target._version > version
+    used = torch.ones(3, device=device, requires_grad=True)
+    product = used * target
+    ema_update_([target], [source], 0.5, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@needs_native
+def test_opcheck() -> None:
+    targets, sources = randoms(SHAPES[:5], torch.float32), randoms(SHAPES[:5], torch.float32, seed=1)
+    torch.library.opcheck(torch.ops.scrl_fast.ema_update_, (targets, sources, 0.9))
+    torch.library.opcheck(torch.ops.scrl_fast.ema_update_, (targets, sources, 1.0, torch.tensor(0.9)))
+
+
+@needs_native
+def test_compiles_without_graph_break() -> None:
+    targets, sources = randoms(SHAPES[:6], torch.float32), randoms(SHAPES[:6], torch.float32, seed=1)
+    eager = clones(targets)
+    ema_update_(eager, sources, 0.9)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        ema_update_(targets, sources, 0.9)
+
+    update(targets, sources)
+    assert all(torch.equal(a, b) for a, b in zip(targets, eager, strict=True))
+
+
+# ---- wrong input ----
+
+ONE = torch.ones(3)
+WRONG = [
+    (([ONE], [ONE, ONE], 0.5), ValueError, "sources has 2 tensors, targets has 1"),
+    (([], [ONE], 0.5), ValueError, "sources has 1 tensors, targets has 0"),
+    (([ONE, ONE], [ONE, torch.ones(4)], 0.5), ValueError, "sources[1] has shape [4], targets[1] has [3]"),
+    (([ONE], [ONE.double()], 0.5), TypeError, "sources[0] has dtype torch.float64, targets[0] has torch.float32"),
+    (([ONE.int()], [ONE.int()], 0.5), TypeError, "targets[0] has dtype torch.int32"),
+    (([ONE], [3.0], 0.5), TypeError, "sources[0] must be a tensor, got float"),
+    (([3.0], [ONE], 0.5), TypeError, "targets[0] must be a tensor, got float"),
+    (([ONE], [ONE.to("meta")], 0.5), ValueError, "sources[0] is on meta, targets[0] on cpu"),
+    (([ONE, ONE.to("meta")], [ONE, ONE.to("meta")], 0.5), ValueError, "targets[1] is on meta, targets[0] on cpu"),
+    (([ONE], [ONE], 1.5), ValueError, "momentum must be in [0, 1], got 1.5"),
+    (([ONE], [ONE], -0.1), ValueError, "momentum must be in [0, 1], got -0.1"),
+    (([ONE], [ONE], float("nan")), ValueError, "momentum must be in [0, 1], got nan"),
+    (([ONE], [ONE], "0.5"), TypeError, "momentum must be a number, got str"),
+    (([ONE], [ONE], torch.ones(2)), ValueError, "momentum must have one element, got shape [2]"),
+    (([ONE], [ONE], torch.tensor(1)), TypeError, "momentum must be a float tensor, got torch.int64"),
+]
+
+
+@pytest.mark.parametrize("backend", [b.values[1] for b in implementations("ema_update_") if b.values[0] == "cpu"])
+@pytest.mark.parametrize("arguments, error, message", WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong_input_is_named(backend: str, arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        ema_update_(*arguments, backend=backend)
+    assert ONE.tolist() == [1.0] * 3, "memory was touched before the check"
+
+
+def test_every_backend_says_why_it_cannot_run() -> None:
+    operation = backends.OPERATIONS["ema_update_"]
+    for backend in backends.BACKENDS:
+        failure = operation.failure(backend, "mps")
+        assert backend == "reference" or failure
