@@ -120,7 +120,7 @@ def _timm_encoder(name: str) -> Encoder:
     if not timm.is_model(model_name.split(".")[0]):
         raise ValueError(_unknown(name, [TIMM_PREFIX + other for other in timm.list_models()]))
     try:
-        body = timm.create_model(model_name, pretrained=False, features_only=True)
+        body: Any = timm.create_model(model_name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"backbone {name!r}: this timm model offers no feature maps ({error})") from error
     return TimmEncoder(
