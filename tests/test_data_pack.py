@@ -95,7 +95,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     process.wait()
     done = files(out)
     assert 2 <= len(done) < 15
-    (out / ".00007.tar.tmp").write_bytes(b"what a kill may leave")
+    (out / ".00099.tar.tmp").write_bytes(b"what a kill may leave")
     with pytest.raises(ValueError, match="was not finished"):
         source(out)
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}

@@ -141,7 +141,8 @@ def test_an_index_that_points_outside_is_not_believed(folder: Path) -> None:
         arrays = dict(file)
     for name, value in (("sizes", 1 << 50), ("offsets", -1), ("name_ends", 1 << 40), ("labels", 1 << 30)):
         np.savez(index, **{**arrays, name: np.full_like(arrays[name], value)})
-        assert names(source(shard)) == ["a.jpg", "b.PNG"] and source(shard).num_classes == 4
+        found = source(shard)
+        assert names(found) == ["a.jpg", "b.PNG"] and found.num_classes == 4 and is_image(found.read(1), 1)
 
 
 def test_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_indexing_is_quick(tmp_path: Path) -> None:
     write_tar(tmp_path / "many.tar", {f"{number:06d}.jpg": b"x" * 700 for number in range(5000)})
     start = time.perf_counter()
     assert len(source(tmp_path)) == 5000
-    assert time.perf_counter() - start < 2  # takes 0.06 s; extraction or tarfile take 0.3 s and more
+    assert time.perf_counter() - start < 2  # takes 0.1 s
 
 
 # ---- grouping ----
@@ -291,6 +292,10 @@ def test_hostile_headers_cost_nothing(tmp_path: Path) -> None:
         found = source(shard)
         assert time.perf_counter() - start < 1
         assert is_image(found.read(0), 0) and len(found) in (1, 2, 3)
+    shard.write_bytes(good[: places[1]] + header(b"L", b"%011o" % (1 << 17)) + bytes(1 << 17) + good[places[1] :])
+    assert "a name of 131072 bytes" in source(shard).problems[0]
+    shard.write_bytes(good[: places[1]] + header(b"1", b"00000007000") + good[places[1] :])
+    assert len(source(shard)) == 2  # nothing follows a link, whatever it claims
     rng = np.random.default_rng(0)
     for _ in range(300):
         damaged = np.frombuffer(good, np.uint8).copy()

@@ -1,7 +1,7 @@
 """Members of tar archives by place: names, offsets and sizes from the headers, so that nothing is ever extracted.
 
-Python's own tarfile is not used for reading: it reads long-name headers of any claimed length into memory, stops
-without a word at a damaged header, and takes ten times as long.
+Python's own tarfile is not used for reading: it reads long-name headers of any claimed length into memory and stops
+without a word at a damaged header.
 Format: POSIX.1-2001 (ustar and pax), GNU long names.
 """
 
