@@ -57,7 +57,7 @@ def _reason(library: str, error: Exception | None) -> str:
         return f"not built: {why}"
     if error is None or isinstance(error, ModuleNotFoundError):
         return "not built: install the package with a C++ compiler at hand (pip install -e .)"
-    return f"does not load: {str(error).splitlines()[0]}"
+    return f"does not load: {str(error.__cause__ or error).splitlines()[0]}"  # torch's own message names the file only
 
 
 def op_failure(name: str, device_type: str) -> str:
