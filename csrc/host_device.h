@@ -1,5 +1,5 @@
-// Marks the functions that CPU and CUDA kernels share; always inlined, so that they are compiled for the instruction set
-// of the loop that calls them (csrc/cpu/vectorize.h).
+// Marks the functions that CPU and CUDA kernels share; always inlined, so that they are compiled for the instruction
+// set of the loop that calls them (csrc/cpu/vectorize.h).
 #pragma once
 
 #ifndef SCRL_HOST_DEVICE

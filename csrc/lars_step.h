@@ -24,8 +24,8 @@ SCRL_HOST_DEVICE LarsFactors<A> lars_factors(const LarsSettings& s, double param
   if (s.mode == kAdapt) {
     const double param_norm = std::sqrt(param_squared), gradient_norm = std::sqrt(gradient_squared);
     const bool no_direction = param_norm == 0 || gradient_norm == 0;
-    gradient = no_direction ? 1.0
-                            : s.trust_coefficient * param_norm / (gradient_norm + s.weight_decay * param_norm + s.eps);
+    gradient =
+        no_direction ? 1.0 : s.trust_coefficient * param_norm / (gradient_norm + s.weight_decay * param_norm + s.eps);
     decay *= gradient;
   } else if (s.mode == kPlainByLr) {
     gradient = s.lr;

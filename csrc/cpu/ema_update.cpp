@@ -34,7 +34,8 @@ SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, in
   }
 }
 
-SCRL_MULTIVERSION void ema_any(ScalarType dtype, void* t, const void* s, int64_t begin, int64_t count, double momentum) {
+SCRL_MULTIVERSION void ema_any(ScalarType dtype, void* t, const void* s, int64_t begin, int64_t count,
+                               double momentum) {
   if (dtype == ScalarType::Float) ema_chunk<float>(t, s, begin, count, momentum);
   if (dtype == ScalarType::Double) ema_chunk<double>(t, s, begin, count, momentum);
   if (dtype == ScalarType::BFloat16) ema_chunk<bf16>(t, s, begin, count, momentum);

@@ -165,8 +165,13 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   ema_momentum *= number_on_host(ema_momentum_tensor, 0);
   std::vector<Item> items;
   for (size_t k = 0; k < params.size(); ++k)
-    items.push_back({params[k].mutable_data_ptr(), momentum_buffers[k].mutable_data_ptr(), nullptr,
-                     grads[k].const_data_ptr(), params[k].scalar_type(), &rows[setting_of[k]], {}});
+    items.push_back({params[k].mutable_data_ptr(),
+                     momentum_buffers[k].mutable_data_ptr(),
+                     nullptr,
+                     grads[k].const_data_ptr(),
+                     params[k].scalar_type(),
+                     &rows[setting_of[k]],
+                     {}});
   if (ema_momentum != 1)
     for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
 

@@ -1,2 +1,103 @@
-#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "cuda/chunks.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.h"
+#include "ema_update.h"
+
+namespace {
+using namespace scrl;
+using namespace scrl::cuda;
+
+constexpr int kBlocks =
+    5;  // a multiprocessor: 1,280 threads, each with two loads of 16 bytes in flight; 48 registers, no spills
+
+struct Item {
+  void* target;
+  const void* source;
+  int64_t size;
+};
+
+struct Table {
+  static constexpr int kCapacity = kArgumentBytes / 32;  // 28 bytes a tensor, and the rest
+  Item items[kCapacity];
+  int first_chunk[kCapacity + 1];
+  int count;
+};
+static_assert(sizeof(Table) + sizeof(Number) <= kArgumentBytes);
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    ema_kernel(const __grid_constant__ Table table, const __grid_constant__ Number momentum) {
+  const auto factors = ema_factors<accumulate_t<T>>(momentum.at(0));
+  if (factors.keep) return;
+  const Share share = share_of_block(table.first_chunk[table.count]);
+  int k = tensor_of_chunk(table.first_chunk, table.count, share.begin);
+  for (int chunk = share.begin; chunk < share.end; ++chunk) {
+    while (chunk >= table.first_chunk[k + 1]) ++k;
+    const Item& item = table.items[k];
+    const auto [begin, count] = chunk_of(chunk - table.first_chunk[k], item.size);
+    T* targets = static_cast<T*>(item.target) + begin;
+    const T* sources = static_cast<const T*>(item.source) + begin;
+    for_each_pack<T>(count, all_aligned(targets, sources), [&](int i, auto width) {
+      auto target = load<width>(targets + i);
+      const auto source = load<width>(sources + i);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        auto value = widen(target.values[j]);
+        ema(value, widen(source.values[j]), factors);
+        target.values[j] = narrow<T>(value);
+      }
+      store(targets + i, target);
+    });
+  }
+}
+
+template <class T>
+void launch(const Table& table, const Number& momentum, const Tensor& any) {
+  const int blocks = resident_blocks(any, kBlocks, table.first_chunk[table.count]);
+  ema_kernel<T><<<blocks, kThreads, 0, stream_of(any)>>>(table, momentum);
+  check_launch("ema_update_");
+}
+
+void launch_any(ScalarType dtype, Table& table, const Number& momentum, const Tensor& any) {
+  if (table.count == 0) return;
+  if (dtype == ScalarType::Float) launch<float>(table, momentum, any);
+  if (dtype == ScalarType::Double) launch<double>(table, momentum, any);
+  if (dtype == ScalarType::BFloat16) launch<__nv_bfloat16>(table, momentum, any);
+  if (dtype == ScalarType::Half) launch<__half>(table, momentum, any);
+  table.count = 0;
+}
+
+void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                 std::optional<Tensor> momentum_tensor) {
+  check_flat(targets, "ema_update_");
+  check_alike(targets, sources, "ema_update_");
+  check_on_gpu(targets, "ema_update_");
+  check_on_gpu(sources, "ema_update_");
+  const Number number = number_of(momentum, momentum_tensor, 1, 0, "ema_update_");
+  if (targets.empty() || (!number.tensor && number.factor == 1)) return;
+  const torch::stable::accelerator::DeviceGuard guard(targets[0].get_device_index());
+
+  Table table;
+  for (ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
+    table.count = 0;
+    for (size_t k = 0; k < targets.size(); ++k) {
+      if (targets[k].scalar_type() != dtype || targets[k].numel() == 0) continue;
+      if (table.count == 0) table.first_chunk[0] = 0;
+      const Item item{targets[k].mutable_data_ptr(), sources[k].const_data_ptr(), targets[k].numel()};
+      table.first_chunk[table.count + 1] =
+          table.first_chunk[table.count] + static_cast<int>((item.size + kChunk - 1) / kChunk);
+      table.items[table.count++] = item;
+      if (table.count == Table::kCapacity) launch_any(dtype, table, number, targets[0]);
+    }
+    launch_any(dtype, table, number, targets[0]);
+  }
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(scrl_fast, CUDA, m) { m.impl("ema_update_", TORCH_BOX(&ema_update_)); }
