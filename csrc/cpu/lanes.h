@@ -44,36 +44,57 @@ SCRL_INLINE To bit_copy(const From& from) {
   return to;
 }
 
-SCRL_INLINE f32x16 widen(u16x16 bits, bf16) { return bit_copy<f32x16>(__builtin_convertvector(bits, u32x16) << 16); }
+// Vectors of one number of lanes: 32 bits each in so many bytes, 16 bits each in half of them.
+template <size_t Bytes>
+struct LanesOf {
+  typedef float Floats __attribute__((vector_size(Bytes)));
+  typedef uint32_t Words __attribute__((vector_size(Bytes)));
+  typedef uint16_t Halves __attribute__((vector_size(Bytes / 2)));
+};
 
-SCRL_INLINE f32x16 widen(u16x16 bits, f16) {
-  u32x16 half = __builtin_convertvector(bits, u32x16);
-  u32x16 exponent = half & 0x7c00u;
-  u32x16 magnitude = ((half & 0x7fffu) << 13) + (112u << 23);              // exponent bias 15 -> 127
+template <class Halves>
+SCRL_INLINE typename LanesOf<2 * sizeof(Halves)>::Floats widen(Halves bits, bf16) {
+  using Lanes = LanesOf<2 * sizeof(Halves)>;
+  return bit_copy<typename Lanes::Floats>(__builtin_convertvector(bits, typename Lanes::Words) << 16);
+}
+
+template <class Halves>
+SCRL_INLINE typename LanesOf<2 * sizeof(Halves)>::Floats widen(Halves bits, f16) {
+  using Words = typename LanesOf<2 * sizeof(Halves)>::Words;
+  using Floats = typename LanesOf<2 * sizeof(Halves)>::Floats;
+  Words half = __builtin_convertvector(bits, Words);
+  Words exponent = half & 0x7c00u;
+  Words magnitude = ((half & 0x7fffu) << 13) + (112u << 23);               // exponent bias 15 -> 127
   magnitude = exponent == 0x7c00u ? magnitude + (112u << 23) : magnitude;  // inf and NaN
-  f32x16 subnormal = bit_copy<f32x16>(magnitude + (1u << 23)) - 0x1p-14f;  // exact, without float32 subnormals
-  magnitude = exponent == 0u ? bit_copy<u32x16>(subnormal) : magnitude;
-  return bit_copy<f32x16>(magnitude | ((half & 0x8000u) << 16));
+  Floats subnormal = bit_copy<Floats>(magnitude + (1u << 23)) - 0x1p-14f;  // exact, without float32 subnormals
+  magnitude = exponent == 0u ? bit_copy<Words>(subnormal) : magnitude;
+  return bit_copy<Floats>(magnitude | ((half & 0x8000u) << 16));
 }
 
-SCRL_INLINE u16x16 narrow(f32x16 value, bf16) {
-  u32x16 bits = bit_copy<u32x16>(value);
-  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  u32x16 nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, u16x16);
+template <class Floats>
+SCRL_INLINE typename LanesOf<sizeof(Floats)>::Halves narrow(Floats value, bf16) {
+  using Words = typename LanesOf<sizeof(Floats)>::Words;
+  using Halves = typename LanesOf<sizeof(Floats)>::Halves;
+  Words bits = bit_copy<Words>(value);
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  Words nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
 }
 
-SCRL_INLINE u16x16 narrow(f32x16 value, f16) {
+template <class Floats>
+SCRL_INLINE typename LanesOf<sizeof(Floats)>::Halves narrow(Floats value, f16) {
+  using Words = typename LanesOf<sizeof(Floats)>::Words;
+  using Halves = typename LanesOf<sizeof(Floats)>::Halves;
   constexpr uint32_t shift_subnormal = 126u << 23;  // 0.5: adding it moves a subnormal's bits to the bottom, rounded
-  u32x16 bits = bit_copy<u32x16>(value);
-  u32x16 magnitude = bits & 0x7fffffffu;
-  u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  f32x16 moved = bit_copy<f32x16>(magnitude) + 0.5f;
-  u32x16 subnormal = bit_copy<u32x16>(moved) - shift_subnormal;
-  u32x16 half = magnitude < (113u << 23) ? subnormal : normal;
-  u32x16 special = magnitude > 0x7f800000u ? u32x16{} + 0x7e00u : u32x16{} + 0x7c00u;
+  Words bits = bit_copy<Words>(value);
+  Words magnitude = bits & 0x7fffffffu;
+  Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Floats moved = bit_copy<Floats>(magnitude) + 0.5f;
+  Words subnormal = bit_copy<Words>(moved) - shift_subnormal;
+  Words half = magnitude < (113u << 23) ? subnormal : normal;
+  Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
   half = magnitude >= (143u << 23) ? special : half;  // 65536 and above; 65520..65535 round up to infinity by carry
-  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), u16x16);
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Halves);
 }
 
 // memcpy of a whole vector is one unaligned move

@@ -13,67 +13,6 @@
 
 namespace scrl::roi {
 namespace {
-
-// Adds a weight to a cell's tap. Samples walk the cells in order, so an earlier tap of the cell is among the last
-// three.
-template <class T>
-void add_tap(std::vector<Tap<T>>& taps, size_t bin_begin, int64_t cell, T weight) {
-  if (weight == T(0)) return;
-  for (size_t i = taps.size(); i > bin_begin && i + 3 > taps.size(); --i) {
-    if (taps[i - 1].cell == cell) {
-      taps[i - 1].weight += weight;
-      return;
-    }
-  }
-  taps.push_back({static_cast<int32_t>(cell), weight});
-}
-
-// A bin may have more than 2^31 cells only if the map has: checked before.
-template <class T>
-void append_rows(const Axis<T>& axis, int64_t bins, int64_t size, std::vector<Tap<T>>& taps,
-                 std::vector<RowTap<T>>& rows) {
-  const size_t box_begin = rows.size();
-  for (int64_t bin = 0; bin < bins; ++bin) {
-    taps.clear();
-    for_each_tap(axis, bin, size, [&](int64_t cell, T weight) { add_tap(taps, 0, cell, weight); });
-    for (const Tap<T>& tap : taps) {
-      size_t at = rows.size();
-      rows.push_back({tap.cell, static_cast<int32_t>(bin), tap.weight});
-      for (; at > box_begin && rows[at - 1].row > rows[at].row; --at) std::swap(rows[at - 1], rows[at]);
-    }
-  }
-}
-}  // namespace
-
-template <class T>
-void Weights<T>::assign(const Problem& p, int64_t begin, int64_t end) {
-  bins_ = p.pooled_width;
-  rows_.clear(), columns_.clear(), sampled_.clear();
-  row_ends_.assign(1, 0), column_ends_.assign(1, 0);
-  std::vector<Tap<T>> taps;
-  for (int64_t i = begin; i < end; ++i) {
-    const T* box = static_cast<const T*>(p.boxes) + 5 * p.order[i];
-    Axis<T> y, x;
-    const T scale = static_cast<T>(p.scale);
-    const bool fine_y = make_axis(box[2], box[4], scale, p.pooled_height, p.sampling_ratio, p.aligned, y);
-    const bool fine = make_axis(box[1], box[3], scale, p.pooled_width, p.sampling_ratio, p.aligned, x) && fine_y;
-    const size_t box_begin = columns_.size();
-    for (int64_t bin = 0; bin < p.pooled_width; ++bin) {
-      const size_t bin_begin = columns_.size();
-      if (fine)
-        for_each_tap(x, bin, p.width, [&](int64_t cell, T weight) { add_tap(columns_, bin_begin, cell, weight); });
-      column_ends_.push_back(static_cast<int32_t>(columns_.size()));
-    }
-    if (columns_.size() > box_begin) append_rows(y, p.pooled_height, p.height, taps, rows_);
-    row_ends_.push_back(static_cast<int32_t>(rows_.size()));
-    sampled_.push_back(fine);
-  }
-}
-
-template class Weights<float>;
-template class Weights<double>;
-
-namespace {
 using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 
@@ -186,9 +125,11 @@ void roi_align_backward_out(const Tensor& grad_in, const Tensor& boxes_in, doubl
   Tensor map = side_by_side || planes ? out : torch::stable::new_empty(out, out.sizes());
   Problem p = make_problem(map, grad, boxes, scale, sampling_ratio, aligned);
   p.source = grad.const_data_ptr(), p.result = map.mutable_data_ptr();
-  const int64_t size = out.element_size();
-  p.stream = side_by_side && out.numel() * size >= kStreamBytes && reinterpret_cast<uintptr_t>(p.result) % 64 == 0 &&
-             p.image_stride * size % 64 == 0 && p.row_stride * size % 64 == 0 && p.column_stride * size % 64 == 0;
+  const auto on_lines = [&](int64_t stride) { return stride * out.element_size() % 64 == 0; };
+  p.stream = out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes &&
+             reinterpret_cast<uintptr_t>(p.result) % 64 == 0 && on_lines(p.image_stride) &&
+             (side_by_side ? on_lines(p.row_stride) && on_lines(p.column_stride)
+                           : p.channel_stride == p.cells() && on_lines(kChannelsAtOnce * p.cells()));
   run_pieces(p, p.images, choose(out.scalar_type(), backward_float, backward_double, backward_bf16, backward_f16));
   if (!side_by_side && !planes) torch::stable::copy_(out, map);
 }
