@@ -1,0 +1,81 @@
+"""two_view_loss, forward + backward: against plain PyTorch eager and under torch.compile.
+
+The shape of record is 2560 pairs of 256 numbers: 256 images with ten boxes each. Four pairs show what a call costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scrl_fast import backends
+from scrl_fast.ops import two_view_loss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain(online: Tensor, target: Tensor) -> Tensor:
+    """The loss as it is commonly written."""
+    (p1, p2), (z1, z2) = online.chunk(2), target.chunk(2)
+    return (_rows(p1, z2) + _rows(p2, z1)).mean()
+
+
+def _rows(input: Tensor, target: Tensor) -> Tensor:
+    return 2 - 2 * (F.normalize(input, dim=-1) * F.normalize(target, dim=-1)).sum(-1)
+
+
+def losses(device: str) -> dict[str, Loss]:
+    """Ours in every form that runs on the device, then the rivals."""
+    operation = backends.OPERATIONS["two_view_loss"]
+    forms = [name for name in ("native", "triton") if not operation.failure(name, device)]
+    ours = {f"scrl_fast/{name}": lambda p, z, b=name: two_view_loss(p, z, backend=b) for name in forms}
+    return {**ours, "torch/eager": plain, "torch/compile": torch.compile(plain, dynamic=False)}
+
+
+def case(bench: harness.Bench, pairs: int, width: int, backward: bool) -> None:
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def random_rows() -> Tensor:
+        return torch.randn(2 * pairs, width, device=bench.device, dtype=bench.dtype, generator=generator)
+
+    online, target = random_rows().requires_grad_(backward), random_rows()
+
+    def call(loss: Loss) -> Callable[[], object]:
+        if backward:
+            return lambda: torch.autograd.grad(loss(online, target), online)
+        return lambda: loss(online, target)
+
+    providers = losses(bench.device.type)
+
+    def agree() -> None:
+        """Every provider that is ours, against float64."""
+        exact = plain(online.detach().double(), target.double())
+        for name, loss in providers.items():
+            if name.startswith("scrl_fast"):
+                torch.testing.assert_close(loss(online, target).double(), exact, rtol=1e-5, atol=1e-6)
+
+    name = harness.case_name("forward + backward" if backward else "forward", pairs=pairs, width=width)
+    passes = 3 if backward else 2  # read both; write the gradient
+    bytes_moved = passes * 2 * pairs * width * online.element_size()
+    bench.case(name, {k: call(loss) for k, loss in providers.items()}, bytes=bytes_moved, items=pairs, check=agree)
+
+
+def main() -> int:
+    parser = harness.parser("normalized_mse_loss", __doc__)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 640, 2560], help="box pairs (default: 4 640 2560)")
+    parser.add_argument("--width", type=int, default=256, help="numbers a row (default: %(default)s)")
+    args = parser.parse_args()
+    bench = harness.Bench("normalized_mse_loss", args)
+    for pairs in args.pairs:
+        case(bench, pairs, args.width, backward=True)
+    case(bench, max(args.pairs), args.width, backward=False)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
