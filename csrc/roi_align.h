@@ -53,11 +53,12 @@ SCRL_HOST_DEVICE bool make_axis(T low, T high, T scale, int64_t bins, int64_t sa
   const T offset = aligned ? T(0.5) : T(0);
   const T start = multiply(low, scale) - offset;
   T extent = (multiply(high, scale) - offset) - start;
-  if (!aligned && extent < T(1)) extent = T(1);
+  const bool finite = is_finite(start) && is_finite(extent);
+  if (!aligned && extent < T(1)) extent = T(1);  // -inf included: asked before
   axis.start = start;
   axis.bin = extent / static_cast<T>(bins);
   axis.samples = sampling_ratio > 0 ? static_cast<T>(sampling_ratio) : std::ceil(axis.bin);
-  return is_finite(start) && is_finite(extent);
+  return finite;
 }
 
 // Calls emit(cell, weight) for every cell in [0, size) that the bin reads; a cell may come more than once.
