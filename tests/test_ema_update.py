@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from aot import GPUS, Kernel, compile_for_gpus, needs_compiler
 from conftest import assert_as_accurate, guarded, implementations, num_threads
 from torch import Tensor
 
-from scrl_fast import _native, backends
+from scrl_fast import _native
 from scrl_fast.ops import ema_update_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -175,11 +176,17 @@ def test_parameters_are_updated_without_a_graph_and_autograd_is_told(device: str
         product.sum().backward()
 
 
-@needs_native
-def test_opcheck() -> None:
-    targets, sources = randoms(SHAPES[:5], torch.float32), randoms(SHAPES[:5], torch.float32, seed=1)
-    torch.library.opcheck(torch.ops.scrl_fast.ema_update_, (targets, sources, 0.9))
-    torch.library.opcheck(torch.ops.scrl_fast.ema_update_, (targets, sources, 1.0, torch.tensor(0.9)))
+OPERATORS = {"native": "ema_update_", "triton": "ema_update_triton_"}
+
+
+@everywhere
+def test_opcheck(device: str, backend: str) -> None:
+    if backend == "reference":
+        return  # plain PyTorch, no operator of ours
+    operator = getattr(torch.ops.scrl_fast, OPERATORS[backend])
+    targets, sources = (randoms(SHAPES[:5], torch.float32, device, seed) for seed in (0, 1))
+    torch.library.opcheck(operator, (targets, sources, 0.9))
+    torch.library.opcheck(operator, (targets, sources, 1.0, torch.tensor(0.9, device=device)))
 
 
 @needs_native
@@ -194,6 +201,30 @@ def test_compiles_without_graph_break() -> None:
 
     update(targets, sources)
     assert all(torch.equal(a, b) for a, b in zip(targets, eager, strict=True))
+
+
+# ---- GPUs that are not here ----
+
+POINTERS = {"table_ptr": "*i64", "momentum_high": "fp32", "momentum_low": "fp32"}
+SIZES = {"WIDE": False, "CHUNK": 8192, "BLOCK": 1024}
+KERNELS = [
+    Kernel(
+        "scrl_fast.kernels.ema_update:ema_chunk",
+        {**POINTERS, "like_ptr": like, **({"momentum_ptr": momentum} if momentum else {})},
+        {"WIDE": False, "CHUNK": 8192, "BLOCK": 1024, "ALIGNED": aligned}
+        | ({} if momentum else {"momentum_ptr": None}),
+        divisible_by_16=("table_ptr", "like_ptr"),
+    )
+    for like, momentum, aligned in [("*fp32", None, True), ("*bf16", "*fp32", True), ("*fp32", None, False)]
+]
+
+
+@needs_compiler
+def test_compiles_for_gpus_that_are_not_here() -> None:
+    for kernel, gpu, made in compile_for_gpus(KERNELS):
+        assert made.stack_bytes == 0 and made.registers <= 48, (kernel, GPUS[gpu], made)
+        whole = made.ptx.count("ld.global.v4") + made.ptx.count("ld.global.v2.b64")
+        assert (whole > 0) == kernel.constexprs["ALIGNED"], (kernel, GPUS[gpu], "16 bytes a load")
 
 
 # ---- wrong input ----
@@ -224,10 +255,3 @@ def test_wrong_input_is_named(backend: str, arguments: tuple, error: type[Except
     with pytest.raises(error, match=re.escape(message)):
         ema_update_(*arguments, backend=backend)
     assert ONE.tolist() == [1.0] * 3, "memory was touched before the check"
-
-
-def test_every_backend_says_why_it_cannot_run() -> None:
-    operation = backends.OPERATIONS["ema_update_"]
-    for backend in backends.BACKENDS:
-        failure = operation.failure(backend, "mps")
-        assert backend == "reference" or failure

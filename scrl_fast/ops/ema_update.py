@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,29 +47,48 @@ def ema_update_reference(targets: Sequence[Tensor], sources: Sequence[Tensor], m
         target.copy_(torch.where(weight > 0, moved, target))
 
 
-def _native_ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
-    number, tensor = check_scalar("momentum", momentum, 0, 1)
+def _through(op: str) -> Callable[..., None]:
+    """The operation by torch.ops.scrl_fast.<op>."""
 
-    def call(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        torch.ops.scrl_fast.ema_update_(targets, sources, number, tensor)
+    def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+        number, tensor = check_scalar("momentum", momentum, 0, 1)
 
-    call_on_flat(call, {"targets": targets}, {"sources": sources})
-    bump_versions(targets)
+        def call(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+            getattr(torch.ops.scrl_fast, op)(targets, sources, number, tensor)
 
+        call_on_flat(call, {"targets": targets}, {"sources": sources}, checks_itself=op == "ema_update_")
+        bump_versions(targets)
+
+    return ema_update
+
+
+def _fake(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, momentum_tensor: Tensor | None = None
+) -> None:
+    check_lists(targets=targets, sources=sources)
+
+
+def _triton(*args: Any) -> None:
+    from scrl_fast.kernels.ema_update import ema_update_ as launch  # imports triton only when it runs
+
+    launch(*args)
+
+
+torch.library.define(
+    "scrl_fast::ema_update_triton_",
+    "(Tensor(a!)[] targets, Tensor[] sources, float momentum, Tensor? momentum_tensor=None) -> ()",
+)
+torch.library.impl("scrl_fast::ema_update_triton_", ("cpu", "cuda"), _triton)
+torch.library.register_fake("scrl_fast::ema_update_triton_", _fake)
+if not _native.load_failure("_ops"):
+    torch.library.register_fake("scrl_fast::ema_update_", _fake)
 
 _OPERATION = register(
     Operation(
         "ema_update_",
         reference=ema_update_reference,
-        native=_native_ema_update_,
+        native=_through("ema_update_"),
         native_failure=lambda device_type: _native.op_failure("ema_update_", device_type),
+        triton=_through("ema_update_triton_"),
     )
 )
-
-if not _native.load_failure("_ops"):
-
-    @torch.library.register_fake("scrl_fast::ema_update_")
-    def _fake(
-        targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, momentum_tensor: Tensor | None = None
-    ) -> None:
-        check_lists(targets=targets, sources=sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -241,44 +241,65 @@ def _at_row(number: Any, tensor: Tensor | None, row: int, device: torch.device, 
     return number * tensor.flatten()[row if tensor.numel() > 1 else 0].to(device, dtype)
 
 
-def _native_lars_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    ema_targets: Sequence[Tensor | None],
-    settings: Settings,
-    skip_counter: Tensor | None,
+def _through(op: str) -> Callable[..., None]:
+    """The operation by torch.ops.scrl_fast.<op>."""
+
+    def lars_step(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor],
+        ema_targets: Sequence[Tensor | None],
+        settings: Settings,
+        skip_counter: Tensor | None,
+    ) -> None:
+        rows = [number for row in settings.rows for number in row]
+        ema_places = [i for i, target in enumerate(ema_targets) if target is not None]
+
+        def call(params: Any, momentum_buffers: Any, ema_targets: Any, grads: Any) -> None:
+            targets = [ema_targets[i] for i in ema_places]
+            getattr(torch.ops.scrl_fast, op)(
+                *(params, momentum_buffers, targets, grads, ema_places, rows, settings.row_of, settings.ema_momentum),
+                *(settings.lr_tensor, settings.momentum_tensor, settings.ema_momentum_tensor, skip_counter),
+            )
+
+        written = {"params": params, "momentum_buffers": momentum_buffers, "ema_targets": ema_targets}
+        call_on_flat(call, written, {"grads": grads}, checks_itself=op == "lars_step_")
+        bump_versions([*params, *momentum_buffers, *(ema_targets[i] for i in ema_places)])
+
+    return lars_step
+
+
+def _fake(
+    params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], ema_targets: Sequence[Tensor], *rest: Any
 ) -> None:
-    rows = [number for row in settings.rows for number in row]
-    ema_places = [i for i, target in enumerate(ema_targets) if target is not None]
+    grads, ema_places = rest[:2]
+    check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers)
+    check_lists(params=[params[i] for i in ema_places], ema_targets=ema_targets)
 
-    def call(params: Any, momentum_buffers: Any, ema_targets: Any, grads: Any) -> None:
-        targets = [ema_targets[i] for i in ema_places]
-        torch.ops.scrl_fast.lars_step_(
-            *(params, momentum_buffers, targets, grads, ema_places, rows, settings.row_of, settings.ema_momentum),
-            *(settings.lr_tensor, settings.momentum_tensor, settings.ema_momentum_tensor, skip_counter),
-        )
 
-    written = {"params": params, "momentum_buffers": momentum_buffers, "ema_targets": ema_targets}
-    call_on_flat(call, written, {"grads": grads})
-    bump_versions([*params, *momentum_buffers, *(ema_targets[i] for i in ema_places)])
+def _triton(*args: Any) -> None:
+    from scrl_fast.kernels.lars_step import lars_step_ as launch  # imports triton only when it runs
 
+    launch(*args)
+
+
+torch.library.define(
+    "scrl_fast::lars_step_triton_",
+    "(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor(c!)[] ema_targets, Tensor[] grads, int[] ema_places,"
+    " float[] settings, int[] setting_of, float ema_momentum, Tensor? lr, Tensor? momentum,"
+    " Tensor? ema_momentum_tensor, Tensor(d!)? skip_counter) -> ()",
+)
+torch.library.impl("scrl_fast::lars_step_triton_", ("cpu", "cuda"), _triton)
+torch.library.register_fake("scrl_fast::lars_step_triton_", _fake)
+if not _native.load_failure("_ops"):
+    torch.library.register_fake("scrl_fast::lars_step_", _fake)
 
 _OPERATION = register(
     Operation(
         "lars_step_",
         reference=lars_step_reference,
-        native=_native_lars_step_,
+        native=_through("lars_step_"),
         native_failure=lambda device_type: _native.op_failure("lars_step_", device_type),
+        triton=_through("lars_step_triton_"),
     )
 )
-
-if not _native.load_failure("_ops"):
-
-    @torch.library.register_fake("scrl_fast::lars_step_")
-    def _fake(
-        params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], ema_targets: Sequence[Tensor], *rest: Any
-    ) -> None:
-        grads, ema_places = rest[:2]
-        check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers)
-        check_lists(params=[params[i] for i in ema_places], ema_targets=ema_targets)
