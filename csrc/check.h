@@ -1,5 +1,5 @@
-// Argument checks for kernels. Messages for users are written in Python, where argument names are known; these guard the
-// raw pointers behind torch.ops against calls that bypass it.
+// Argument checks for kernels. Messages for users are written in Python, where argument names are known; these guard
+// the raw pointers behind torch.ops against calls that bypass it.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
