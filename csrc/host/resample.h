@@ -1,186 +1,194 @@
-// Separable filtering of pictures: Pillow's antialiased bicubic resize, the resize blur and the Gaussian blur are all an
-// Axis (which pixels, with which weights) applied along the rows, rounded to levels, and then down the columns.
+// Separable filtering of pictures: Pillow's antialiased bicubic resize, the resize blur and the Gaussian blur are all
+// an Axis (which pixels, with which weights) applied along the rows and then down the columns.
 //
-// Along a row neighbouring results share no vector lane, so sixteen rows are transposed first and each lane holds one of
+// Along a row neighbouring results share no vector lane, so L rows are transposed first and each lane holds one of
 // them: both passes are then plain multiply-adds on contiguous floats.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
-#include "cpu/vectorize.h"
+#include "host/filter_axis.h"
+#include "host/levels.h"
+#include "host/view.h"
 
 namespace scrl_fast::host {
 
-constexpr int kLanes = 16;
-
-constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
-
-// Result i is the sum over t < count[i] of weight[i * taps + t] * source[first[i] + t].
-struct Axis {
-  int taps = 0;
-  std::vector<int> first, count;
-  std::vector<float> weight;
-
-  void reset(int size, int most_taps) {
-    taps = most_taps;
-    first.assign(size, 0);
-    count.assign(size, 0);
-    weight.assign(static_cast<size_t>(size) * most_taps, 0.0f);
+// L rows of n bytes become n groups of L lanes. Nothing is read outside the rows: the last block of columns is moved up
+// to end with them, and rows too short for one block are copied first.
+template <int L>
+SCRL_INLINE void rows_to_lanes(const uint8_t* const (&row)[L], int n, float* lanes) {
+  constexpr int kBlock = 4 * L;
+  uint8_t copy[L][kBlock] = {};
+  const uint8_t* start[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    start[i] = row[i];
+    if (n < kBlock) start[i] = static_cast<const uint8_t*>(std::memcpy(copy[i], row[i], n));
   }
-  int size() const { return static_cast<int>(first.size()); }
+  for (int j = 0; j < n; j += kBlock) {
+    const int at = std::max(0, std::min(j, n - kBlock));
+    Words<L> block[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) block[i] = load_words<L>(start[i] + at);
+    transpose<L, L>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) store<L>(lanes + (at + 4 * i + q) * L, quarter<L>(block[i], q));
+    }
+  }
+}
+
+struct Scratch {
+  Axis along, down;
+  std::vector<float> lanes, strip, unrounded;
+  std::vector<uint8_t> narrow, picture, shrunk;
 };
 
-inline double bicubic(double x) {
-  constexpr double a = -0.5;
-  x = std::fabs(x);
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
-  if (x < 2.0) return ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a;
-  return 0.0;
-}
+// A picture of interleaved channels, or one plane.
+struct Source {
+  const uint8_t* corner;
+  int64_t stride;
+  int height, width;
+};
 
-// Pillow's rule: the filter widens with the reduction, taps stop at the edges, weights sum to one.
-inline void bicubic_axis(int from, int to, Axis& axis) {
-  const double scale = static_cast<double>(from) / to, stretch = std::max(scale, 1.0), support = 2.0 * stretch;
-  axis.reset(to, 2 * static_cast<int>(std::ceil(support)) + 1);
-  for (int i = 0; i < to; ++i) {
-    const double centre = (i + 0.5) * scale;
-    const int low = std::max(static_cast<int>(centre - support + 0.5), 0);
-    const int high = std::min(static_cast<int>(centre + support + 0.5), from);
-    float* weight = &axis.weight[static_cast<size_t>(i) * axis.taps];
-    double sum = 0.0;
-    for (int t = low; t < high; ++t) sum += bicubic((t - centre + 0.5) / stretch);
-    for (int t = low; t < high; ++t) {
-      weight[t - low] = static_cast<float>(bicubic((t - centre + 0.5) / stretch) / sum);
-    }
-    axis.first[i] = low;
-    axis.count[i] = high - low;
-  }
-}
-
-// Normalised Gaussian of `taps` (odd) weights, the picture reflected at its edges (the edge pixel is not repeated).
-inline void gaussian_axis(int size, int taps, double sigma, Axis& axis) {
-  const int half = taps / 2;
-  std::vector<double> kernel(half + 1);
-  double sum = 0.0;
-  for (int k = 0; k <= half; ++k) {
-    kernel[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
-    sum += k == 0 ? kernel[k] : 2.0 * kernel[k];
-  }
-  int reach = half;  // weights below 1e-6 move no pixel of 255 levels
-  while (reach > 0 && kernel[reach] < 1e-6 * sum) --reach;
-  axis.reset(size, 2 * reach + 1);
-  for (int i = 0; i < size; ++i) {
-    const int low = std::max(i - reach, 0), high = std::min(i + reach, size - 1);
-    axis.first[i] = low;
-    axis.count[i] = high - low + 1;
-    float* weight = &axis.weight[static_cast<size_t>(i) * axis.taps];
-    for (int k = -reach; k <= reach; ++k) {
-      int at = std::abs(i + k);
-      if (at >= size) at = 2 * (size - 1) - at;
-      // a reflected pixel lies within `reach` of i as well, except in pictures narrower than the kernel
-      at = std::clamp(at, low, high);
-      weight[at - low] += static_cast<float>(kernel[std::abs(k)] / sum);
-    }
-  }
-}
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-// To the nearest level 0..255, as Pillow rounds.
-SCRL_INLINE Vec to_level(Vec value) {
-  const Vec low = {}, high = low + 255.0f;
-  value += 0.5f;
-  value = value > low ? value : low;
-  value = value < high ? value : high;
-  return __builtin_convertvector(__builtin_convertvector(value, IntVec), Vec);
-}
-
-// One row of the result, down the columns: level of the sum over t of weight[t] * source[t * stride + j], for j < n, n a
-// multiple of sixteen. Four vectors of sums stay in registers over all taps.
-SCRL_INLINE void filter_columns(const float* SCRL_RESTRICT source, int64_t stride, const float* SCRL_RESTRICT weight,
-                                int count, int n, float* SCRL_RESTRICT out) {
-  int j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    Vec a = {}, b = {}, c = {}, d = {};
-    for (int t = 0; t < count; ++t) {
-      const Vec* s = reinterpret_cast<const Vec*>(source + t * stride + j);
-      a += weight[t] * s[0], b += weight[t] * s[1], c += weight[t] * s[2], d += weight[t] * s[3];
-    }
-    Vec* o = reinterpret_cast<Vec*>(out + j);
-    o[0] = to_level(a), o[1] = to_level(b), o[2] = to_level(c), o[3] = to_level(d);
-  }
-  for (; j < n; j += kLanes) {
-    Vec a = {};
-    for (int t = 0; t < count; ++t) a += weight[t] * *reinterpret_cast<const Vec*>(source + t * stride + j);
-    *reinterpret_cast<Vec*>(out + j) = to_level(a);
-  }
-}
-
-// out[j][i] = in[i][j] for 8 x 8 floats: eight lanes, since wider shuffles fall apart into scalars below AVX-512.
-SCRL_INLINE void transpose8(const float* SCRL_RESTRICT in, int64_t in_stride, float* SCRL_RESTRICT out,
-                            int64_t out_stride) {
-  typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
-  Half a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Half*>(in + i * in_stride);
+// Results i..i+3 along L rows of each channel; the lanes begin with source pixel `begin`.
+template <int L, int step>
+SCRL_INLINE void filter_lanes(const float* lanes, int begin, const Axis& axis, int i, Floats<L> (&sum)[step][4]) {
+  const float* source[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  for (int q = 0; q < 4; ++q) {
+    source[q] = lanes + static_cast<int64_t>(axis.first[i + q] - begin) * step * L;
+#pragma GCC unroll 3
+    for (int c = 0; c < step; ++c) sum[c][q] = Floats<L>{};
   }
-#pragma GCC unroll 2
-  for (int h = 0; h < 8; h += 4) {
-    a[h] = __builtin_shufflevector(b[h], b[h + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[h + 1] = __builtin_shufflevector(b[h], b[h + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    a[h + 2] = __builtin_shufflevector(b[h + 1], b[h + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[h + 3] = __builtin_shufflevector(b[h + 1], b[h + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
+  const float* weight = &axis.weight[i];
+  const int taps = axis.taps, weights = axis.pitch;
+  for (int t = 0; t < taps; ++t, weight += weights) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) *reinterpret_cast<Half*>(out + i * out_stride) = b[i];
-}
-
-// Sixteen rows of n floats (n a multiple of eight) become n groups of sixteen lanes.
-SCRL_INLINE void rows_to_lanes(const float* SCRL_RESTRICT rows, int64_t stride, int n, float* SCRL_RESTRICT lanes) {
-  for (int j = 0; j < n; j += 8) {
-    transpose8(rows + j, stride, lanes + j * kLanes, kLanes);
-    transpose8(rows + 8 * stride + j, stride, lanes + j * kLanes + 8, kLanes);
-  }
-}
-
-// The way back, for the first `count` of the sixteen rows only when the picture ends inside the block.
-SCRL_INLINE void lanes_to_rows(const float* SCRL_RESTRICT lanes, int n, float* SCRL_RESTRICT rows, int64_t stride) {
-  for (int j = 0; j < n; j += 8) {
-    transpose8(lanes + j * kLanes, kLanes, rows + j, stride);
-    transpose8(lanes + j * kLanes + 8, kLanes, rows + 8 * stride + j, stride);
-  }
-}
-
-// Along the rows, in lanes: group i of the result from groups (first[i] + t) * step of the source. `mirror` writes the
-// result from right to left.
-SCRL_INLINE void filter_lanes(const float* SCRL_RESTRICT source, int step, const Axis& axis, bool mirror,
-                              float* SCRL_RESTRICT out) {
-  const int n = axis.size();
-  const int64_t hop = static_cast<int64_t>(step) * kLanes;
-  for (int i = 0; i < n; ++i) {
-    const float* weight = &axis.weight[static_cast<size_t>(i) * axis.taps];
-    const float* s = source + axis.first[i] * hop;
-    const int count = axis.count[i];
-    Vec even = {}, odd = {};  // two sums hide the latency of one
-    int t = 0;
-    for (; t + 2 <= count; t += 2) {
-      even += weight[t] * *reinterpret_cast<const Vec*>(s + t * hop);
-      odd += weight[t + 1] * *reinterpret_cast<const Vec*>(s + (t + 1) * hop);
+    for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 3
+      for (int c = 0; c < step; ++c) sum[c][q] += weight[q] * load<L>(source[q] + (t * step + c) * L);
     }
-    if (t < count) even += weight[t] * *reinterpret_cast<const Vec*>(s + t * hop);
-    *reinterpret_cast<Vec*>(out + static_cast<int64_t>(mirror ? n - 1 - i : i) * kLanes) = to_level(even + odd);
+  }
+}
+
+// L rows of 4 L results each, from their lanes on: rounded to levels, planes of rows of `pitch` bytes.
+struct LevelSink {
+  uint8_t* planes;
+  int64_t plane, pitch;
+
+  template <int L, int step>
+  SCRL_INLINE void take(const float* lanes, int begin, const Axis& axis, int row, int x) const {
+    Words<L> block[step][L];
+    for (int k = 0; k < L; ++k) {
+      Floats<L> sum[step][4];
+      filter_lanes<L, step>(lanes, begin, axis, x + 4 * k, sum);
+#pragma GCC unroll 3
+      for (int c = 0; c < step; ++c) {
+        block[c][k] = pack<L>(nearest_level<L>(sum[c][0]), nearest_level<L>(sum[c][1]), nearest_level<L>(sum[c][2]),
+                              nearest_level<L>(sum[c][3]));
+      }
+    }
+    for (int c = 0; c < step; ++c) {
+      uint8_t* out = planes + c * plane + row * pitch + x;
+      Words<L> rows[L];
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) rows[k] = block[c][k];
+      transpose<L, L>(rows);
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) store_words<L>(out + k * pitch, rows[k]);
+    }
+  }
+};
+
+// The same unrounded, for one plane: rows of strips of 4 L floats, each quarter after quarter. The last strip ends with
+// the picture, so it overlaps the one before.
+struct FloatSink {
+  float* values;
+  int64_t pitch;
+
+  template <int L, int step>
+  SCRL_INLINE void take(const float* lanes, int begin, const Axis& axis, int row, int x) const {
+    Words<L> block[4][L];
+    for (int k = 0; k < L; ++k) {
+      Floats<L> sum[step][4];
+      filter_lanes<L, step>(lanes, begin, axis, x + 4 * k, sum);
+      for (int q = 0; q < 4; ++q) block[q][k] = (Words<L>)sum[0][q];
+    }
+    for (int q = 0; q < 4; ++q) {
+      transpose<L, L>(block[q]);
+      float* out = values + row * pitch + round_up(x, 4 * L) + q * L;
+      for (int k = 0; k < L; ++k) store_words<L>(out + k * pitch, block[q][k]);
+    }
+  }
+
+  // As filter_down reads rows.
+  template <int L>
+  SCRL_INLINE void read(int row, int x, float* out) const {
+    const float* in = values + row * pitch + round_up(x, 4 * L);
+    for (int i = 0; i < 4 * L; i += L) store<L>(out + i, load<L>(in + i));
+  }
+};
+
+struct LevelRows {
+  const uint8_t* levels;
+  int64_t pitch;
+
+  template <int L>
+  SCRL_INLINE void read(int row, int x, float* out) const {
+    unpack<L>(levels + row * pitch + x, out);
+  }
+};
+
+// Along the rows, `width` (64 at least) results each; the sink gets max(height, L) rows.
+template <int L, int step, class Sink>
+SCRL_INLINE void filter_along(const Source& source, const Axis& axis, int width, Scratch& s, const Sink& sink) {
+  for (int top = 0; top < source.height; top += L) {
+    // the last block is moved up to end with the picture; the last row stands for those that a lower picture lacks
+    const int from = std::max(0, std::min(top, source.height - L));
+    for (int start = 0; start < width; start += 4 * L) {
+      const int x = std::min(start, width - 4 * L), last = axis.first[x + 4 * L - 1];
+      const int begin = std::min(axis.first[x], last), end = std::max(axis.first[x], last) + axis.taps;
+      const uint8_t* row[L];
+      for (int i = 0; i < L; ++i) {
+        row[i] = source.corner + std::min(from + i, source.height - 1) * source.stride + begin * step;
+      }
+      float* lanes = at_least(s.lanes, static_cast<int64_t>(std::max((end - begin) * step, 4 * L)) * L);
+      rows_to_lanes<L>(row, (end - begin) * step, lanes);
+      sink.template take<L, step>(lanes, begin, axis, from, x);
+    }
+  }
+}
+
+// Down the columns: rows of `pitch` levels (64 at least) from rows.read(r, x, out), which gives 4 L floats of row r
+// from column x on, quarter after quarter. A ring of rows as floats stays in the first cache.
+template <int L, class Rows>
+SCRL_INLINE void filter_down(const Rows& rows, const Axis& axis, int pitch, Scratch& s, uint8_t* out) {
+  constexpr int kStrip = 4 * L;
+  const int size = axis.size, taps = axis.taps, weights = axis.pitch;
+  const int* first = axis.first.data();
+  int ring = 1;
+  while (ring < taps) ring *= 2;
+  float* strip = at_least(s.strip, static_cast<int64_t>(ring) * kStrip);
+  for (int start = 0; start < pitch; start += kStrip) {
+    const int x = std::min(start, pitch - kStrip);
+    int ready = 0;
+    for (int y = 0; y < size; ++y) {
+      const int end = first[y] + taps;
+      for (; ready < end; ++ready) rows.template read<L>(ready, x, strip + (ready & (ring - 1)) * kStrip);
+      Floats<L> q0 = {}, q1 = {}, q2 = {}, q3 = {};
+      const float* weight = &axis.weight[y];
+      for (int row = first[y]; row < end; ++row, weight += weights) {
+        const float* source = strip + (row & (ring - 1)) * kStrip;
+        q0 += *weight * load<L>(source), q1 += *weight * load<L>(source + L);
+        q2 += *weight * load<L>(source + 2 * L), q3 += *weight * load<L>(source + 3 * L);
+      }
+      store_words<L>(out + static_cast<int64_t>(y) * pitch + x,
+                     pack<L>(nearest_level<L>(q0), nearest_level<L>(q1), nearest_level<L>(q2), nearest_level<L>(q3)));
+    }
   }
 }
 

@@ -38,6 +38,7 @@ VIEW_DTYPE = np.dtype(
 
 NO_BLUR, RESIZE_BLUR, GAUSSIAN_BLUR = 0, 1, 2
 GAUSSIAN_TAPS = 23
+_LARGEST_SIZE = 1 << 14  # a view's pixels are counted in 32 bits
 _JITTERS = ("brightness", "contrast", "saturation", "hue")
 _NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the compiled form
@@ -101,8 +102,8 @@ def augment_views(
     """
     rows = _check_table(table, images)
     shape = (len(rows), 3, size, size)
-    if not size > 0:
-        raise ValueError(f"size must be positive, got {size}")
+    if not 0 < size <= _LARGEST_SIZE:
+        raise ValueError(f"size must lie in 1..{_LARGEST_SIZE}, got {size}")
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
     if out is None:
@@ -243,9 +244,10 @@ def _native_augment_views(
     threads: int = 1,
 ) -> None:
     scale, shift = ([1.0] * 3, [0.0] * 3) if out.dtype == torch.uint8 else normalization(mean, std)
+    threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     _native.host().augment_views(
         images.buffer, images.offsets, images.widths, np.ascontiguousarray(rows), out.data_ptr(), out.shape[-1],
-        DTYPES.index(out.dtype), not out.is_contiguous(), scale, shift, solarize_threshold, GAUSSIAN_TAPS, threads,
+        DTYPES.index(out.dtype), not out.is_contiguous(), scale, shift, threshold, GAUSSIAN_TAPS, threads,
     )  # fmt: skip
 
 
