@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "check.h"
+#include "cpu/pages.h"
 #include "cpu/roi_align_boxes.h"
 
 namespace scrl::roi {
@@ -102,14 +103,18 @@ Run choose(ScalarType dtype, Run f32, Run f64, Run bf16, Run f16) {
   }
 }
 
+// A call through the dispatcher less where there is nothing to do.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int64_t pooled_height, int64_t pooled_width,
                  int64_t sampling_ratio, bool aligned) {
-  const Tensor boxes = torch::stable::contiguous(boxes_in);
+  const Tensor boxes = dense(boxes_in);
   const bool in_place = input.stride(1) == 1 || input.stride(3) == 1;
-  const Tensor map = in_place ? input : torch::stable::contiguous(input);
+  const Tensor map = in_place ? input : dense(input);
   Tensor pooled = torch::stable::new_empty(input, {boxes.size(0), input.size(1), pooled_height, pooled_width});
   Problem p = make_problem(map, pooled, boxes, scale, sampling_ratio, aligned);
   p.source = map.const_data_ptr(), p.result = pooled.mutable_data_ptr();
+  scrl::advise_large_pages(p.result, pooled.numel() * pooled.element_size());
   for (int32_t image = 0; image < p.images; ++image)
     for (int32_t begin = p.first[image]; begin < p.first[image + 1]; begin += kGroup)
       p.groups.push_back({image, begin, std::min<int32_t>(begin + kGroup, p.first[image + 1])});
@@ -119,7 +124,7 @@ Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int6
 
 void roi_align_backward_out(const Tensor& grad_in, const Tensor& boxes_in, double scale, int64_t sampling_ratio,
                             bool aligned, Tensor out) {
-  const Tensor boxes = torch::stable::contiguous(boxes_in), grad = torch::stable::contiguous(grad_in);
+  const Tensor boxes = dense(boxes_in), grad = dense(grad_in);
   const bool side_by_side = out.stride(1) == 1;
   const bool planes = out.stride(3) == 1 && out.stride(2) == out.size(3);
   Tensor map = side_by_side || planes ? out : torch::stable::new_empty(out, out.sizes());
@@ -138,6 +143,7 @@ Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, double scale,
                           std::vector<int64_t> size, bool channels_last) {
   Tensor out = torch::stable::empty(size, grad.scalar_type(), std::nullopt, grad.device(), std::nullopt,
                                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  scrl::advise_large_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   roi_align_backward_out(grad, boxes, scale, sampling_ratio, aligned, out);
   return out;
 }
