@@ -1,0 +1,93 @@
+"""RoIAlign against torchvision's: the pooling of SCRL's box pairs, and of a detector's boxes on a pyramid level.
+
+The map of record is 2048 x 7 x 7 with about ten boxes an image and one bin a box; `call` shows what a call costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import harness
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align as torchvision_roi_align
+
+from scrl_fast import backends
+from scrl_fast.ops import roi_align
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def random_boxes(images: int, count: int, side: float, device: torch.device) -> Tensor:
+    """Rows (image, x0, y0, x1, y1), edges 32 to half the picture long, images in order as the sampler gives them."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(count).mul(images).div(count, rounding_mode="floor")[:, None].float()
+    size = 32 + torch.rand(count, 2, generator=generator) * (side / 2 - 32)
+    corner = torch.rand(count, 2, generator=generator) * (side - size)
+    return torch.cat([image, corner, corner + size], 1).to(device)
+
+
+def providers(device: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """Ours in every form that runs here, then torchvision; its CPU form knows no bfloat16 and is cast around."""
+    operation = backends.OPERATIONS["roi_align"]
+    forms = [name for name in ("native", "triton") if not operation.failure(name, device)]
+    ours = {f"scrl_fast/{name}": lambda *a, b=name: roi_align(*a, backend=b) for name in forms}
+
+    def cast_around(input: Tensor, boxes: Tensor, *options: object) -> Tensor:
+        return torchvision_roi_align(input.float(), boxes, *options).to(input.dtype)
+
+    plain = dtype in (torch.float32, torch.float64)
+    return {**ours, "torchvision": torchvision_roi_align if plain else cast_around}
+
+
+def case(bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, bins: int, layout: str) -> None:
+    """Forward, and forward with backward through autograd."""
+    images, channels, height, width = shape
+    scale = 1 / 32 if height < 32 else 1 / 4
+    rows = random_boxes(images, boxes, min(height, width) / scale, bench.device)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    input = torch.randn(shape, device=bench.device, dtype=bench.dtype, generator=generator)
+    input = input.contiguous(memory_format=LAYOUTS[layout])
+    wanted = input.clone(memory_format=torch.preserve_format).requires_grad_()
+    forms = providers(bench.device.type, bench.dtype)
+    cotangent = torch.randn(boxes, channels, bins, bins, device=bench.device, dtype=bench.dtype, generator=generator)
+    options = (bins, scale, -1, False)
+
+    def agree() -> None:
+        exact = torchvision_roi_align(input[:2].double(), rows[rows[:, 0] < 2].double(), *options)
+        tolerance = 512 * torch.finfo(bench.dtype).eps  # positions up to 336 cells in float32
+        for name, form in forms.items():
+            if name.startswith("scrl_fast"):
+                made = form(input, rows, *options)[: len(exact)].double()
+                torch.testing.assert_close(made, exact, rtol=tolerance, atol=tolerance)
+
+    moved = (input.numel() + cotangent.numel()) * input.element_size()
+    parameters = {"images": images, "map": f"{channels}x{height}x{width}", "boxes": boxes, "bins": bins}
+    name = harness.case_name(f"{label} forward {layout}", **parameters)
+    bench.case(name, {k: lambda f=f: f(input, rows, *options) for k, f in forms.items()}, bytes=moved, items=boxes,
+               check=agree)  # fmt: skip
+    graphs = {k: f(wanted, rows, *options) for k, f in forms.items()}
+    name = harness.case_name(f"{label} backward {layout}", **parameters)
+    backward = {k: lambda o=o: torch.autograd.grad(o, wanted, cotangent, retain_graph=True) for k, o in graphs.items()}
+    bench.case(name, backward, bytes=moved, items=boxes)
+
+
+def main() -> int:
+    parser = harness.parser("roi_align", __doc__)
+    parser.add_argument("--batch", type=int, default=128, help="images of the map of record (default: %(default)s)")
+    parser.add_argument("--boxes", type=int, default=1260, help="boxes of the map of record (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=2048, help="channels of that map (default: %(default)s)")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats (all)")
+    args = parser.parse_args()
+    bench = harness.Bench("roi_align", args)
+    for layout in args.layout:
+        case(bench, "record", (args.batch, args.channels, 7, 7), args.boxes, 1, layout)
+    for layout in args.layout:
+        case(bench, "pyramid", (1, 256, 200, 336), 256, 7, layout)
+    case(bench, "call", (1, 8, 7, 7), 4, 1, args.layout[0])
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
