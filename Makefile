@@ -1,0 +1,33 @@
+# PYTHON=... chooses the interpreter. `build` wants what pyproject.toml lists under [build-system], torch, and the package
+# installed once (pip install --no-build-isolation -e .).
+PYTHON ?= python
+SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+RESULTS ?= benchmarks/results
+
+.PHONY: build test lint format bench asan
+
+build:
+	SCRL_FAST_EXT=require $(PYTHON) setup.py -q build_ext --inplace
+
+test:
+	$(PYTHON) -m pytest
+
+lint:
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(SOURCES)
+	mypy
+
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(SOURCES)
+
+bench:
+	mkdir -p $(RESULTS)
+	for bench in benchmarks/*_bench.py; do \
+		$(PYTHON) $$bench --json $(RESULTS)/$$(basename $$bench .py).json || exit 1; \
+	done
+
+asan:
+	PYTHON=$(PYTHON) tests/asan.sh
