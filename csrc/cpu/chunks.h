@@ -30,11 +30,15 @@ inline std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
 }
 
 // run(c) for every chunk c, each thread taking the next one when it is free: loader processes share these cores, and a
-// thread that lost its core would hold up all others at the end of a fixed share.
+// thread that lost its core would hold up all others at the end of a fixed share. A thread more for every 32 k
+// elements.
 template <class Run>
-void for_each_chunk(int64_t count, const Run& run) {
+void for_each_chunk(const std::vector<Chunk>& chunks, const Run& run) {
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.count;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + elements / (2 * kChunk));
+  const auto count = static_cast<int64_t>(chunks.size());
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (count + 1) / 2);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(c);
   });

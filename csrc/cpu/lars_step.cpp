@@ -125,9 +125,8 @@ SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count
 // Sums of squares of every tensor: chunk by chunk, then over its chunks in their order.
 void measure(std::vector<Item>& items, const std::vector<Chunk>& chunks) {
   std::vector<Squares> squares(chunks.size());
-  for_each_chunk(chunks.size(), [&](int64_t c) {
-    squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count);
-  });
+  for_each_chunk(
+      chunks, [&](int64_t c) { squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count); });
   for (size_t c = 0; c < chunks.size(); ++c) {
     Squares& sum = items[chunks[c].tensor].squares;
     sum.param += squares[c].param;
@@ -178,7 +177,7 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   const std::vector<Chunk> chunks = chunks_of(params);
   measure(items, chunks);
   if (skip_counter && !gradients_finite(items)) return count_skip(*skip_counter);
-  for_each_chunk(chunks.size(), [&](int64_t k) {
+  for_each_chunk(chunks, [&](int64_t k) {
     const int64_t c = chunks.size() - 1 - k;  // backwards: what was measured last is still in the cache
     update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, ema_momentum);
   });
