@@ -14,9 +14,9 @@ for part in scrl_fast/*; do
 done
 ln -sfn "$root/kernels" "$copy/scrl_fast/kernels"
 
-# One instruction set is enough: multiversioned functions are one source. The vptr check wants type information across
-# libraries.
-sanitize="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+# One instruction set, the processor's own, is enough: multiversioned functions are one source. The vptr check wants type
+# information across libraries.
+sanitize="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -march=native"
 (
   cd "$copy"
   CFLAGS="$sanitize -DSCRL_NO_MULTIVERSION" LDFLAGS="$sanitize" SCRL_FAST_CUDA=0 SCRL_FAST_EXT=require \
