@@ -98,14 +98,14 @@ SCRL_INLINE void format_run(const uint8_t* const (&planes)[3], int64_t count, co
                             int64_t plane) {
   constexpr int kGroupPixels = 4 * L, each = element_bytes(format), step = (channels_last ? 3 : 1) * each;
   constexpr int kPart = kGroupPixels * each + kOverrun;
-  uint8_t last[3 * kPart];  // of the last group, which may be short, and behind which nothing may be spoilt
+  uint8_t apart[3 * kPart];  // for a last group, which may be short, and behind which nothing may be spoilt
   for (int64_t i = 0; i < count; i += kGroupPixels) {
-    const bool inside = i + kGroupPixels < count;
+    const bool inside = (count - i - kGroupPixels) * step >= kOverrun;
     const uint8_t* const levels[] = {planes[0] + i, planes[1] + i, planes[2] + i};
-    format_group<L, format, channels_last>(levels, n, inside ? out + i * step : last, inside ? plane : kPart);
+    format_group<L, format, channels_last>(levels, n, inside ? out + i * step : apart, inside ? plane : kPart);
     if (inside) continue;
     for (int c = 0; c < (channels_last ? 1 : 3); ++c) {
-      std::memcpy(out + c * plane + i * step, last + c * kPart, (count - i) * step);
+      std::memcpy(out + c * plane + i * step, apart + c * kPart, std::min<int64_t>(kGroupPixels, count - i) * step);
     }
   }
 }
