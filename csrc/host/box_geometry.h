@@ -14,6 +14,7 @@
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined calls
 #endif
 
 namespace scrl_fast::host {
@@ -37,17 +38,39 @@ struct ViewMap {
 // Boxes are drawn in width x height pixels, then mapped into each view.
 struct Overlap {
   double width, height, unscale_x, unscale_y;
-  uint32_t columns, rows;  // the finest grid
+  double columns, rows;  // the finest grid
   ViewMap view[2];
 };
 
+// A number is one float64 or eight, of eight boxes: the arithmetic below is written once for both.
+using Doubles = double __attribute__((vector_size(64)));
+
+template <class Number>
 struct Draw {
-  double x, y, width, height;
+  Number x, y, width, height;
 };
 
+template <class Number>
 struct Box {
-  double x0, y0, x1, y1;
+  Number x0, y0, x1, y1;
 };
+
+template <class Number>
+SCRL_INLINE Number smaller(Number a, Number b) {
+  return b < a ? b : a;
+}
+
+template <class Number>
+SCRL_INLINE Number larger(Number a, Number b) {
+  return a < b ? b : a;
+}
+
+// Floor of 0 <= value < 2^51: adding 2^52 leaves no bits for a fraction. Exact, and one form for every instruction set.
+template <class Number>
+SCRL_INLINE Number whole(Number value) {
+  const Number nearest = (value + 0x1p52) - 0x1p52;
+  return nearest > value ? nearest - 1.0 : nearest;
+}
 
 // Rows (y, x, h, w, flip).
 inline bool crop_in_range(const int64_t* crop) {
@@ -76,8 +99,8 @@ inline Overlap overlap_of(const int64_t* a, const int64_t* b, const BoxOptions& 
   Overlap overlap;
   overlap.width = drawn_extent(a[1], a[3], b[1], b[3], size);
   overlap.height = drawn_extent(a[0], a[2], b[0], b[2], size);
-  overlap.columns = static_cast<uint32_t>(static_cast<int64_t>(overlap.width) / o.min_size);
-  overlap.rows = static_cast<uint32_t>(static_cast<int64_t>(overlap.height) / o.min_size);
+  overlap.columns = static_cast<double>(static_cast<int64_t>(overlap.width) / o.min_size);
+  overlap.rows = static_cast<double>(static_cast<int64_t>(overlap.height) / o.min_size);
   for (int v = 0; v < 2; ++v) {
     const int64_t* crop = v == 0 ? a : b;
     const double scale_x = size / static_cast<double>(crop[3]), scale_y = size / static_cast<double>(crop[2]);
@@ -89,60 +112,61 @@ inline Overlap overlap_of(const int64_t* a, const int64_t* b, const BoxOptions& 
   return overlap;
 }
 
-// One try. below(n) is uniform in 0..n-1, n < 2^20; its calls are ordered. The conversions to int32 truncate what is
-// never negative: floor, in one instruction on every processor.
-template <bool kGrid, class Below>
-SCRL_INLINE Draw draw_box(const Overlap& o, int32_t min_size, Below&& below) {
-  const auto whole = [](double value) { return static_cast<int32_t>(value); };
+// One try. below(n) is uniform in 0..n-1, n < 2^20; its calls are ordered.
+template <bool kGrid, class Number, class Below>
+SCRL_INLINE Draw<Number> draw_box(const Overlap& o, double min_size, Below&& below) {
+  const Number none = {};
+  const Number least = none + min_size, across = none + o.width, down = none + o.height;
   if constexpr (!kGrid) {
-    const int32_t w = min_size + below(whole(o.width) - min_size), h = min_size + below(whole(o.height) - min_size);
-    const int32_t x = below(whole(o.width) - w), y = below(whole(o.height) - h);
-    return {double(x), double(y), double(w), double(h)};
+    const Number w = least + below(across - least), h = least + below(down - least);
+    const Number x = below(across - w), y = below(down - h);
+    return {x, y, w, h};
   } else {
-    const int32_t columns = 1 + below(o.columns), rows = 1 + below(o.rows);
-    const double cell_w = o.width / columns, cell_h = o.height / rows;
-    const int32_t column = below(columns), row = below(rows);
-    const int32_t w = min_size + below(whole(cell_w) - min_size + 1),
-                  h = min_size + below(whole(cell_h) - min_size + 1);
-    const int32_t x = below(whole(cell_w - w) + 1) + whole(column * cell_w);
-    const int32_t y = below(whole(cell_h - h) + 1) + whole(row * cell_h);
-    return {double(x), double(y), double(w), double(h)};
+    const Number columns = 1.0 + below(none + o.columns), rows = 1.0 + below(none + o.rows);
+    const Number cell_w = across / columns, cell_h = down / rows;
+    const Number column = below(columns), row = below(rows);
+    const Number w = least + below(whole(cell_w) - least + 1.0), h = least + below(whole(cell_h) - least + 1.0);
+    const Number x = below(whole(cell_w - w) + 1.0) + whole(column * cell_w);
+    const Number y = below(whole(cell_h - h) + 1.0) + whole(row * cell_h);
+    return {x, y, w, h};
   }
 }
 
-SCRL_INLINE Box to_view(const Overlap& o, const ViewMap& view, const Draw& draw, double size) {
-  const double x0 = draw.x * o.unscale_x * view.scale_x + view.offset_x;
-  const double y0 = draw.y * o.unscale_y * view.scale_y + view.offset_y;
-  const double x1 = x0 + draw.width * o.unscale_x * view.scale_x;
-  const double y1 = y0 + draw.height * o.unscale_y * view.scale_y;
-  return {view.flip ? size - x1 : x0, y0, view.flip ? size - x0 : x1, y1};
+template <class Number>
+SCRL_INLINE Box<Number> to_view(const Overlap& o, const ViewMap& view, const Draw<Number>& draw, double size) {
+  const Number x0 = draw.x * o.unscale_x * view.scale_x + view.offset_x;
+  const Number y0 = draw.y * o.unscale_y * view.scale_y + view.offset_y;
+  const Number x1 = x0 + draw.width * o.unscale_x * view.scale_x;
+  const Number y1 = y0 + draw.height * o.unscale_y * view.scale_y;
+  if (view.flip) return {size - x1, y0, size - x0, y1};
+  return {x0, y0, x1, y1};
 }
 
 // factors: four numbers in [1 - ratio, 1 + ratio].
-inline Box jittered(const Box& box, const double* factors) {
-  const double w = box.x1 - box.x0, h = box.y1 - box.y0;
-  const double x0 = box.x0 + w * (factors[0] - 1.0), y0 = box.y0 + h * (factors[1] - 1.0);
+template <class Number>
+SCRL_INLINE Box<Number> jittered(const Box<Number>& box, const Number* factors) {
+  const Number w = box.x1 - box.x0, h = box.y1 - box.y0;
+  const Number x0 = box.x0 + w * (factors[0] - 1.0), y0 = box.y0 + h * (factors[1] - 1.0);
   return {x0, y0, x0 + w * factors[2], y0 + h * factors[3]};
 }
 
-SCRL_INLINE Box clip(const Box& b, double size) {
-  return {std::min(std::max(b.x0, 0.0), size), std::min(std::max(b.y0, 0.0), size), std::min(std::max(b.x1, 0.0), size),
-          std::min(std::max(b.y1, 0.0), size)};
+template <class Number>
+SCRL_INLINE Box<Number> clip(const Box<Number>& b, double size) {
+  const Number low = {}, high = low + size;
+  return {smaller(larger(b.x0, low), high), smaller(larger(b.y0, low), high), smaller(larger(b.x1, low), high),
+          smaller(larger(b.y1, low), high)};
 }
 
-SCRL_INLINE double intersection_over_union(const Box& a, const Box& b) {
-  const double shared = std::max(std::min(a.x1, b.x1) - std::max(a.x0, b.x0), 0.0) *
-                        std::max(std::min(a.y1, b.y1) - std::max(a.y0, b.y0), 0.0);
-  const double both = (a.x1 - a.x0) * (a.y1 - a.y0) + (b.x1 - b.x0) * (b.y1 - b.y0) - shared;
-  return shared > 0.0 ? shared / both : 0.0;
+template <class Number>
+SCRL_INLINE Number area(const Box<Number>& b) {
+  return (b.x1 - b.x0) * (b.y1 - b.y0);
 }
 
-inline void write_row(float* row, int64_t image, const Box& box) {
-  row[0] = static_cast<float>(image);
-  row[1] = static_cast<float>(box.x0);
-  row[2] = static_cast<float>(box.y0);
-  row[3] = static_cast<float>(box.x1);
-  row[4] = static_cast<float>(box.y1);
+template <class Number>
+SCRL_INLINE Number shared_area(const Box<Number>& a, const Box<Number>& b) {
+  const Number w = smaller(a.x1, b.x1) - larger(a.x0, b.x0), h = smaller(a.y1, b.y1) - larger(a.y0, b.y0);
+  const Number none = {};
+  return larger(w, none) * larger(h, none);
 }
 
 }  // namespace scrl_fast::host

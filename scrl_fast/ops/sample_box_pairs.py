@@ -132,10 +132,10 @@ def draw_box(overlap: Overlap, options: Options, below: Callable[[int], int]) ->
     return x, y, w, h
 
 
-def iou(a: Box, b: Box) -> float:
+def reaches(a: Box, b: Box, threshold: float) -> bool:
+    """Whether intersection over union is the threshold or more; multiplied out, as the compiled sampler has it."""
     shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if shared > 0 else 0.0
+    return shared >= threshold * ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
 def sample_box_pairs_reference(
@@ -161,7 +161,7 @@ def sample_box_pairs_reference(
             for numbers in tries:
                 draw = draw_box(overlap, options, _below(iter(numbers)))
                 box1 = _clip(overlap.to_view(0, draw, size), size)
-                if options.iou_threshold == 1 or all(iou(box1, other) < options.iou_threshold for other in accepted):
+                if options.iou_threshold == 1 or not any(reaches(box1, b, options.iou_threshold) for b in accepted):
                     break
             accepted.append(box1)
             box2 = _jittered(overlap.to_view(1, draw, size), options.jitter, numbers[8:])
