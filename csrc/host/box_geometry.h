@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "../cpu/vectorize.h"
 
@@ -91,6 +93,18 @@ inline double drawn_extent(int64_t first, int64_t first_size, int64_t second, in
 inline bool yields_boxes(const int64_t* a, const int64_t* b, const BoxOptions& o) {
   const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
   return drawn_extent(a[1], a[3], b[1], b[3], size) > least && drawn_extent(a[0], a[2], b[0], b[2], size) > least;
+}
+
+// The images that yield boxes, in order; nothing where a crop is out of range.
+inline std::optional<std::vector<int64_t>> images_with_boxes(const int64_t* a, const int64_t* b, int64_t images,
+                                                             const BoxOptions& o) {
+  std::vector<int64_t> found;
+  found.reserve(static_cast<size_t>(images));
+  for (int64_t i = 0; i < images; ++i, a += kCropFields, b += kCropFields) {
+    if (!crop_in_range(a) || !crop_in_range(b)) return std::nullopt;
+    if (yields_boxes(a, b, o)) found.push_back(i);
+  }
+  return found;
 }
 
 inline Overlap overlap_of(const int64_t* a, const int64_t* b, const BoxOptions& o) {

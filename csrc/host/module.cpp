@@ -4,10 +4,12 @@
 namespace scrl_fast::host {
 void bind_augment_views(pybind11::module_& m);
 void bind_sample_box_pairs(pybind11::module_& m);
+void bind_sample_box_pairs_replay(pybind11::module_& m);
 }  // namespace scrl_fast::host
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Input side of scrl_fast: NumPy in, NumPy out, GIL released.";
   scrl_fast::host::bind_augment_views(m);
   scrl_fast::host::bind_sample_box_pairs(m);
+  scrl_fast::host::bind_sample_box_pairs_replay(m);
 }

@@ -185,14 +185,9 @@ std::optional<std::pair<Boxes, Boxes>> sample_box_pairs(const Crops& crops1, con
   const BoxOptions options{view_size, boxes_per_image, min_size, iou_threshold, grid, jitter};
   const int64_t images = crops1.shape(0);
   const int64_t *a = crops1.data(), *b = crops2.data(), *names = keys ? keys->data() : nullptr;
-  std::vector<int64_t> yielding;
-  yielding.reserve(static_cast<size_t>(images));
-  for (int64_t i = 0; i < images; ++i) {
-    const int64_t *first = a + i * kCropFields, *second = b + i * kCropFields;
-    if (!crop_in_range(first) || !crop_in_range(second)) return std::nullopt;
-    if (yields_boxes(first, second, options)) yielding.push_back(i);
-  }
-  const auto found = static_cast<int64_t>(yielding.size()), stride = boxes_per_image * kBoxFields;
+  const auto yielding = images_with_boxes(a, b, images, options);
+  if (!yielding) return std::nullopt;
+  const auto found = static_cast<int64_t>(yielding->size()), stride = boxes_per_image * kBoxFields;
   const std::vector<py::ssize_t> shape{found * boxes_per_image, kBoxFields};
   std::pair<Boxes, Boxes> boxes{Boxes(shape), Boxes(shape)};
   float *rows1 = boxes.first.mutable_data(), *rows2 = boxes.second.mutable_data();
@@ -202,7 +197,7 @@ std::optional<std::pair<Boxes, Boxes>> sample_box_pairs(const Crops& crops1, con
                  [&](int64_t begin, int64_t end) {
                    std::vector<Group> groups(static_cast<size_t>((boxes_per_image + kLanes - 1) / kLanes));
                    for (int64_t n = begin; n < end; ++n) {
-                     const int64_t image = yielding[static_cast<size_t>(n)];
+                     const int64_t image = (*yielding)[static_cast<size_t>(n)];
                      const auto name = static_cast<uint64_t>(names ? names[image] : image);
                      const Stream stream{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ kPurpose,
                                          static_cast<uint32_t>(name), static_cast<uint32_t>(name >> 32), step};

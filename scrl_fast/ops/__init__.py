@@ -10,6 +10,7 @@ from scrl_fast.ops.lars_step import lars_step_
 from scrl_fast.ops.normalized_mse_loss import normalized_mse_loss, two_view_loss
 from scrl_fast.ops.roi_align import RoIAlign, roi_align, roi_align_reference
 from scrl_fast.ops.sample_box_pairs import sample_box_pairs
+from scrl_fast.ops.sample_box_pairs_replay import sample_box_pairs_replay
 
 __all__ = [
     "PackedImages",
@@ -22,5 +23,6 @@ __all__ = [
     "roi_align",
     "roi_align_reference",
     "sample_box_pairs",
+    "sample_box_pairs_replay",
     "two_view_loss",
 ]

@@ -55,10 +55,10 @@ def sample_box_pairs(
     image's boxes depend on (seed, step, its key) and on nothing else in the batch. seed: any integer, 64 bits count.
     Raises TypeError or ValueError naming the argument and its value. Source: SCRL, arXiv 2103.06122, section 3.2.
     """
-    options = _checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter)
+    options = checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter)
     if not 0 <= operator.index(step) < 1 << _WORD_BITS:
         raise ValueError(f"step must lie in [0, 2**32), got {step}")
-    rows1, rows2 = _checked_crops(crops1, crops2, options)
+    rows1, rows2 = checked_crops(crops1, crops2)
     names = None if keys is None else _checked_keys(keys, crops1)
     sample = _OPERATION.resolve("cpu", backend)
     boxes1, boxes2 = sample(rows1, rows2, names, options, operator.index(seed) & (1 << 64) - 1, operator.index(step))
@@ -132,9 +132,13 @@ def draw_box(overlap: Overlap, options: Options, below: Callable[[int], int]) ->
     return x, y, w, h
 
 
+def shared_area(a: Box, b: Box) -> float:
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+
+
 def reaches(a: Box, b: Box, threshold: float) -> bool:
     """Whether intersection over union is the threshold or more; multiplied out, as the compiled sampler has it."""
-    shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+    shared = shared_area(a, b)
     return shared >= threshold * ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
@@ -164,7 +168,9 @@ def sample_box_pairs_reference(
                 if options.iou_threshold == 1 or not any(reaches(box1, b, options.iou_threshold) for b in accepted):
                     break
             accepted.append(box1)
-            box2 = _jittered(overlap.to_view(1, draw, size), options.jitter, numbers[8:])
+            box2 = overlap.to_view(1, draw, size)
+            if options.jitter > 0:
+                box2 = jittered(box2, _factors(options.jitter, numbers[8:]))
             rows1.append((image, *box1))
             rows2.append((image + len(crops1), *_clip(box2, size)))
     return np.array(rows1, np.float32).reshape(-1, 5), np.array(rows2, np.float32).reshape(-1, 5)
@@ -184,15 +190,17 @@ def _below(words: Iterator[int]) -> Callable[[int], int]:
     return lambda count: next(words) * count >> _WORD_BITS
 
 
-def _jittered(box: Box, ratio: float, words: list[int]) -> Box:
-    if ratio == 0:
-        return box
+def _factors(ratio: float, words: list[int]) -> list[float]:
     low, high = 1.0 - ratio, 1.0 + ratio
-    j = [low + (high - low) * (word * 2.0**-_WORD_BITS) for word in words]
+    return [low + (high - low) * (word * 2.0**-_WORD_BITS) for word in words]
+
+
+def jittered(box: Box, factors: list[float]) -> Box:
+    """Shift by the first two factors less one, stretch by the other two, in shares of width and height."""
     x0, y0, x1, y1 = box
     w, h = x1 - x0, y1 - y0
-    x0, y0 = x0 + w * (j[0] - 1.0), y0 + h * (j[1] - 1.0)
-    return x0, y0, x0 + w * j[2], y0 + h * j[3]
+    x0, y0 = x0 + w * (factors[0] - 1.0), y0 + h * (factors[1] - 1.0)
+    return x0, y0, x0 + w * factors[2], y0 + h * factors[3]
 
 
 def _clip(box: Box, size: int) -> Box:
@@ -200,7 +208,7 @@ def _clip(box: Box, size: int) -> Box:
     return x0, y0, x1, y1
 
 
-def _checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter) -> Options:
+def checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter) -> Options:
     for name, value in (("view_size", view_size), ("boxes_per_image", boxes_per_image), ("min_size", min_size)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -215,7 +223,7 @@ def _checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, 
     return Options(int(view_size), int(boxes_per_image), int(min_size), float(iou_threshold), bool(grid), float(jitter))
 
 
-def _checked_crops(crops1: Any, crops2: Any, options: Options) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def checked_crops(crops1: Any, crops2: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     rows1, rows2 = _integers("crops1", crops1), _integers("crops2", crops2)
     for name, rows in (("crops1", rows1), ("crops2", rows2)):
         if rows.ndim != 2 or rows.shape[1] != 5:
