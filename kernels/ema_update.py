@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from scrl_fast.kernels.tensor_lists import aligned, by_dtype, chunk_table, pair
 from torch import Tensor
+
+from scrl_fast.kernels.tensor_lists import aligned, by_dtype, chunk_table, pair
 
 CHUNK = 8192
 BLOCK = 1024

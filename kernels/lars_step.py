@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from scrl_fast.kernels.ema_update import address, lerp, number
 from scrl_fast.kernels.tensor_lists import Addresses, aligned, by_dtype, chunk_table, pair
-from torch import Tensor
 
 CHUNK = 16384
 BLOCK = 1024
