@@ -160,7 +160,8 @@ def lars_param_groups(
     """
     if compat not in ("none", "kakaobrain"):
         raise ValueError(f"compat must be none or kakaobrain, got {compat!r}")
-    adapted, plain = [], []
+    adapted: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             left_out = _published_left_out(name) if compat == "kakaobrain" else parameter.ndim <= 1
