@@ -143,4 +143,4 @@ def normalized_mse_loss(
             num_warps=4 if block_rows * block_columns <= TILE else 8,
             enable_fp_fusion=True,
         )
-    return losses.sum() if reduction else losses, *grads
+    return losses.sum() if reduction else losses, grads[0], grads[1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def check_scalar(
 
 
 @contextmanager
-def one_layout(written: Sequence[list[Tensor]], read: Sequence[list[Tensor]]) -> Iterator[None]:
+def one_layout(written: Sequence[list[Any]], read: Sequence[list[Any]]) -> Iterator[None]:
     """Lets kernels treat tensors as flat memory: inside the context, the tensors at one place of all lists lie alike.
 
     The first list of ``written`` leads. A tensor that lies differently (a contiguous gradient of a channels_last
@@ -113,8 +114,8 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
 
 def call_on_flat(
     call: Callable[..., None],
-    written: dict[str, Sequence[Tensor]],
-    read: dict[str, Sequence[Tensor]],
+    written: Mapping[str, Sequence[Tensor | None]],
+    read: Mapping[str, Sequence[Tensor]],
     checks_itself: bool,
 ) -> None:
     """Runs ``call(*written, *read)``, a compiled operation that treats tensors as flat memory, whatever their layout.
@@ -130,6 +131,7 @@ def call_on_flat(
         except RuntimeError:
             pass
     check_lists(**written, **read)
-    flat_written, flat_read = [list(t) for t in written.values()], [list(t) for t in read.values()]
+    flat_written: list[list[Any]] = [list(t) for t in written.values()]
+    flat_read: list[list[Any]] = [list(t) for t in read.values()]
     with one_layout(flat_written, flat_read):
         call(*flat_written, *flat_read)

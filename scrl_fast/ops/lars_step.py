@@ -264,7 +264,7 @@ def _through(op: str) -> Callable[..., None]:
 
         written = {"params": params, "momentum_buffers": momentum_buffers, "ema_targets": ema_targets}
         call_on_flat(call, written, {"grads": grads}, checks_itself=op == "lars_step_")
-        bump_versions([*params, *momentum_buffers, *(ema_targets[i] for i in ema_places)])
+        bump_versions([*params, *momentum_buffers, *(target for target in ema_targets if target is not None)])
 
     return lars_step
 

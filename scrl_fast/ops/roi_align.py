@@ -301,13 +301,13 @@ def _register(name: str) -> None:
 
 def _define_triton() -> None:
     def launch(input: Tensor, boxes: Tensor, *options: Any) -> Tensor:
-        from scrl_fast.kernels import roi_align as kernels  # imports triton, only when it runs
+        import scrl_fast.kernels.roi_align as kernels  # imports triton, only when it runs
 
         check_image_index(boxes, input.shape[0])
         return kernels.roi_align(input, boxes, *options)
 
     def launch_backward(grad: Tensor, *options: Any) -> Tensor:
-        from scrl_fast.kernels import roi_align as kernels
+        import scrl_fast.kernels.roi_align as kernels
 
         return kernels.roi_align_backward(grad, *options)
 
