@@ -101,6 +101,16 @@ def test_a_batch_of_one_image_trains(tmp_path, method):
     assert math.isfinite(trainer.meter.drain()[0][0])
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_levels_of_the_loader_are_normalised_on_the_way_to_the_step(tmp_path, bf16):
+    plain, levels = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", precision="bf16" if bf16 else "fp32")
+    levels.loader._dtype = torch.uint8  # as for a GPU
+    expected, found = first_batch(plain).views, first_batch(levels).views
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=2**-8 if bf16 else 0, atol=1e-6)
+
+
 @pytest.mark.parametrize("counts", [(5, 2), (4, 0)])
 def test_accumulation_is_the_mean_over_the_pairs_of_all_batches(tmp_path, counts):
     trainer = make_trainer(tmp_path, accumulate=2)
