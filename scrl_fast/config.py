@@ -325,7 +325,10 @@ class Config:
     resume: str = ""
     """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
     init: str = ""
-    """Start from the weights of this checkpoint, with a fresh optimizer and schedule."""
+    """Start from the weights of this file, with a fresh optimizer and schedule: a checkpoint of ours or of the
+    published implementation (heads included), or a ResNet of torchvision, timm, detectron2, mmdet or safetensors."""
+    init_momentum: bool = False
+    """Take the optimizer's momentum from init as well, where the file holds it."""
 
     def __post_init__(self) -> None:
         check_fields(self, "")
@@ -342,6 +345,10 @@ class Config:
         if self.views.size < stride:
             reason = f"must be at least {stride}, the stride of {self.model.backbone}"
             raise refusal("views.size", self.views.size, reason)
+        if self.init_momentum and self.init in ("", "random"):
+            raise ValueError(
+                "init_momentum=True takes the momentum out of the file that --init names, and there is none"
+            )
         if self.resume and self.init:
             raise ValueError(
                 f"resume={self.resume} and init={self.init}: give one, since a resumed run has its weights already"

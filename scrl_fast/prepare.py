@@ -44,7 +44,7 @@ def choose_folder(config: Config) -> str:
     """
     for option in ("resume", "init"):
         path = getattr(config, option)
-        if path not in ("", "auto") and not os.path.exists(path):
+        if path not in ("", {"resume": "auto", "init": "random"}[option]) and not os.path.exists(path):
             raise ValueError(f"{option}={path}: there is no such checkpoint or run folder")
     if config.run.dir:
         return config.run.dir

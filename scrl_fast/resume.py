@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scrl_fast import checkpoint
+from scrl_fast import checkpoint, weights
 from scrl_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -62,8 +62,21 @@ def restore(trainer: SCRLTrainer) -> list[str]:
     elif config.resume:
         notes.append(f"resume=auto: no checkpoint in {trainer.checkpoints.folder} yet, starting from the beginning")
     if state is None and config.init:
-        trainer.model.load_state(checkpoint.load(config.init, expect=["model"])["model"], strict=False)
-        notes.append(f"weights of {config.init}")
+        notes += initialise(trainer, config.init)
+    return notes
+
+
+def initialise(trainer: SCRLTrainer, path: str) -> list[str]:
+    """Fills the networks (and with ``init_momentum`` the optimizer's buffers) from a file of any known layout."""
+    if path == weights.RANDOM:
+        return ["random weights"]
+    source = weights.read(path)
+    notes = [f"init: {weights.load_into_scrl(trainer.model, source)}"]
+    if trainer.config.init_momentum:
+        filled = weights.load_momentum(trainer.model, trainer.optimizer, source)
+        if not filled:
+            raise ValueError(f"init_momentum=True: {path} ({source.layout}) holds no optimizer state that fits")
+        notes.append(f"momentum of {filled} parameters taken from it")
     return notes
 
 

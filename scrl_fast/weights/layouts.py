@@ -1,0 +1,197 @@
+"""What the tensors of a file are: which layout wrote them, which of our networks each belongs to, under which name.
+
+The encoder's names are torchvision's everywhere in here (``conv1.weight``, ``layer1.0.bn1.bias``, ...); timm's models
+keep their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrl_fast.weights.files import WeightsError, read_file
+
+State = dict[str, Tensor]
+
+PUBLISHED_PARTS = {
+    "online_network_state_dict": "online",
+    "target_network_state_dict": "target",
+    "predictor_state_dict": "predictor",
+    "evaluator_state_dict": "probe",
+}
+_CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict")
+_BODY = "encoder.body."
+
+
+@dataclass
+class Weights:
+    """What one file holds, sorted.
+
+    Names of tensors lie under the module that has them: ``online`` and ``target`` as in `scrl_fast.models.Branch`
+    (``encoder.body.*``, ``projector.*``), predictor and probe as in their modules.
+    """
+
+    path: str
+    layout: str
+    """scrl_fast, scrl-reference, detectron2, mmdet, or torchvision (which timm and most others share)."""
+    parts: dict[str, State]
+    """online, target, predictor, probe: those that are there."""
+    other: tuple[str, ...] = ()
+    """Names of tensors that belong to none of our networks."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the file says of itself: backbone, method, epochs, normalisation, ... where it does."""
+    optimizer: dict[str, Any] | None = None
+    """State dict of the optimizer, in the order of the layout that wrote it."""
+
+    def encoder(self, branch: str = "online") -> State:
+        """The encoder's tensors, without prefix. Raises WeightsError when the file has no such branch."""
+        if branch not in self.parts:
+            raise WeightsError(f"{self.path} ({self.layout}) has no {branch} network, only {', '.join(self.parts)}")
+        return {n.removeprefix(_BODY): t for n, t in self.parts[branch].items() if n.startswith(_BODY)}
+
+
+def read(path: str | os.PathLike[str]) -> Weights:
+    """Weights of any file or folder that `scrl_fast.weights.files.read_file` reads.
+
+    Raises WeightsError naming the path when there are no tensors in it.
+    """
+    found, document = read_file(path)
+    name = str(found)
+    metadata = document.pop("__metadata__", {})
+    if isinstance(document.get("model"), dict) and "online" in document["model"]:
+        return _own(name, document)
+    if "online_network_state_dict" in document:
+        return _published(name, document)
+    state, wrapped = _flat(document)
+    if not state:
+        raise WeightsError(f"{name} holds no tensors under names (it holds {', '.join(map(str, list(document)[:8]))})")
+    if any(key.endswith("stem.conv1.weight") for key in state):
+        return _backbone(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
+    if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
+        return _backbone(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
+    layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
+    return _backbone(name, layout, state, str, "conv1.weight", metadata)
+
+
+def _own(path: str, document: Mapping[str, Any]) -> Weights:
+    parts = {part: dict(state) for part, state in document["model"].items() if state is not None}
+    config = document.get("config", {})
+    metadata = {"config": config, **{k: document[k] for k in ("step", "epoch", "version") if k in document}}
+    if isinstance(config.get("model"), dict):
+        metadata |= {"backbone": config["model"].get("backbone", ""), "method": config["model"].get("method", "")}
+    return Weights(path, "scrl_fast", parts, metadata=metadata, optimizer=document.get("optimizer"))
+
+
+def _published(path: str, document: Mapping[str, Any]) -> Weights:
+    parts: dict[str, State] = {}
+    for key, part in PUBLISHED_PARTS.items():
+        state = document.get(key)
+        if isinstance(state, dict) and state:  # modules that were not trained are saved as a string or left out
+            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+            parts[part] = {_published_name(part, name): tensor for name, tensor in state.items()}
+    if "online" not in parts:
+        raise WeightsError(f"{path}: online_network_state_dict is empty")
+    metadata = {key: document[key] for key in ("epoch", "max_eval_score", "max_eval_epoch") if key in document}
+    optimizer = document.get("optimizer_state_dict")
+    return Weights(path, "scrl-reference", parts, (), metadata, optimizer if isinstance(optimizer, dict) else None)
+
+
+def _published_name(part: str, name: str) -> str:
+    if part == "probe":
+        return name.removeprefix("linear.")
+    renamed = from_published(name)
+    return name if renamed is None or part == "predictor" else _BODY + renamed
+
+
+def _backbone(
+    path: str, layout: str, state: State, rename: Callable[[str], str | None], first: str, metadata: Mapping[str, Any]
+) -> Weights:
+    """A file with one network: the encoder lies under whatever prefix ``first`` is found with."""
+    prefix = _prefix_of(state, first)
+    online: State = {}
+    other: list[str] = []
+    for key, tensor in state.items():
+        name = rename(key[len(prefix) :]) if key.startswith(prefix) else None
+        if name is None:
+            other.append(key)
+        elif name.startswith("projector.net."):
+            online[name] = tensor
+        else:
+            online[_BODY + name] = tensor
+    return Weights(path, layout, {"online": online}, tuple(other), dict(metadata))
+
+
+def _prefix_of(state: State, first: str) -> str:
+    """What stands before the encoder's names: ``module.``, ``backbone.``, ``encoder_q.``, ``backbone.body.``, ..."""
+    for key in state:
+        if key == first or key.endswith("." + first):
+            prefix = key[: -len(first)]
+            if not re.search(r"\d\.$", prefix):  # layer1.0.conv1.weight is no stem
+                return prefix
+    return "module." if all(key.startswith("module.") for key in state) else ""
+
+
+def _flat(document: Mapping[str, Any]) -> tuple[State, Mapping[str, Any]]:
+    """The tensors by name, and the dict around them if they were wrapped in one."""
+    for name in _CONTAINERS:
+        inner = document.get(name)
+        if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
+            return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, document
+    return {key: value for key, value in document.items() if isinstance(value, Tensor)}, {}
+
+
+# ---- names ----
+
+_DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(\d+)\.(conv\d|shortcut)\.(norm\.)?(\w+)")
+
+
+def from_detectron2(name: str) -> str | None:
+    """torchvision's name of one of detectron2's ResNet; None for what is no part of it (``stem.fc.weight``)."""
+    if match := re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name):
+        return ("bn1." if match[1] else "conv1.") + match[2]
+    if match := _DETECTRON2_BLOCK.fullmatch(name):
+        stage, block, layer, norm, leaf = match.groups()
+        if layer == "shortcut":
+            return f"layer{int(stage) - 1}.{block}.downsample.{1 if norm else 0}.{leaf}"
+        return f"layer{int(stage) - 1}.{block}.{layer.replace('conv', 'bn') if norm else layer}.{leaf}"
+    return None
+
+
+def to_detectron2(name: str) -> str | None:
+    """detectron2's name of one of torchvision's ResNet; None for what detectron2 does not keep (batch counters)."""
+    if name.endswith("num_batches_tracked"):
+        return None
+    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    return name if name.startswith("res") else f"stem.{name}"
+
+
+def from_published(name: str) -> str | None:
+    """torchvision's name of an encoder tensor of the published implementation; heads keep theirs; else None."""
+    if name.startswith("projector.net."):
+        return name
+    match = re.fullmatch(r"(?:encoder\.)(\d)\.(.+)", name)
+    if match is None:
+        return None
+    index, rest = int(match[1]), match[2]
+    stem = {0: "conv1", 1: "bn1"}.get(index, f"layer{index - 3}" if 4 <= index <= 7 else "")
+    return f"{stem}.{rest}" if stem else None
+
+
+def to_published(name: str) -> str:
+    """The published implementation's name of one of torchvision's ResNet."""
+    head, _, rest = name.partition(".")
+    index = {"conv1": 0, "bn1": 1}.get(head)
+    return f"encoder.{int(head.removeprefix('layer')) + 3 if index is None else index}.{rest}"
+
+
+def cast_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of ``like``: half-precision files fill float32 networks."""
+    return tensor.to(like.dtype) if torch.is_floating_point(like) else tensor
