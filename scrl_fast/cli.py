@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import yaml
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 FLAGS = ("config", "debug", "help", "print_config")
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass
@@ -46,10 +47,10 @@ class Request:
 
 
 @functools.cache
-def option_kinds() -> dict[str, Any]:
-    """Every option by its dotted name, with its type."""
+def option_kinds(cls: type = Config) -> dict[str, Any]:
+    """Every option of a dataclass by its dotted name, with its type."""
     kinds: dict[str, Any] = {}
-    for name, kind in field_types(Config).items():
+    for name, kind in field_types(cls).items():
         if dataclasses.is_dataclass(kind):
             inner = field_types(cast(type, kind))
             kinds |= {f"{name}.{field}": inner[field] for field in inner}
@@ -59,10 +60,10 @@ def option_kinds() -> dict[str, Any]:
 
 
 @functools.cache
-def sections() -> dict[str, tuple[str, ...]]:
+def sections(cls: type = Config) -> dict[str, tuple[str, ...]]:
     """The groups of options, each with the names of what it holds."""
     groups: dict[str, tuple[str, ...]] = {}
-    for option in option_kinds():
+    for option in option_kinds(cls):
         section, _, field = option.rpartition(".")
         if section:
             groups[section] = (*groups.get(section, ()), field)
@@ -85,21 +86,52 @@ def parse(argv: Sequence[str], *, prog: str) -> Request:
     return Request(config, [note for file in files for note in file.notes] + notes, print_config)
 
 
-def build(*files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser | None = None) -> Config:
-    """Config of the defaults, overridden by each of ``files`` in turn, then by the command line ``tokens``.
+def parse_as(
+    cls: type[Options], argv: Sequence[str], *, prog: str, description: str, base: Sequence[Settings] = ()
+) -> Options:
+    """Options of another command than the trainer, which a dataclass holds like `Config`, from its command line.
+
+    cls: its fields are options, and its fields that are dataclasses are sections; ``--config FILE`` reads YAML.
+    base: settings beneath those of files and command line.
+    Raises UsageError, or SystemExit(0) after printing the help or, for ``--print_config``, the options.
+    """
+    names, tokens, print_config = _split(argv)
+    parser = _parser(prog, cls, description)
+    if "--help" in tokens:
+        parser.print_help()
+        raise SystemExit(0)
+    files = [*base, *(read_settings(name) for name in names)]
+    options = build(*files, tokens=_checked_tokens(tokens, cls)[0], parser=parser, cls=cls)
+    if print_config:
+        print(dump(dataclasses.asdict(cast(Any, options))), end="")
+        raise SystemExit(0)
+    return options
+
+
+@overload
+def build(*files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser | None = None) -> Config: ...
+
+
+@overload
+def build(
+    *files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser | None = None, cls: type[Options]
+) -> Options: ...
+
+
+def build(*files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser | None = None, cls: Any = Config) -> Any:
+    """Config (or ``cls``) of the defaults, then each of ``files`` in turn, then the command line's ``tokens``.
 
     Raises UsageError for what is unknown or ill-typed; values out of range raise ValueError.
     """
-    parser = parser or _parser("scrl_fast")
+    parser = parser or _parser("scrl_fast", cls)
     merged: dict[str, Any] = {}
     for file in files:
-        options = checked(file.options, file.origin)
-        _parsed(
-            parser, options, [], f"{file.origin}: " if file.origin else ""
-        )  # one by one, so that an error can name its file
+        options = checked(file.options, file.origin, cls)
+        # one by one, so that an error can name its file
+        _parsed(parser, options, [], f"{file.origin}: " if file.origin else "", cls)
         _merge(merged, options)
-    values = parser.instantiate(_parsed(parser, merged, tokens, "--"))
-    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+    values = parser.instantiate(_parsed(parser, merged, tokens, "--", cls))
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 def read_settings(name: str) -> Settings:
@@ -136,16 +168,16 @@ def dump(options: dict[str, Any]) -> str:
     return yaml.dump(options, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
 
 
-def checked(options: dict[str, Any], origin: str = "") -> dict[str, Any]:
+def checked(options: dict[str, Any], origin: str = "", cls: type = Config) -> dict[str, Any]:
     """The same options, dotted names nested, once each is known and has a value. Raises UsageError."""
     where = f"{origin}: " if origin else ""
     nested: dict[str, Any] = {}
-    for name, value in _leaves(options):
-        if name in sections():
-            inner = ", ".join(sections()[name])
+    for name, value in _leaves(options, cls):
+        if name in sections(cls):
+            inner = ", ".join(sections(cls)[name])
             raise UsageError(f"{where}'{name}' must hold options ({inner}), not {_shown(value)}")
-        if name not in option_kinds():
-            raise UsageError(f"{where}unknown option '{name}'{did_you_mean(name, option_kinds())}")
+        if name not in option_kinds(cls):
+            raise UsageError(f"{where}unknown option '{name}'{did_you_mean(name, option_kinds(cls))}")
         if value is None:
             raise UsageError(f"{where}'{name}' has no value: give one, or remove the line")
         section, _, field = name.rpartition(".")
@@ -153,12 +185,12 @@ def checked(options: dict[str, Any], origin: str = "") -> dict[str, Any]:
     return nested
 
 
-def _leaves(options: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(options: dict[Any, Any], cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in option_kinds():
-            if value or name in sections():
-                yield from _leaves(value, f"{name}.")
+        if isinstance(value, dict) and name not in option_kinds(cls):
+            if value or name in sections(cls):
+                yield from _leaves(value, cls, f"{name}.")
             else:
                 yield name, value
         else:
@@ -193,10 +225,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
     return names, tokens, "--print_config" in argv
 
 
-def _checked_tokens(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+def _checked_tokens(tokens: Sequence[str], cls: type = Config) -> tuple[list[str], list[str]]:
     """The tokens with every option known and spelled our way, and notes on what was translated."""
     result: list[str] = []
     notes: list[str] = []
+    translated = cls is Config  # the published implementation's spellings are those of its trainer
     rest = iter(tokens)
     for token in rest:
         if not token.startswith("--"):
@@ -204,9 +237,9 @@ def _checked_tokens(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         spelled, equals, value = token[2:].partition("=")
         name = spelled.replace("/", ".")
-        if name in option_kinds():
+        if name in option_kinds(cls):
             result.append(f"--{name}{equals}{value}")
-        elif name in compat.FIELDS:
+        elif translated and name in compat.FIELDS:
             if not equals:
                 value = "true" if name in compat.SWITCHES else next(rest, "--")
             if value.startswith("--"):
@@ -214,10 +247,16 @@ def _checked_tokens(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
             options, said = compat.translate_flag(name, value)
             result += [f"--{option}={_shown(new)}" for option, new in options.items()]
             notes += said
-        elif name in sections():
-            raise UsageError(f"--{name} holds several options: {', '.join(f'--{name}.{x}' for x in sections()[name])}")
+        elif name in sections(cls):
+            raise UsageError(
+                f"--{name} holds several options: {', '.join(f'--{name}.{x}' for x in sections(cls)[name])}"
+            )
         else:
-            known = [f.replace(".", "/") for f in compat.FIELDS] if "/" in spelled else [*option_kinds(), *FLAGS]
+            known = (
+                [f.replace(".", "/") for f in compat.FIELDS]
+                if translated and "/" in spelled
+                else [*option_kinds(cls), *FLAGS]
+            )
             raise UsageError(f"unknown option '--{spelled}'{did_you_mean(spelled, known)}")
     return result, notes
 
@@ -228,32 +267,36 @@ def _shown(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1000).strip().removesuffix("\n...")
 
 
-def _parser(prog: str) -> ArgumentParser:
+DESCRIPTION = (
+    "Without --config it runs the demo recipe; with it, the defaults below hold for all that the file leaves out. "
+    "Options on the command line win over those of files."
+)
+
+
+def _parser(prog: str, cls: type = Config, description: str = DESCRIPTION) -> ArgumentParser:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    source = "RECIPE|FILE" if cls is Config else "FILE"
     parser = jsonargparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [--config RECIPE|FILE]... [--SECTION.OPTION=VALUE]...",
-        description="Without --config it runs the demo recipe; with it, the defaults below hold for all that the file "
-        "leaves out. Options on the command line win over those of files.",
+        usage=f"{prog} [--config {source}]... [--SECTION.OPTION=VALUE]...",
+        description=description,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    known = ", ".join(recipes.names())
-    parser.add_argument(
-        "--config", metavar="RECIPE|FILE", help=f"recipe ({known}) or YAML file; may be repeated, the last one wins"
-    )
+    known = f"recipe ({', '.join(recipes.names())}) or YAML file" if cls is Config else "YAML file"
+    parser.add_argument("--config", metavar=source, help=f"{known}; may be repeated, the last one wins")
     parser.add_argument("--print_config", action="store_true", help="print the resulting config as YAML and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_class_arguments(Config, None)
+    parser.add_class_arguments(cls, None)
     for action in parser._actions:
-        if action.dest in sections():
+        if action.dest in sections(cls):
             action.help = argparse.SUPPRESS  # `--train FILE` would be a second way to say `--config FILE`
     return parser
 
 
-def _parsed(parser: ArgumentParser, options: dict[str, Any], tokens: Sequence[str], prefix: str) -> Any:
+def _parsed(parser: ArgumentParser, options: dict[str, Any], tokens: Sequence[str], prefix: str, cls: type) -> Any:
     """jsonargparse's namespace; ``prefix`` stands in front of the option that an error names."""
     from jsonargparse import ArgumentError
 
@@ -261,15 +304,15 @@ def _parsed(parser: ArgumentParser, options: dict[str, Any], tokens: Sequence[st
         values = parser.parse_object(options)
         return parser.parse_args(list(tokens), namespace=values) if tokens else values
     except ArgumentError as error:
-        raise UsageError(_friendly(str(error), prefix)) from error
+        raise UsageError(_friendly(str(error), prefix, cls)) from error
 
 
-def _friendly(message: str, prefix: str) -> str:
+def _friendly(message: str, prefix: str, cls: type) -> str:
     """jsonargparse's message in the words of this house."""
     if match := re.search(r'key "([^"]+)".*?(?:Got value: (.*))?$', message, re.DOTALL):
         name, value = match.groups()
-        if name in option_kinds():
-            return f"{prefix}{name}={value}: must be {in_words(option_kinds()[name])}"
+        if name in option_kinds(cls):
+            return f"{prefix}{name}={value}: must be {in_words(option_kinds(cls)[name])}"
     if match := re.search(r"argument (\S+): expected one argument", message):
         return f"{match[1]} needs a value, as in {match[1]}=..."
     if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):

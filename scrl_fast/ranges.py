@@ -78,6 +78,8 @@ def in_words(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
+        if items[1:] == (...,):
+            return "a list of numbers, such as [1, 2]"
         return f"a list of {len(items)} numbers, such as [{', '.join(['0.5'] * len(items))}]"
     return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
@@ -93,6 +95,8 @@ def _converted(option: str, value: Any, kind: Any) -> Any:
         return value
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
+        if items[1:] == (...,) and isinstance(value, (list, tuple)) and value:
+            items = items[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
             raise TypeError(f"{option}={value!r}: must be {in_words(kind)}")
         return tuple(_converted(option, item, item_kind) for item, item_kind in zip(value, items, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import torch
 
 from scrl_fast import cli, recipes, train
 from scrl_fast.errors import UsageError, did_you_mean, exit_code, friendly_errors, nearest, one_line
+from scrl_fast.ranges import at_least, check_fields
 
 
 def parse(*argv: str):
@@ -255,3 +258,59 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@dataclasses.dataclass
+class OtherSection:
+    names: tuple[float, ...] = (1.0,)
+    """Numbers, as many as wanted."""
+
+
+@dataclasses.dataclass
+class Other:
+    """Options of another command."""
+
+    k: int = 3
+    """A number."""
+    part: OtherSection = dataclasses.field(default_factory=OtherSection)
+    """A section."""
+
+    def __post_init__(self):
+        check_fields(self, "", k=at_least(1))
+        check_fields(self.part, "part", names=at_least(0))
+
+
+def parse_other(*argv: str, **options):
+    return cli.parse_as(Other, argv, prog="x", description="Does something else.", **options)
+
+
+def test_other_commands_have_the_same_manner(yaml_file, capsys):
+    path = yaml_file("k: 5\npart: {names: [1, 2, 3]}\n")
+    other = parse_other("--k=4", f"--config={path}")
+    assert (other.k, other.part.names) == (4, (1.0, 2.0, 3.0))
+    below = cli.Settings({"k": 9, "part": {"names": [7]}})
+    assert parse_other("--config", path, base=[below]).k == 5 and parse_other("--k=2", base=[below]).part.names == (7,)
+    with pytest.raises(SystemExit):
+        parse_other("--k=7", "--print_config")
+    assert capsys.readouterr().out == "k: 7\npart:\n  names: [1.0]\n"
+    with pytest.raises(SystemExit):
+        parse_other("--help")
+    said = capsys.readouterr().out
+    assert "Does something else." in said and "A number." in said and "recipe" not in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--kk=3"], "unknown option '--kk'; did you mean 'k'?"),
+        (["--k=much"], "--k=much: must be a whole number"),
+        (["--k=0"], "k=0: must be at least 1"),
+        (["--part.names=[]"], "part.names=(): must be a list of numbers"),
+        (["--part.name=[1]"], "did you mean 'part.names'?"),
+        (["--train.epochs=3"], "unknown option '--train.epochs'"),
+        (["--optim/lr=3"], "unknown option '--optim/lr'"),
+    ],
+)
+def test_other_commands_refuse_in_the_same_words(argv, says):
+    with pytest.raises((UsageError, ValueError, TypeError), match=re.escape(says)):
+        parse_other(*argv)
