@@ -106,7 +106,7 @@ def _published_name(part: str, name: str) -> str:
     if part == "probe":
         return name.removeprefix("linear.")
     renamed = from_published(name)
-    return name if renamed is None or part == "predictor" else _BODY + renamed
+    return name if renamed in (None, name) else f"{_BODY}{renamed}"
 
 
 def _backbone(
@@ -177,7 +177,7 @@ def from_published(name: str) -> str | None:
     """torchvision's name of an encoder tensor of the published implementation; heads keep theirs; else None."""
     if name.startswith("projector.net."):
         return name
-    match = re.fullmatch(r"(?:encoder\.)(\d)\.(.+)", name)
+    match = re.fullmatch(r"encoder\.(\d)\.(.+)", name)
     if match is None:
         return None
     index, rest = int(match[1]), match[2]

@@ -165,12 +165,12 @@ def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:
 def momentum_by_name(weights: Weights) -> dict[str, Tensor]:
     """Momentum buffers by the parameter's name in `SCRL`; empty when the file holds none."""
     state = (weights.optimizer or {}).get("state", {})
-    order = parameter_order(weights)
+    order = [name for group in parameter_order(weights) for name in group]
     return {name: state[i]["momentum_buffer"] for i, name in enumerate(order) if "momentum_buffer" in state.get(i, {})}
 
 
-def parameter_order(weights: Weights) -> list[str]:
-    """Names of the parameters in the order in which the file's optimizer numbers them.
+def parameter_order(weights: Weights) -> list[list[str]]:
+    """Names of the parameters, a list for each group, in the order in which the file's optimizer numbers them.
 
     Both implementations put what LARS adapts before what it leaves out, each in the order of the modules; the published
     one divides by name, and takes the probe in as well.
@@ -186,7 +186,7 @@ def parameter_order(weights: Weights) -> list[str]:
     names = {id(tensor): name for name, tensor in named}
     under_lars = [(name, tensor) for name, tensor in named if name not in last]
     groups = lars_param_groups(under_lars, 0.0, compat="kakaobrain" if published else "none")
-    return [names[id(tensor)] for group in groups for tensor in group["params"]] + last
+    return [*([names[id(tensor)] for tensor in group["params"]] for group in groups), last]
 
 
 # ---- encoders from files ----

@@ -1,0 +1,211 @@
+"""``python -m scrl_fast.export CHECKPOINT --to FORMAT OUT``: the trained encoder for other libraries.
+
+Every file is written whole under a temporary name, read back, compared tensor by tensor, and only then given its name.
+``OUT.json`` beside it says where it comes from (safetensors, mmdet, ONNX and folders hold that inside as well).
+Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from scrl_fast.errors import UsageError, friendly_errors
+
+PROG = "python -m scrl_fast.export"
+FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
+ONNX_TOLERANCE = 1e-4
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    branch: str = "online",
+    backbone: str = "",
+    size: int = 224,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the encoder of ``checkpoint`` (anything that `scrl_fast.weights.read` reads) in the layout ``to``.
+
+    to: one of `FORMATS`. out: the file, or for ``hf`` the folder, to write.
+    branch: online (what SCRL evaluates) or target. ``scrl-reference`` takes both, and heads and momentum.
+    backbone: the encoder's name, where the file does not say and its shapes do not tell.
+    size: side of the images by which an ONNX graph is traced and checked; it then takes any.
+    Returns the metadata, with what was checked under ``checked``.
+    Raises UsageError for what cannot be written in that layout, and for an ``out`` that exists without ``overwrite``.
+    """
+    from scrl_fast import weights
+
+    out = Path(out)
+    if to not in FORMATS:
+        raise UsageError(f"to={to}: must be one of {', '.join(FORMATS)}")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists already: choose another name, or --overwrite it")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: the folder {out.parent} does not exist")
+    source = weights.read(checkpoint)
+    encoder = weights.encoder_of(source, backbone=backbone, branch="target" if branch == "target" else "online")
+    metadata = describe(source, encoder.name, branch if to != "scrl-reference" else "online and target", to)
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    try:
+        metadata["checked"] = _write(to, temporary, source, encoder, metadata, size)
+        _move(temporary, out)
+    finally:
+        _remove(temporary)
+    if to != "hf":
+        note = json.dumps(metadata, indent=2) + "\n"
+        out.with_name(out.name + ".json").write_text(note, encoding="utf-8")
+    return metadata
+
+
+def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]:
+    """Where the weights come from and what they expect: backbone, method, epochs, commit, normalisation, options."""
+    from scrl_fast import info
+    from scrl_fast.config import ViewsConfig
+
+    config = source.metadata.get("config") or {}
+    views = config.get("views", {})
+    metadata: dict[str, Any] = {
+        "backbone": backbone,
+        "method": source.metadata.get("method") or config.get("model", {}).get("method", ""),
+        "branch": branch,
+        "epochs": config.get("train", {}).get("epochs", source.metadata.get("epoch", 0)),
+        "step": source.metadata.get("step", 0),
+        "mean": list(views.get("mean", ViewsConfig.mean)),
+        "std": list(views.get("std", ViewsConfig.std)),
+        "color": "RGB",
+        "format": to,
+        "source_layout": source.layout,
+        "scrl_fast": info.collect()["scrl_fast"]["version"],
+        "commit": info.collect()["scrl_fast"]["commit"] or "",
+    }
+    if config:
+        metadata["config"] = config
+    if to == "detectron2":
+        from scrl_fast.weights.formats import DETECTRON2_NOTE
+
+        metadata["notes"] = DETECTRON2_NOTE
+    return metadata
+
+
+def _write(to: str, path: Path, source: Any, encoder: Any, metadata: dict[str, Any], size: int) -> str:
+    """Writes one format and says how it was checked."""
+    from scrl_fast.weights import formats
+
+    if to == "onnx":
+        return _checked_onnx(formats.write_onnx(path, encoder, metadata, size=size))
+    if to == "scrl-reference":
+        if "projector.net.0.weight" not in source.parts["online"] or "predictor" not in source.parts:
+            raise UsageError(f"--to scrl-reference writes all networks, and {source.path} holds the encoder only")
+        formats.check_family(encoder, "the published implementation")
+        formats.write_reference(path, source)
+        return _checked_reference(path, source)
+    if to == "hf":
+        formats.write_hub(path, encoder, metadata, size=size)
+    else:
+        writers: dict[str, Callable[..., None]] = {
+            "torchvision": formats.write_torchvision,
+            "timm": formats.write_timm,
+            "detectron2": formats.write_detectron2,
+            "mmdet": formats.write_mmdet,
+            "safetensors": formats.write_safetensors,
+        }
+        writers[to](path, encoder, metadata)
+    return _checked_encoder(path, encoder)
+
+
+def _checked_encoder(path: Path, encoder: Any) -> str:
+    import torch
+
+    from scrl_fast import weights
+
+    other = weights.encoder_of(path, backbone=encoder.name)
+    mine, theirs = encoder.body.state_dict(), other.body.state_dict()
+    same = [name for name in mine if torch.equal(mine[name], theirs[name]) or name.endswith("num_batches_tracked")]
+    if len(same) != len(mine):
+        raise RuntimeError(f"{path} was written wrongly: {sorted(set(mine) - set(same))[:4]} differ when read back")
+    return f"{len(mine)} tensors equal when read back"
+
+
+def _checked_reference(path: Path, source: Any) -> str:
+    import torch
+
+    from scrl_fast import weights
+
+    found = weights.read(path)
+    for part, state in source.parts.items():
+        wrong = [name for name, tensor in state.items() if not torch.equal(found.parts[part][name], tensor.cpu())]
+        if wrong:
+            raise RuntimeError(f"{path} was written wrongly: {part} {wrong[:4]} differ when read back")
+    return f"{sum(map(len, source.parts.values()))} tensors equal when read back"
+
+
+def _checked_onnx(difference: float) -> str:
+    if difference < 0:
+        return "not checked: onnxruntime is not installed"
+    if not difference <= ONNX_TOLERANCE:
+        raise RuntimeError(f"onnxruntime and PyTorch differ by {difference:.1e}, more than {ONNX_TOLERANCE:.0e}")
+    return f"onnxruntime and PyTorch differ by at most {difference:.1e} of the largest feature"
+
+
+def _move(temporary: Path, out: Path) -> None:
+    if temporary.is_dir() and out.is_dir():
+        for file in temporary.iterdir():  # a folder of ours or a clone of a hub repository: only our files change
+            os.replace(file, out / file.name)
+    else:
+        os.replace(temporary, out)
+    for data in out.parent.glob(temporary.name + "*"):  # ONNX keeps weights beyond 2 GB beside the graph
+        data.unlink() if data.is_file() else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description="Write the encoder of a checkpoint in the layout of another library.")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint or run folder, or any weights --init takes"
+    )
+    parser.add_argument("out", metavar="OUT", help="file to write; for hf a folder")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
+    parser.add_argument("--branch", choices=("online", "target"), default="online", help="default: %(default)s")
+    parser.add_argument("--backbone", default="", help="name of the encoder, where the file does not tell")
+    parser.add_argument("--size", type=int, default=224, help="image side to trace ONNX with (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, those of the process by default; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    with friendly_errors("scrl_fast.export", debug="--debug" in argv):
+        args = vars(_parser().parse_args(argv))
+        args.pop("debug")
+        metadata = export(**args)
+        said = f"{metadata['branch']} {metadata['backbone']} as {args['to']}: {args['out']} ({metadata['checked']})"
+        print(said)
+        if "notes" in metadata:
+            print(metadata["notes"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,251 @@
+"""The encoder of a checkpoint in the layout of other libraries: one function a format."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scrl_fast.models import Encoder
+from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
+from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, WeightsError
+from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
+from scrl_fast.weights.load import momentum_by_name, parameter_order
+
+DETECTRON2_NOTE = (
+    "detectron2: INPUT.FORMAT=RGB (its default is BGR), MODEL.RESNETS.STRIDE_IN_1X1=False, MODEL.PIXEL_MEAN and "
+    "PIXEL_STD as given here times 255"
+)
+
+
+def contiguous(encoder: Encoder) -> State:
+    """The encoder's tensors on the CPU, dense, whatever memory format the network was trained in."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.body.state_dict().items()}
+
+
+def check_family(encoder: Encoder, library: str) -> None:
+    """Raise WeightsError for an encoder that the library has no network for."""
+    if encoder.name not in TORCHVISION_NAMES:
+        raise WeightsError(
+            f"{library} has no network like {encoder.name!r}: it takes {', '.join(TORCHVISION_NAMES)}; "
+            "--to safetensors, hf and onnx take any encoder"
+        )
+
+
+def write_torchvision(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """State dict of ``torchvision.models.NAME`` without ``fc``."""
+    check_family(encoder, "torchvision")
+    torch.save(contiguous(encoder), path)
+
+
+def write_timm(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """State dict of ``timm.create_model(NAME, num_classes=0)``; safetensors where the name ends so."""
+    state = contiguous(encoder)
+    if encoder.name.startswith(TIMM_PREFIX):
+        state = timm_names(encoder, state)
+    else:
+        check_family(encoder, "timm")
+    if path.suffix == ".safetensors":
+        write_safetensors_state(path, state, metadata)
+    else:
+        torch.save(state, path)
+
+
+def timm_names(encoder: Encoder, state: State) -> State:
+    """timm's own names instead of those of its feature extractor.
+
+    Layers behind the last feature map (a final norm) are no part of the encoder; they are missing from the file.
+    """
+    import timm
+
+    with torch.device("meta"):
+        whole = timm.create_model(encoder.name.removeprefix(TIMM_PREFIX), num_classes=0)
+    spelled = {}
+    for name in whole.state_dict():
+        for spelling in (name, name.replace(".", "_", 1), f"model.{name}"):
+            if spelling in state:
+                spelled[name] = state[spelling]
+    return spelled
+
+
+def write_detectron2(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """The pickle that detectron2's checkpointer reads: NumPy arrays under its own names."""
+    check_family(encoder, "detectron2")
+    named = ((to_detectron2(name), tensor.numpy()) for name, tensor in contiguous(encoder).items())
+    model = {name: array for name, array in named if name is not None}
+    content = {"model": model, "__author__": "scrl_fast", "matching_heuristics": True}
+    with open(path, "wb") as file:
+        pickle.dump(content, file, protocol=2)
+
+
+def write_mmdet(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """``backbone.*`` under ``state_dict``: mmdet reads it by init_cfg=dict(type='Pretrained', prefix='backbone.')."""
+    check_family(encoder, "mmdet")
+    state = {f"backbone.{name}": tensor for name, tensor in contiguous(encoder).items()}
+    torch.save({"meta": flat_metadata(metadata), "state_dict": state}, path)
+
+
+def write_safetensors(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """The encoder's own names with the metadata in the header."""
+    write_safetensors_state(path, contiguous(encoder), metadata)
+
+
+def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """A safetensors file of these tensors."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise WeightsError("safetensors is not installed: pip install safetensors") from error
+    save_file(dict(state), path, metadata=flat_metadata(metadata))
+
+
+def flat_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Text by name: numbers and lists as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def write_reference(path: Path, weights: Weights) -> None:
+    """The published implementation's checkpoint, heads and momentum included.
+
+    Its schedules and loss scaler are left to it ("fake_state_dict" is its own word for that).
+    """
+    renamed = {part: {_reference_name(part, n): t for n, t in state.items()} for part, state in weights.parts.items()}
+    document: dict[str, Any] = {"tag": "last", "epoch": int(weights.metadata.get("epoch", 0))}
+    document |= {"max_eval_score": 0.0, "max_eval_epoch": 0}
+    for key, part in PUBLISHED_PARTS.items():
+        document[key] = renamed.get(part) or "fake_state_dict"
+    document |= {"xent_loss_state_dict": {}, "optimizer_state_dict": _reference_optimizer(weights)}
+    document |= {"scheduler_state_dict": "fake_state_dict", "scaler_state_dict": "fake_state_dict"}
+    torch.save(document, path)
+
+
+def _reference_name(part: str, name: str) -> str:
+    if part == "probe":
+        return f"linear.{name}"
+    return to_published(name.removeprefix("encoder.body.")) if name.startswith("encoder.body.") else name
+
+
+def _reference_optimizer(weights: Weights) -> dict[str, Any] | str:
+    buffers = momentum_by_name(weights)
+    if not buffers:
+        return "fake_state_dict"
+    adapted, plain, _ = parameter_order(Weights("", "scrl-reference", weights.parts))
+    settings = dict((weights.optimizer or {})["param_groups"][0])
+    common = {"lr": float(settings["lr"]), "momentum": settings["momentum"], "dampening": 0.0, "nesterov": False}
+    order = adapted + plain
+    indices = list(range(len(order)))
+    groups = [
+        {
+            **common,
+            "weight_decay": settings["weight_decay"],
+            "lars_adaptation": True,
+            "params": indices[: len(adapted)],
+        },
+        {**common, "weight_decay": 0.0, "lars_adaptation": False, "params": indices[len(adapted) :]},
+    ]
+    state = {i: {"momentum_buffer": buffers[name]} for i, name in enumerate(order) if name in buffers}
+    return {"state": state, "param_groups": groups}
+
+
+def write_onnx(path: Path, encoder: Encoder, metadata: Mapping[str, Any], *, size: int) -> float:
+    """The encoder as a graph: ``images [batch, 3, height, width]`` to ``features``; batch and sides may vary.
+
+    Returns the largest difference to PyTorch that onnxruntime showed, relative to the largest feature; -1 where
+    onnxruntime is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx asks for it
+    except ImportError as error:
+        raise WeightsError(f"--to onnx needs {error.name}: pip install 'scrl-fast[export]'") from error
+    encoder = encoder.to("cpu", torch.float32).to(memory_format=torch.contiguous_format).eval()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    program = torch.onnx.export(
+        encoder, (images,), dynamo=True, input_names=["images"], output_names=["features"], verbose=False,
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), optimize=True,
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, flat_metadata(metadata))
+    onnx.save(model, str(path))
+    return onnx_difference(path, encoder, images[:1])
+
+
+def onnx_difference(path: Path, encoder: nn.Module, images: Tensor) -> float:
+    """Largest difference between onnxruntime and PyTorch, relative to the largest feature; -1 without onnxruntime."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return -1.0
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = encoder(images)
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def write_hub(folder: Path, encoder: Encoder, metadata: Mapping[str, Any], *, size: int) -> None:
+    """Hugging Face's layout: model.safetensors, config.json (which timm reads as well), README.md as model card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = contiguous(encoder)
+    if encoder.name.startswith(TIMM_PREFIX):
+        state = timm_names(encoder, state)
+    write_safetensors_state(folder / HUB_WEIGHTS, state, metadata)
+    config = {**metadata, **_timm_config(encoder, metadata, size)}
+    (folder / HUB_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(encoder, metadata), encoding="utf-8")
+
+
+def _timm_config(encoder: Encoder, metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
+    if encoder.name not in TORCHVISION_NAMES and not encoder.name.startswith(TIMM_PREFIX):
+        return {}
+    pretrained = {"input_size": [3, size, size], "num_classes": 0, "mean": metadata["mean"], "std": metadata["std"]}
+    name = encoder.name.removeprefix(TIMM_PREFIX)
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": encoder.out_channels,
+        "pretrained_cfg": {**pretrained, "interpolation": "bicubic", "crop_pct": 0.875},
+    }
+
+
+def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
+    """README.md of a model folder: what it is, how it was made, how to load it; nothing that was not measured."""
+    rows = [f"| {name} | {value} |" for name, value in metadata.items() if name not in ("config", "notes")]
+    load = (
+        f'model = timm.create_model("{encoder.name.removeprefix(TIMM_PREFIX)}", num_classes=0)\n'
+        if encoder.name.startswith(TIMM_PREFIX)
+        else f"model = torchvision.models.{encoder.name}(weights=None)\nmodel.fc = torch.nn.Identity()\n"
+        if encoder.name in TORCHVISION_NAMES
+        else f'model = scrl_fast.models.build_encoder("{encoder.name}").body\n'
+    )
+    return "\n".join(
+        [
+            "---",
+            "tags: [self-supervised-learning, feature-extraction, object-detection]",
+            "library_name: timm" if encoder.name != "resnet10_tiny" else "library_name: pytorch",
+            "---",
+            f"# {encoder.name}, pre-trained by {str(metadata.get('method') or 'SCRL').upper()}",
+            "",
+            "An encoder pre-trained without labels by scrl_fast. It gives feature maps, has no classifier, and is",
+            "meant to be fine-tuned, for detection above all.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "```python",
+            "from safetensors.torch import load_file",
+            f'{load}model.load_state_dict(load_file("{HUB_WEIGHTS}"))',
+            "```",
+            "",
+            "Images are RGB in 0..1, minus `mean`, divided by `std`. Data, licence and measured results: to be filled",
+            "in by whoever publishes this.",
+            "",
+        ]
+    )  # fmt: skip
