@@ -1,0 +1,310 @@
+"""The options of a transfer: one tree of dataclasses, and for each task of the paper's comparison what differs.
+
+Defaults are those of detectron2's 1x schedule with SyncBatchNorm everywhere, which the paper's comparison follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from scrl_fast.config import RunConfig
+from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_below, refusal, within
+
+DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
+
+
+@dataclass
+class TransferDataConfig:
+    """Where images and annotations come from."""
+
+    root: str = ""
+    """Folder in the data set's official layout: COCO's with annotations/ and the images, VOCdevkit, or Cityscapes'
+    with leftImg8bit/ and gtFine/."""
+    train: str = "train2017"
+    """Split to train on. COCO: name of the split; voc: YEAR_SPLIT, several joined by +; cityscapes: name."""
+    val: str = "val2017"
+    """Split to measure on."""
+    subset: float = 1.0
+    """Share of the training images that is used, the same for the same subset_seed."""
+    subset_seed: int = 0
+    """Which images a subset below 1 has."""
+    keep_empty: bool = False
+    """Train on images without objects, too."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    workers: int = 4
+    """Threads that read images."""
+    prefetch: int = 2
+    """Batches read ahead of the one in training."""
+
+    def __post_init__(self) -> None:
+        share = within(0, 1)
+        check_fields(self, "data", flip=share, subset=share, workers=at_least(1), prefetch=at_least(1))
+        if self.subset == 0:
+            raise refusal("data.subset", self.subset, "must be above 0")
+
+
+@dataclass
+class DetectorConfig:
+    """The detector."""
+
+    detector: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"] = "faster_rcnn"
+    """Which one, on a feature pyramid."""
+    backbone: str = "resnet50"
+    """resnet10_tiny, or one of torchvision's ResNet family."""
+    branch: Literal["online", "target"] = "online"
+    """Which network of a checkpoint that --init names."""
+    norm: Literal["syncbn", "bn", "frozen"] = "syncbn"
+    """syncbn: batch statistics over all processes; bn: over each alone; frozen: the pre-trained statistics."""
+    norm_in_heads: bool = True
+    """Normalisation in feature pyramid and convolutional heads too (not with norm=frozen)."""
+    frozen_stages: int = 0
+    """Stages of the backbone that stay as they are, from the image on: 0 none, 1 the stem, ... 5 all."""
+    short_side: tuple[int, int] = (640, 800)
+    """Range of the images' shorter side in training, in pixels."""
+    short_side_step: int = 32
+    """Sides in that range are this far apart."""
+    test_short_side: int = 800
+    """The images' shorter side in evaluation."""
+    long_side: int = 1333
+    """Images are made smaller where their longer side would exceed this."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of red, green, blue that is taken off, for values in 0..1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Deviation of red, green, blue that is divided by."""
+    roi_align: Literal["torchvision", "scrl_fast"] = "scrl_fast"
+    """Whose RoIAlign: ours is deterministic and takes half precision as it is."""
+    roi_sampling_ratio: int = 2
+    """Samples per bin and axis; -1 adapts to the box (detectron2)."""
+    roi_aligned: bool = False
+    """Shift boxes by half a pixel (detectron2's ROIAlignV2; roi_align=scrl_fast only)."""
+    fpn_channels: int = 256
+    """Channels of the feature pyramid."""
+    head_channels: int = 1024
+    """Width of the box head's two layers."""
+    mask_channels: int = 256
+    """Channels of the mask head's four convolutions."""
+    keypoint_channels: int = 512
+    """Channels of the keypoint head's eight convolutions."""
+    anchor_scale: float = 8.0
+    """Side of an anchor in steps of its feature map (RPN; half of it for RetinaNet)."""
+    proposals_before_nms: tuple[int, int] = (2000, 1000)
+    """Proposals of a level before suppression, in training and in evaluation."""
+    proposals: tuple[int, int] = (1000, 1000)
+    """Proposals of an image after suppression, in training and in evaluation."""
+    rois_per_image: int = 512
+    """Proposals of an image that the heads are trained on."""
+    score_threshold: float = 0.05
+    """Detections below this score are dropped."""
+    nms_threshold: float = 0.5
+    """Of two detections of a class whose IoU exceeds this, the weaker one is dropped."""
+    detections: int = 100
+    """Detections kept of an image."""
+
+    def __post_init__(self) -> None:
+        counts = ("fpn_channels", "head_channels", "mask_channels", "keypoint_channels", "rois_per_image", "detections")
+        sides = ("short_side", "short_side_step", "test_short_side", "long_side", "proposals", "proposals_before_nms")
+        check_fields(
+            self,
+            "model",
+            frozen_stages=within(0, 5),
+            std=above(0),
+            anchor_scale=above(0),
+            score_threshold=SHARE,
+            nms_threshold=SHARE,
+            **dict.fromkeys(counts + sides, at_least(1)),
+        )
+        if self.short_side[0] > self.short_side[1]:
+            raise refusal("model.short_side", self.short_side, "must be a range, the smaller number first")
+        if self.roi_sampling_ratio != -1 and self.roi_sampling_ratio < 1:
+            raise refusal("model.roi_sampling_ratio", self.roi_sampling_ratio, "must be at least 1, or -1 (adapts)")
+        if self.roi_aligned and self.roi_align == "torchvision":
+            raise refusal("model.roi_aligned", True, "torchvision's detectors know no such boxes: roi_align=scrl_fast")
+
+    def short_sides(self) -> tuple[int, ...]:
+        """The sides to choose from in training."""
+        low, high = self.short_side
+        return tuple(range(low, high + 1, self.short_side_step))
+
+
+@dataclass
+class TransferOptimConfig:
+    """SGD with warm-up and steps."""
+
+    lr: float = 0.02
+    """Learning rate for reference_batch images; scaled by train.batch_size."""
+    reference_batch: int = 16
+    """Batch for which lr is given."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1.0e-4
+    """Weight decay."""
+    norm_weight_decay: float = 0.0
+    """Weight decay of normalisation layers."""
+    decay_at: tuple[int, int] = (60000, 80000)
+    """Steps at which the learning rate falls to a tenth; scaled with train.steps over 90000 by nobody but you."""
+    decay: float = 0.1
+    """What it is multiplied by there."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up."""
+    warmup_factor: float = 0.001
+    """Where the warm-up starts, as a share of the learning rate."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0 is off."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "optim",
+            lr=above(0),
+            reference_batch=at_least(1),
+            momentum=from_below(0, 1),
+            weight_decay=at_least(0),
+            norm_weight_decay=at_least(0),
+            decay_at=at_least(0),
+            decay=SHARE,
+            warmup_steps=at_least(0),
+            warmup_factor=SHARE,
+            clip_norm=at_least(0),
+        )
+
+    def rate(self, step: int, batch_size: int) -> float:
+        """Learning rate of the update after ``step`` updates."""
+        rate = self.lr * batch_size / self.reference_batch
+        if step < self.warmup_steps:
+            share = step / self.warmup_steps
+            rate *= self.warmup_factor * (1 - share) + share
+        return rate * self.decay ** sum(step >= milestone for milestone in self.decay_at)
+
+
+@dataclass
+class TransferTrainConfig:
+    """Length, batch and numerics."""
+
+    batch_size: int = 16
+    """Images a step, over all processes together."""
+    steps: int = 90000
+    """Updates."""
+    max_steps: int = 0
+    """Stop after this many; schedules stay as planned. 0 is off."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 elsewhere; fp16 scales the loss."""
+    channels_last: bool = True
+    """Memory layout of the network."""
+    deterministic: bool = False
+    """Make torch's own operations bit-equal from run to run as well (slower on GPU)."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "train",
+            batch_size=at_least(1),
+            steps=at_least(0),
+            max_steps=at_least(0),
+            seed=within(0, 2**63 - 1),
+        )
+
+
+@dataclass
+class TransferEvalConfig:
+    """When and on what it is measured."""
+
+    every: int = 0
+    """Steps between measurements; 0: at the end only."""
+    only: bool = False
+    """Measure the detector of --resume, without training."""
+    images: int = 0
+    """Measure on the first so many images of the split; 0: all."""
+    batch_size: int = 1
+    """Images a forward pass."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "eval", every=at_least(0), images=at_least(0), batch_size=at_least(1))
+
+
+@dataclass
+class TransferConfig:
+    """Fine-tune a detector from pre-trained weights and measure it."""
+
+    task: Literal["detection", "instance", "keypoints", "coco10", "voc", "cityscapes"] = "detection"
+    """Data set and metric."""
+    data: TransferDataConfig = field(default_factory=TransferDataConfig)
+    """Where images and annotations come from."""
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    """The detector."""
+    optim: TransferOptimConfig = field(default_factory=TransferOptimConfig)
+    """The optimizer and the schedule."""
+    train: TransferTrainConfig = field(default_factory=TransferTrainConfig)
+    """Length, batch and numerics."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """What is written, and where."""
+    eval: TransferEvalConfig = field(default_factory=TransferEvalConfig)
+    """When and on what it is measured."""
+    init: str = "random"
+    """Weights of the backbone: whatever scrl_fast.train's --init takes, random, or torchvision (its ImageNet-supervised
+    ones)."""
+    resume: str = ""
+    """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
+    json: str = ""
+    """File for the result: task, result, config, checkpoint and seconds."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
+        if needs and self.model.detector != needs:
+            raise refusal("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
+        if self.eval.only and not self.resume:
+            raise ValueError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
+
+    def check_ready(self) -> None:
+        """Raise ValueError when what a task leaves to the user is missing."""
+        if not self.data.root:
+            raise ValueError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "detection": {},
+    "instance": {"model": {"detector": "mask_rcnn"}},
+    # the annotations of people alone; both thresholds of the box loss are torchvision's
+    "keypoints": {"model": {"detector": "keypoint_rcnn"}},
+    # a tenth of the images, a quarter of the steps (MoCo v2's and SCRL's low-shot rows train shorter as well)
+    "coco10": {
+        "data": {"subset": 0.1},
+        "train": {"steps": 9000},
+        "optim": {"decay_at": [6000, 8000], "warmup_steps": 1000},
+    },
+    # detectron2's VOC schedule: 24 thousand steps (18 thousand with its first C4 recipe)
+    "voc": {
+        "data": {"train": "2007_trainval+2012_trainval", "val": "2007_test"},
+        "model": {"short_side": [480, 800]},
+        "train": {"steps": 24000},
+        "optim": {"decay_at": [18000, 22000], "warmup_steps": 1000},
+    },
+    "cityscapes": {
+        "data": {"train": "train", "val": "val"},
+        "model": {
+            "detector": "mask_rcnn",
+            "short_side": [800, 1024],
+            "test_short_side": 1024,
+            "long_side": 2048,
+        },
+        "train": {"batch_size": 8, "steps": 24000},
+        "optim": {"lr": 0.01, "reference_batch": 8, "decay_at": [18000, 18000], "warmup_steps": 1000},
+    },
+}
+"""What differs from the defaults above, for each task."""

@@ -1,0 +1,284 @@
+"""From annotated images to batches of a detector: targets, flips, batches of like orientation, reading ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scrl_fast.data.annotations import AnnotatedImages, Objects
+from scrl_fast.errors import UsageError
+from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
+
+Target = dict[str, Tensor]
+Example = tuple[Tensor, Target]
+
+KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
+"""COCO's keypoints that change places in a mirror: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
+
+
+class Regions(Protocol):
+    """Images with labelled boxes: demo scenes, or what ``data.coco``, ``data.voc`` and ``data.cityscapes`` read."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]: ...
+
+    def boxes(self, index: int) -> NDArray[np.float32]: ...
+
+    def labels(self, index: int) -> NDArray[np.int64]: ...
+
+
+class Joined:
+    """Several sources of annotated images as one (VOC 2007 and 2012)."""
+
+    def __init__(self, parts: Sequence[AnnotatedImages]) -> None:
+        self.parts, self.classes, self.category_ids = parts, parts[0].classes, parts[0].category_ids
+        self.objects = [objects for part in parts for objects in part.objects]
+        self.annotation_file = " + ".join(part.annotation_file for part in parts)
+        self._place = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def name_of(self, index: int) -> str:
+        part, inner = self._place[index]
+        return part.name_of(inner)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        part, inner = self._place[index]
+        return part.read(inner)
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        return self.objects[index].boxes
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        return self.objects[index].labels
+
+
+# ---- what a task reads ----
+
+
+def read_split(config: TransferConfig, split: str) -> Any:
+    """The annotated images of a split as the task has them. Raises UsageError naming what is missing."""
+    root = config.data.root
+    if config.task == "voc":
+        from scrl_fast.data.voc import read_voc
+
+        parts = [part.partition("_") for part in split.split("+")]
+        if any(not year.isdecimal() or not name for year, _, name in parts):
+            raise UsageError(f"data split {split!r}: for voc it is YEAR_SPLIT, as in 2007_trainval+2012_trainval")
+        return Joined([read_voc(root, name, year=year) for year, _, name in parts])
+    if config.task == "cityscapes":
+        from scrl_fast.data.cityscapes import read_cityscapes
+
+        return read_cityscapes(root, split, workers=config.data.workers)
+    from scrl_fast.data.coco import read_coco
+
+    kind = "person_keypoints" if config.task == "keypoints" else "instances"
+    return read_coco(root, split, kind=kind, keep_segmentations=config.task == "instance")
+
+
+def trainable(source: Any, config: TransferDataConfig, *, keypoints: bool = False) -> list[int]:
+    """Indices of the images to train on: the subset, and of it those with objects (with keypoints).
+
+    The subset is drawn before images without objects are left out, as a share of the published split.
+    Raises UsageError when nothing is left.
+    """
+    count = len(source)
+    chosen = np.arange(count)
+    if config.subset < 1:
+        order = np.random.default_rng([config.subset_seed, count]).permutation(count)
+        chosen = np.sort(order[: max(1, round(config.subset * count))])
+    kept = [int(i) for i in chosen if config.keep_empty or usable(source, int(i), keypoints).any()]
+    if not kept:
+        what = "keypoints" if keypoints else "boxes (crowds do not count)"
+        where = getattr(source, "annotation_file", "the training images")
+        raise UsageError(
+            f"{where}: none of {len(chosen)} images has {what} to train on; --data.keep_empty=true takes them"
+        )
+    return kept
+
+
+def usable(source: Any, index: int, keypoints: bool = False) -> NDArray[np.bool_]:
+    """Which objects of an image a detector is trained on: no crowds; for keypoints, those with one that is labelled."""
+    objects = _objects(source, index)
+    if objects is None:
+        return np.ones(len(source.labels(index)), bool)
+    keep = ~objects.crowd
+    if keypoints:
+        points = objects.keypoints
+        keep = keep & ((points[:, :, 2] > 0).any(1) if points is not None else False)
+    return keep
+
+
+def _objects(source: Any, index: int) -> Objects | None:
+    objects = getattr(source, "objects", None)
+    return None if objects is None else objects[index]
+
+
+# ---- examples ----
+
+
+class Examples:
+    """Images and targets as torchvision's detectors take them.
+
+    source: `Regions`. first_label: what label 0 becomes. masks, keypoints: what targets have beside boxes and labels.
+    flip: probability of a mirror image, drawn from (seed, epoch, index) alone.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        first_label: int = 1,
+        masks: bool = False,
+        keypoints: bool = False,
+        flip: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.first_label, self.masks, self.keypoints = source, first_label, masks, keypoints
+        self.flip, self.seed = flip, seed
+
+    def image(self, index: int) -> Tensor:
+        """uint8 ``[3, H, W]``."""
+        return torch.tensor(self.source.read(index)).permute(2, 0, 1).contiguous()  # a copy: sources may share
+
+    def __call__(self, index: int, epoch: int) -> Example:
+        """One training example: image uint8 ``[3, H, W]`` and its target."""
+        image = self.image(index)
+        keep = usable(self.source, index, self.keypoints)
+        target: Target = {
+            "boxes": torch.from_numpy(self.source.boxes(index)[keep].astype(np.float32)).reshape(-1, 4),
+            "labels": torch.from_numpy(self.source.labels(index)[keep].astype(np.int64)) + self.first_label,
+        }
+        objects = _objects(self.source, index)
+        if self.masks and objects is not None:
+            found = [s for s, k in zip(objects.segmentations, keep, strict=True) if k]
+            target["masks"] = torch.from_numpy(masks_of(found, objects.height, objects.width))
+        if self.keypoints and objects is not None and objects.keypoints is not None:
+            target["keypoints"] = torch.from_numpy(objects.keypoints[keep].astype(np.float32))
+        if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < self.flip:
+            return mirrored(image, target)
+        return image, target
+
+
+def mirrored(image: Tensor, target: Target) -> Example:
+    """Image and target as seen in a mirror."""
+    width = image.shape[-1]
+    result = dict(target)
+    result["boxes"] = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor(
+        [width, 0.0, width, 0]
+    )
+    if "masks" in target:
+        result["masks"] = target["masks"].flip(-1)
+    if "keypoints" in target:
+        points = target["keypoints"].clone()
+        points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
+        order = list(range(points.shape[1]))
+        for left, right in KEYPOINT_PAIRS if points.shape[1] == 17 else ():
+            order[left], order[right] = right, left
+        result["keypoints"] = points[:, order]
+    return image.flip(-1), result
+
+
+def masks_of(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.uint8]:
+    """Masks ``[n, H, W]`` of COCO's polygons and run lengths, or of pairs of `scrl_fast.data.cityscapes`."""
+    masks = np.zeros((len(segmentations), height, width), np.uint8)
+    images: dict[str, NDArray[np.int32]] = {}
+    for row, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, tuple):
+            from scrl_fast.data.cityscapes import instance_image
+
+            path, value = segmentation
+            if path not in images:
+                images[path] = instance_image(path)
+            masks[row] = images[path] == value
+        elif segmentation is not None:
+            masks[row] = coco_mask(segmentation, height, width)
+    return masks
+
+
+def coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """Mask ``[H, W]`` of polygons (a list of lists) or a run-length dict, compressed or not."""
+    tools = mask_tools()
+    if isinstance(segmentation, list):
+        encoded = tools.merge(tools.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = tools.frPyObjects(segmentation, height, width)
+    else:
+        encoded = segmentation
+    return tools.decode(encoded)
+
+
+def mask_tools() -> Any:
+    """pycocotools' mask functions. Raises UsageError where it is not installed."""
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise UsageError("masks need pycocotools: pip install 'scrl-fast[eval]'") from error
+    return mask
+
+
+# ---- order ----
+
+
+def batches(wide: Sequence[bool], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, each as places 0..len(wide)-1: images of like orientation together, less padding.
+
+    wide: for each image, whether it is wider than high. There are always len(wide) // batch_size batches: what is left
+    of both kinds makes one mixed batch where it suffices.
+    """
+    rng = np.random.default_rng([seed, epoch, len(wide)])
+    groups: dict[bool, list[int]] = {False: [], True: []}
+    full: list[list[int]] = []
+    for place in rng.permutation(len(wide)).tolist():
+        group = groups[bool(wide[place])]
+        group.append(place)
+        if len(group) == batch_size:
+            full.append(group.copy())
+            group.clear()
+    rest = groups[True] + groups[False]
+    if len(rest) >= batch_size:
+        full.append(rest[:batch_size])
+    return full
+
+
+def is_wide(source: Any, index: int) -> bool:
+    """Whether an image is wider than high; without annotated sizes it is looked at."""
+    objects = _objects(source, index)
+    height, width = (objects.height, objects.width) if objects is not None else source.read(index).shape[:2]
+    return width > height
+
+
+class Ahead:
+    """Calls made by threads ahead of their use, answered in order."""
+
+    def __init__(self, workers: int, groups: int) -> None:
+        self.pool, self.groups = ThreadPoolExecutor(max(1, workers), thread_name_prefix="scrl_fast-transfer"), groups
+
+    def __call__(self, calls: Iterable[Sequence[Callable[[], Any]]]) -> Iterator[list[Any]]:
+        """For each group of calls the list of their results."""
+        waiting: deque[list[Future[Any]]] = deque()
+        source = iter(calls)
+        try:
+            for group in source:
+                waiting.append([self.pool.submit(call) for call in group])
+                if len(waiting) > self.groups:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            for group_of_futures in waiting:
+                for future in group_of_futures:
+                    future.cancel()
+
+    def close(self) -> None:
+        """Ends the threads; what they have not begun is not done."""
+        self.pool.shutdown(wait=False, cancel_futures=True)

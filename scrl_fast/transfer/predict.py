@@ -1,0 +1,91 @@
+"""Detections of a network, and average precision from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
+from scrl_fast.transfer.data import Ahead, Examples, Regions, mask_tools
+
+
+@dataclass
+class Detections:
+    """What a detector found in one image, the best score first."""
+
+    index: int
+    """Of the image in its source."""
+    boxes: NDArray[np.float32]
+    """``[n, 4]`` as x0, y0, x1, y1 in pixels of the image."""
+    scores: NDArray[np.float32]
+    """``[n]``, 0 to 1."""
+    labels: NDArray[np.int64]
+    """``[n]``, 0 to classes - 1."""
+    masks: list[dict[str, Any]] | None = None
+    """``n`` masks as COCO's compressed run lengths; None without masks."""
+    keypoints: NDArray[np.float32] | None = None
+    """``[n, K, 3]`` as x, y, 1; None without keypoints."""
+
+
+@torch.no_grad()
+def detect(
+    network: nn.Module,
+    source: Regions,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int = 1,
+    workers: int = 2,
+    autocast: torch.dtype | None = None,
+) -> Iterator[Detections]:
+    """Detections in each image, in order; the network is in eval mode meanwhile and as it was afterwards."""
+    device = next(network.parameters()).device
+    examples = Examples(source)
+    chosen = list(range(len(source)) if indices is None else indices)
+    groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    training = network.training
+    network.eval()
+    try:
+        with closing(Ahead(workers, 2)) as ahead:
+            reads = ([functools.partial(examples.image, index) for index in group] for group in groups)
+            for group, images in zip(groups, ahead(reads), strict=True):
+                inputs = [image.to(device).float().div_(255) for image in images]
+                with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                    found = network(inputs)
+                for index, each in zip(group, found, strict=True):
+                    yield _detections(index, each, int(network.first_label))  # type: ignore[arg-type]
+    finally:
+        network.train(training)
+
+
+def _detections(index: int, found: dict[str, Tensor], first_label: int) -> Detections:
+    numbers = {name: value.float().cpu().numpy() for name, value in found.items() if name != "masks"}
+    labels = found["labels"].cpu().numpy().astype(np.int64) - first_label
+    masks = _encoded(found["masks"]) if "masks" in found else None
+    keypoints = numbers.get("keypoints")
+    return Detections(index, numbers["boxes"], numbers["scores"], labels, masks, keypoints)
+
+
+def _encoded(masks: Tensor) -> list[dict[str, Any]]:
+    """Run lengths of soft masks ``[n, 1, H, W]``, a pixel belonging to the object from one half on."""
+    tools = mask_tools()
+    return [tools.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy().astype(np.uint8))) for mask in masks]
+
+
+def average_precision(
+    network: nn.Module, source: Regions, *, batch_size: int = 1, workers: int = 2, autocast: torch.dtype | None = None
+) -> dict[str, float]:
+    """COCO's box AP over IoU 0.5 to 0.95, AP50, AP75 and by size (APs, APm, APl), 0 to 1; -1 where there is nothing.
+
+    source: as for `fine_tune`; crowds of annotated images are ignored as COCO does.
+    """
+    found = list(detect(network, source, batch_size=batch_size, workers=workers, autocast=autocast))
+    truth = ground_truth(source)
+    return coco_average_precision(truth, found, source)

@@ -1,0 +1,150 @@
+"""Detectors: pre-trained weights land in the backbone, every kind learns, RoIAlign of both kinds agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from scrl_fast.data import DemoScenes
+from scrl_fast.errors import UsageError
+from scrl_fast.models import build_encoder
+from scrl_fast.transfer import average_precision, build_detector, fine_tune
+from scrl_fast.transfer.config import DETECTORS
+from scrl_fast.transfer.detector import PyramidRoIAlign, level_of
+
+SMALL = {"short_side": 96, "fpn_channels": 16, "head_channels": 32, "mask_channels": 8, "keypoint_channels": 8}
+SMALL |= {"proposals": (50, 50), "rois_per_image": 32}
+
+
+def small(kind="faster_rcnn", **options):
+    torch.manual_seed(0)
+    if kind == "fcos":
+        options = {"fpn_channels": 32, **options}
+    return build_detector(kind, 10, **{"backbone": "resnet10_tiny", **SMALL, **options})
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return DemoScenes(16, 96, 0)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_weights_land_in_the_backbone(tmp_path, kind):
+    encoder = build_encoder("resnet18")
+    for tensor in encoder.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    torch.save(encoder.body.state_dict(), tmp_path / "r.pth")
+    network = small(kind, backbone="resnet18", init=str(tmp_path / "r.pth"))
+    body, own = network.backbone.body.state_dict(), encoder.body.state_dict()
+    assert len(body) == 120 and set(body) == set(own)
+    assert all(torch.equal(body[name], own[name]) for name in own)
+    assert len(network.init_report.matched) == 120
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in network.modules())
+
+
+def test_stages_freeze_from_the_image_on():
+    for count, expected in enumerate((set(), {"conv1", "bn1"}, {"conv1", "bn1", "layer1"})):
+        body = small(backbone="resnet18", frozen_stages=count).backbone.body
+        trained = {name.partition(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+        assert trained == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"} - expected
+        assert isinstance(body.bn1, FrozenBatchNorm2d) == (count > 0)
+
+
+def test_norms():
+    def norms(network, kind):
+        return sum(isinstance(module, kind) for module in network.modules())
+
+    everywhere, body_only, frozen = (small(**o) for o in ({}, {"norm_in_heads": False}, {"norm": "frozen"}))
+    assert norms(everywhere.backbone.fpn, nn.BatchNorm2d) == 6 and norms(body_only.backbone.fpn, nn.BatchNorm2d) == 0
+    assert norms(frozen, nn.BatchNorm2d) == 0 and norms(frozen, FrozenBatchNorm2d) == 9
+    assert norms(small("mask_rcnn").roi_heads.mask_head, nn.BatchNorm2d) == 4
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
+def test_loss_falls(kind, scenes):
+    losses = fine_tune(small(kind), scenes, steps=8, batch_size=8, lr=0.02, flip=0.0, workers=2)
+    assert sum(losses[-2:]) < 0.85 * sum(losses[:2])
+
+
+def test_fine_tuning_is_repeatable_whatever_the_workers(scenes):
+    states = []
+    for workers in (1, 3):
+        network = small()
+        fine_tune(network, scenes, steps=2, batch_size=4, workers=workers, seed=5)
+        states.append(network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_our_roi_align_in_the_detector_is_torchvisions():
+    strides, shapes = [4, 8, 16], [(96, 128), (96, 128)]
+    features = {str(i): torch.randn(2, 5, 96 // s, 128 // s, requires_grad=True) for i, s in enumerate(strides)}
+    features["pool"] = torch.randn(2, 5, 3, 4)
+    generator = torch.Generator().manual_seed(0)
+    corners = [torch.rand(n, 2, generator=generator) * 60 for n in (17, 0)]
+    sides = [torch.rand(n, 2, generator=generator) ** 3 * 60 + 1 for n in (17, 0)]
+    boxes = [torch.cat([c, c + s], 1) for c, s in zip(corners, sides, strict=True)]
+    ours = PyramidRoIAlign(strides, 7, 2, aligned=False)
+    theirs = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    expected, found = theirs(features, boxes, shapes), ours(features, boxes, shapes)
+    torch.testing.assert_close(found, expected)
+    leaves = [features[str(i)] for i in range(3)]
+    cotangent = torch.randn_like(expected)
+    for mine, other in zip(
+        torch.autograd.grad(found, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_boxes_go_to_the_level_of_their_size():
+    boxes = torch.tensor([[0, 0, s, s] for s in (1.0, 111, 112, 223, 224, 448, 2000)])
+    assert level_of(boxes, [4, 8, 16, 32]).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_evaluation_has_its_own_side():
+    network = small(short_side=(64, 96), test_short_side=128)
+    assert network.train().transform.min_size == (64, 96) and network.eval().transform.min_size == (128,)
+
+
+def test_average_precision_of_perfect_boxes(scenes):
+    class Oracle(nn.Module):
+        """Finds what is there, in the order of the scenes."""
+
+        first_label = 1
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.index = -1
+
+        def forward(self, images):
+            self.index += 1
+            boxes = torch.from_numpy(scenes.boxes(self.index))
+            labels = torch.from_numpy(scenes.labels(self.index)) + 1
+            return [{"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}]
+
+    found = average_precision(Oracle(), scenes)
+    assert found["AP"] == pytest.approx(1) and found["AP50"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("yolo", 3), r"detector must be one of .*, got 'yolo'"),
+        (("fcos", 0), r"classes must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_detector(*arguments)
+    with pytest.raises(ValueError, match=r"fpn_channels must be a multiple of 32 .* got 40"):
+        small("fcos", fpn_channels=40)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    torch.save(build_encoder("resnet10_tiny").body.state_dict(), tmp_path / "r.pth")
+    with pytest.raises(UsageError, match=r"does not fill the encoder resnet18: .* tensors are missing"):
+        small(backbone="resnet18", init=str(tmp_path / "r.pth"))
