@@ -1,0 +1,203 @@
+"""From JPEG files to two normalised views per image: images a second, for every pipeline at hand.
+
+Three groups of cases: whole pipelines on one core; their stages, each alone on decoded images; loaders over workers.
+Images are real photographs out of scikit-image, 500 x 375, JPEG quality 90.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from input_rivals import Pillow, Pipeline, TorchvisionV2, ViewsDataset, available
+from PIL import Image
+from torch import Tensor
+
+from scrl_fast.config import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
+from scrl_fast.data import Loader, make_source
+from scrl_fast.data.decode import decode, jpeg_decoder
+from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.views import draw_views
+
+HEIGHT, WIDTH = 375, 500
+_COLOUR = ("jitter", "grayscale", "blur", "solarize")
+_PHOTOS = ("astronaut", "coffee", "cat", "rocket", "retina", "hubble_deep_field")
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEG files: `count` different regions of real photographs."""
+    import skimage.data
+
+    rng, files = np.random.default_rng(0), []
+    for index in range(count):
+        photo = Image.fromarray(getattr(skimage.data, _PHOTOS[index % len(_PHOTOS)])())
+        side = rng.uniform(0.7, 1)
+        w = min(photo.width, photo.height * 4 / 3) * side
+        x, y = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - 0.75 * w)
+        region = photo.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS, (x, y, x + w, y + 0.75 * w))
+        buffer = io.BytesIO()
+        region.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+def views_of(config: ViewsConfig, count: int) -> np.ndarray:
+    return draw_views(config, [(HEIGHT, WIDTH)] * count, seed=0, epoch=0, keys=np.arange(count))
+
+
+class Ours(Pipeline):
+    """What a thread of the loader does with its part of a batch: decode, pack, make the views in the batch's memory."""
+
+    PART = 16
+
+    def __init__(self, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        super().__init__(*args)
+        size, layout = self.config.size, torch.channels_last
+        # kept between calls, as the loader keeps a batch's memory
+        self._out = torch.zeros(self.table.size, 3, size, size, dtype=dtype).contiguous(memory_format=layout)
+        self._options = {"size": size, "mean": self.config.mean, "std": self.config.std, **options}
+
+    def __call__(self) -> Tensor:
+        for first in range(0, len(self.jpegs), self.PART):
+            packed = pack_images([self.decode(jpeg) for jpeg in self.jpegs[first : first + self.PART]])
+            for view, rows in enumerate(self.table[:, first : first + self.PART].copy()):
+                rows["image"] -= first
+                start = view * len(self.jpegs) + first
+                augment_views(packed, rows, out=self._out[start : start + len(rows)], **self._options)
+        return self._out
+
+    def decode(self, jpeg: bytes) -> np.ndarray:
+        return decode(jpeg, max_pixels=1 << 24)
+
+
+def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> None:
+    jpegs, table = photographs(images), views_of(config, images)
+    arguments = (jpegs, table, config)
+    ours = Ours(*arguments)
+    providers: dict[str, Callable[[], Any]] = {
+        "scrl_fast/float32": ours,
+        "scrl_fast/bfloat16": Ours(*arguments, dtype=torch.bfloat16),
+        "scrl_fast/uint8": Ours(*arguments, dtype=torch.uint8),
+        f"scrl_fast/decode only ({jpeg_decoder()})": lambda: [ours.decode(jpeg) for jpeg in jpegs],
+    }
+    providers |= {name: rival(*arguments) for name, rival in available().items()}
+
+    def agree() -> None:  # levels, so that the tolerance is the promised one
+        off = (ours() - Ours(*arguments, backend="reference")()).abs() * 255 * torch.tensor(config.std).view(3, 1, 1)
+        assert off.mean() <= 1 and (off > 4.5).float().mean() <= 0.001, f"mean {off.mean():.3f} levels off"
+        theirs = (TorchvisionV2(*arguments)() - Pillow(*arguments)()).abs().mean() * 255 * min(config.std)
+        assert theirs < 12, f"the rivals' pictures differ by {theirs:.1f} levels"
+
+    name = harness.case_name("jpeg to two views", size=config.size, blur=config.blur)
+    bench.case(name, providers, items=images, check=agree)
+
+
+def stages(bench: harness.Bench, config: ViewsConfig, images: int) -> None:
+    """Decoding, then what each stage adds to the crop, on decoded images; two views an image."""
+    jpegs, table = photographs(images), views_of(config, images)
+    providers = {"scrl_fast": Ours, "pillow": Pillow, "torchvision": TorchvisionV2}
+    calls = {name: each(jpegs, table, config) for name, each in providers.items()}
+    bench.case(
+        harness.case_name("stage decode", size=config.size),
+        {name: lambda p=p: [p.decode(jpeg) for jpeg in jpegs] for name, p in calls.items()},
+        items=images,
+        dtype="uint8",
+    )
+    for name, fields, dtype in (
+        ("crop", (), torch.uint8),
+        ("crop + jitter", ("jitter",), torch.uint8),
+        ("crop + blur", ("blur",), torch.uint8),
+        ("crop + output", (), torch.float32),
+        ("all", _COLOUR, torch.float32),
+    ):
+        rows = table.copy()
+        for field in set(_COLOUR) - set(fields):
+            rows[field] = 0
+        stage(bench, harness.case_name(f"stage {name}", size=config.size), (jpegs, rows, config), dtype)
+
+
+def stage(bench: harness.Bench, case: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    jpegs, rows, config = arguments
+    decoded = [decode(jpeg, max_pixels=1 << 24) for jpeg in jpegs]
+    pictures = [Image.fromarray(image) for image in decoded]
+    rivals: dict[str, Callable[[], Any]] = {}
+    if "albumentations" in (known := available(quiet=True)):
+        albumentations = known["albumentations"](*arguments)
+        rivals["albumentations"] = lambda: views(albumentations, decoded, rows)
+    tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in decoded]
+    packed, pillow, v2 = pack_images(decoded), Pillow(*arguments), TorchvisionV2(*arguments)
+    out = torch.zeros(rows.size, 3, config.size, config.size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    options = {"size": config.size, "mean": config.mean, "std": config.std, "out": out}
+    bench.case(
+        case,
+        {
+            "scrl_fast": lambda: augment_views(packed, rows, **options),
+            "pillow": lambda: views(pillow, pictures, rows),  # with to_tensor and normalize, whatever ours leaves out
+            "torchvision": lambda: views(v2, tensors, rows),
+            **rivals,
+        },
+        items=len(jpegs),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def views(pipeline: Pipeline, images: list[Any], table: np.ndarray) -> list[Tensor]:
+    return [pipeline.view(image, row) for rows in table for image, row in zip(images, rows, strict=True)]
+
+
+def loaders(bench: harness.Bench, config: ViewsConfig, images: int, workers: list[int]) -> None:
+    """An epoch of files, batches of 16; our loader draws boxes as well."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder, f"{index:04d}.jpg")) for index in range(images)]
+        for file, jpeg in zip(files, photographs(images), strict=True):
+            Path(file).write_bytes(jpeg)
+        for count in workers:
+            ours = Config(
+                data=DataConfig(source="folder", root=folder, workers=count),
+                views=config,
+                boxes=BoxesConfig(),
+                model=ModelConfig(),
+                train=TrainConfig(batch_size=16, epochs=1),
+            )
+            theirs = torch.utils.data.DataLoader(
+                ViewsDataset(files, views_of(config, images), config),
+                batch_size=16,
+                num_workers=count,
+                persistent_workers=count > 0,
+            )
+            loader = Loader(make_source(ours), ours)
+            bench.case(
+                harness.case_name("loader", workers=count, size=config.size),
+                {
+                    "scrl_fast": lambda it=loader: sum(len(batch.views) for batch in it.epoch(0)),
+                    "torch/DataLoader of the published pipeline": lambda it=theirs: sum(len(batch) for batch in it),
+                },
+                items=images,
+            )
+            loader.close()
+
+
+def main() -> int:
+    parser = harness.parser("input", __doc__)
+    parser.add_argument("--images", type=int, default=16, help="images of a call (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of a view (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader workers to try")
+    parser.set_defaults(threads=1, repeats=20, seconds=8.0)
+    args = parser.parse_args()
+    bench = harness.Bench("input", args)
+    config = ViewsConfig(size=args.size)
+    whole_pipelines(bench, config, args.images)
+    stages(bench, config, args.images)
+    loaders(bench, config, max(64, 4 * args.images) // 16 * 16, args.workers)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
