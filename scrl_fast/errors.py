@@ -108,9 +108,11 @@ class Report:
     """Where `friendly_errors` tells of a fault.
 
     log: a file to which the traceback is appended, once there is one.
+    quiet: say nothing, since another process says the same.
     """
 
     log: Path | None = None
+    quiet: bool = False
 
 
 @contextmanager
@@ -137,7 +139,8 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
         where = "" if debug or code == EXIT_USAGE else _traceback_place(report.log)
         if debug:
             traceback.print_exc()
-        print(f"{command}: {one_line(error)}{where}", file=sys.stderr)
+        if not report.quiet:
+            print(f"{command}: {one_line(error)}{where}", file=sys.stderr)
         raise SystemExit(code) from None
 
 

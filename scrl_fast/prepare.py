@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from scrl_fast import distributed, runlog
 from scrl_fast.config import Config
+from scrl_fast.distributed import World
 from scrl_fast.models import SCRL
 from scrl_fast.optim import LARS, lars_param_groups
 
@@ -25,8 +28,8 @@ def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
     images: size of the data set. Raises ValueError naming the option, its value and what to do.
     """
     config.check_ready()
-    if world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes do not train together yet: start one, without torchrun")
+    if config.run.wandb:
+        runlog.import_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
     per_step = config.train.batch_size * config.train.accumulate * world_size
     if images < per_step:
         factors = f"train.batch_size {config.train.batch_size}"
@@ -60,14 +63,23 @@ def choose_folder(config: Config) -> str:
     return f"runs/{config.data.source}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that ``train.device`` means. Raises ValueError for a GPU that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"train.device is {name!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices")
-    return device
+def place_run(config: Config, world: World) -> Config:
+    """The options with the run folder in them, which now exists; process 0 decides for all.
+
+    After a restart by ``torchrun --max-restarts`` it is the folder of the first attempt, to be resumed if there is a
+    checkpoint in it. Raises ValueError as `choose_folder` and `scrl_fast.runlog.prepare_folder` do.
+    """
+
+    def place() -> tuple[str, str, str]:
+        folder = distributed.remembered("run.dir", lambda: choose_folder(config))
+        again = distributed.attempt() > 0
+        runlog.prepare_folder(folder, resume=again or bool(config.resume))
+        if again and any(Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")):
+            return folder, "auto", ""
+        return folder, config.resume, config.init
+
+    folder, resume, init = world.from_first(place)
+    return replace(config, run=replace(config.run, dir=folder), resume=resume, init=init)
 
 
 def set_numerics(deterministic: bool, device: torch.device) -> None:
@@ -137,11 +149,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def loss_shares(batches: Sequence[Batch]) -> list[float]:
-    """Each batch's share of the box pairs of all, so that the weighted losses add up to the mean over all pairs."""
-    pairs = [count_pairs(batch) for batch in batches]
-    total = sum(pairs)
-    return [count / total for count in pairs] if total else [1.0 / len(batches)] * len(batches)
+def loss_shares(batches: Sequence[Batch], total: int) -> list[float]:
+    """Each batch's share of ``total`` box pairs, so that the weighted losses add up to the mean over all of them."""
+    return [count_pairs(batch) / max(total, 1) for batch in batches]
 
 
 def count_pairs(batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 HARMLESS = ("run.", "eval.", "resume", "init", "data.workers", "data.prefetch", "train.max_steps", "train.device")
 """Options that may change between stop and resume without changing what is computed."""
+SPREAD = ("train.batch_size", "train.accumulate")
+"""Options that change with the number of processes, for the same global batch."""
 
 
 def training_state(trainer: SCRLTrainer) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def training_state(trainer: SCRLTrainer) -> dict[str, Any]:
         "epoch": epoch,
         "config": trainer.config.to_dict(),
         "rng": {"torch": torch.get_rng_state()},  # every step seeds it anew; here for whoever goes on by other means
-        "loader": {"epoch": epoch, "batch": done * train.accumulate, "world_size": trainer.world_size},
+        "loader": {"epoch": epoch, "batch": done * train.accumulate, "world_size": trainer.world.size},
         "version": __version__,
         "log": {"pending": trainer.pending, "scores": trainer.scores, "best": trainer.best},
     }
@@ -43,12 +46,13 @@ def restore(trainer: SCRLTrainer) -> list[str]:
     Raises CheckpointError for one that is missing, damaged or foreign, ValueError for one that does not fit.
     """
     config = trainer.config
-    with warnings.catch_warnings(record=True) as caught:  # names of damaged checkpoints that were passed over
-        warnings.simplefilter("always")
-        newest = trainer.checkpoints.newest_good() if config.resume else None
-        path = newest if config.resume == "auto" else checkpoint.find(config.resume) if config.resume else None
-        state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS) if path else None
-    notes = [str(warning.message) for warning in caught]
+    newest, path, notes = trainer.world.from_first(lambda: choose(trainer))
+    state = None
+    if path is not None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
+        notes += [str(warning.message) for warning in caught]
     if state is not None:
         if newest is not None and step_in_name(newest) > state["step"]:
             raise ValueError(
@@ -57,7 +61,10 @@ def restore(trainer: SCRLTrainer) -> list[str]:
             )
         load_training_state(trainer, state)
         notes.append(f"resumed from {path} at step {trainer.step}")
-        if changed := changed_options(state["config"], config.to_dict()):
+        before, now = state["loader"].get("world_size", 1), trainer.world.size
+        if before != now:
+            notes.append(f"{now} processes instead of {before}: the same images, views and boxes in every step")
+        if changed := changed_options(state["config"], config.to_dict(), besides=SPREAD if before != now else ()):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
     elif config.resume:
         notes.append(f"resume=auto: no checkpoint in {trainer.checkpoints.folder} yet, starting from the beginning")
@@ -80,24 +87,53 @@ def initialise(trainer: SCRLTrainer, path: str) -> list[str]:
     return notes
 
 
+def choose(trainer: SCRLTrainer) -> tuple[Path | None, Path | None, list[str]]:
+    """(newest good checkpoint of the run folder, the one to load, what was passed over), for ``config.resume``."""
+    asked = trainer.config.resume
+    if not asked:
+        return None, None, []
+    with warnings.catch_warnings(record=True) as caught:  # names of damaged checkpoints that were passed over
+        warnings.simplefilter("always")
+        newest = trainer.checkpoints.newest_good()
+        path = newest if asked == "auto" else checkpoint.find(asked)
+    return newest, path, [str(warning.message) for warning in caught]
+
+
 def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
-    """Puts a checkpoint into the trainer; the options stay those of the trainer's configuration."""
+    """Puts a checkpoint into the trainer; the options stay those of the trainer's configuration.
+
+    Raises ValueError when the global batch is another one: step numbers and schedules would mean something else.
+    """
+    check_batch(trainer, state)
     trainer.model.load_state(state["model"])
     options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     trainer.optimizer.load_state_dict(state["optimizer"])
     for group, mine in zip(trainer.optimizer.param_groups, options, strict=True):
         group.update(mine)
     torch.set_rng_state(state["rng"]["torch"])
-    trainer.step = state["step"]
+    trainer.step = trainer.saved = state["step"]
     log = state.get("log", {})
     trainer.pending = [list(row) for row in log.get("pending", [])]
     trainer.scores, trainer.best = list(log.get("scores", [])), log.get("best", trainer.best)
 
 
-def changed_options(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def check_batch(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint's images per step are those of now, in whatever number of processes."""
+    was, now = state["config"]["train"], trainer.config.train
+    before = was["batch_size"], was["accumulate"], state["loader"].get("world_size", 1)
+    if math.prod(before) != trainer.global_batch:
+        raise ValueError(
+            f"train.batch_size={now.batch_size} x train.accumulate={now.accumulate} x {trainer.world.size} processes "
+            f"makes {trainer.global_batch} images a step, but the checkpoint was made with "
+            f"{' x '.join(map(str, before))} = {math.prod(before)}: choose them so that the product stays, or start a "
+            "new run from the weights with --init"
+        )
+
+
+def changed_options(before: Mapping[str, Any], after: Mapping[str, Any], besides: tuple[str, ...] = ()) -> list[str]:
     """``name old -> new`` for every option that differs and matters."""
     old, new = flatten(before), flatten(after)
-    names = [name for name in new if not name.startswith(HARMLESS) and old.get(name) != new[name]]
+    names = [name for name in new if not name.startswith(HARMLESS + besides) and old.get(name) != new[name]]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in names]
 
 

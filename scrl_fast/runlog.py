@@ -278,11 +278,17 @@ def open_tensorboard(folder: Path, purge_step: int) -> Any | None:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def open_wandb(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
-    """A W&B run named after the run folder; the same folder continues the same run."""
+def import_wandb(project: str) -> Any:
+    """The module. Raises ValueError where it is missing."""
     try:
         import wandb
     except ImportError as error:
         raise ValueError(f"run.wandb is {project!r}, but wandb is not installed: pip install wandb") from error
+    return wandb
+
+
+def open_wandb(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
+    """A W&B run named after the run folder; the same folder continues the same run."""
+    wandb = import_wandb(project)
     name = folder.resolve().name
     return wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(settings or {}), resume="allow")

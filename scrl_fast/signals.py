@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop reads, not as an exception in the middle of a step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop reads, not as an exception in the middle of a step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class StopRequest:
-    """While active, SIGINT and SIGTERM set ``signal_name`` instead of ending the process.
+    """While active, SIGINT, SIGTERM and SIGUSR1 (some schedulers' warning) set ``signal_name`` and end nothing.
 
     A second SIGINT raises KeyboardInterrupt at once, for whoever cannot wait for the step, and inside `at_once` any
     of them ends the block. Outside the main thread, where Python allows no handlers, nothing is installed.

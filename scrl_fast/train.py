@@ -18,7 +18,10 @@ PROG = "python -m scrl_fast.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with friendly_errors("scrl_fast.train", debug="--debug" in argv) as report:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    name = "scrl_fast.train" + (f" (process {os.environ.get('RANK')})" if several else "")
+    with friendly_errors(name, debug="--debug" in argv) as report:
+        report.quiet = several and os.environ.get("LOCAL_RANK", "0") != "0"  # a wrong option is told once a machine
         request = cli.parse(argv, prog=PROG)
         if os.environ.get("RANK", "0") == "0":
             for note in request.notes:
@@ -27,11 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(request.config.to_yaml(), end="")
             return 0
         request.config.check_ready()
-        from scrl_fast.trainer import SCRLTrainer  # torch, only once the options are known to be right
+        report.quiet = False
+        from scrl_fast import distributed  # torch, only once the options are known to be right
+        from scrl_fast.trainer import SCRLTrainer
 
-        trainer = SCRLTrainer(request.config)
-        report.log = trainer.folder / "log.txt"
-        trainer.fit()
+        try:
+            trainer = SCRLTrainer(request.config)
+            report.log = trainer.folder / "log.txt"
+            trainer.fit()
+        except Exception as error:
+            told = distributed.explain(error)
+            if told is error:
+                raise
+            raise told from error
+        distributed.leave()
     return 0
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scrl_fast import checkpoint, pictures, prepare, resume, runlog
+from scrl_fast import checkpoint, distributed, pictures, prepare, resume, runlog
 from scrl_fast.config import Config
 from scrl_fast.data import Batch, Loader, make_source, on_device
+from scrl_fast.distributed import World
 from scrl_fast.metrics import StepMeter, feature_std, rankme
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.signals import StopRequest
@@ -33,21 +35,23 @@ class SCRLTrainer:
     """SCRL (or BYOL) pre-training of one encoder.
 
     config: see `scrl_fast.config.Config`. source: images to use instead of those that ``config.data`` names.
-    rank, world_size: this process among its fellows; the first one writes.
+    world: this process among its fellows, where it is not the one that torchrun announces; the first one writes.
     Raises ValueError naming the option for whatever can be known to be wrong before the networks exist.
 
     After construction ``model``, ``optimizer``, ``loader`` and ``train_step`` may also be used without ``fit``.
     """
 
-    def __init__(self, config: Config, *, source: Any = None, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: Config, *, source: Any = None, world: World | None = None) -> None:
         config = replace(config)  # checks again what was changed since it was made
         train = config.train
-        self.rank, self.world_size = rank, world_size
+        config.check_ready()
+        self.device = distributed.device_of(train.device)
+        self.world = distributed.join(self.device) if world is None else world
+        self.rank, world_size = self.world.rank, self.world.size
         self.source: Any = make_source(config) if source is None else source
         prepare.check_run(config, images=len(self.source), world_size=world_size)
-        self.device = prepare.choose_device(train.device)
-        self.folder = runlog.prepare_folder(prepare.choose_folder(config), resume=bool(config.resume))
-        self.config = config = replace(config, run=replace(config.run, dir=str(self.folder)))
+        self.config = config = prepare.place_run(config, self.world)
+        self.folder = Path(config.run.dir)
         self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
         prepare.set_numerics(train.deterministic, self.device)
         self.view_format: dict[str, Any] = {
@@ -59,11 +63,11 @@ class SCRLTrainer:
         self.loader = Loader(
             self.source,
             config,
-            rank=rank,
+            rank=self.rank,
             world_size=world_size,
             dtype=torch.uint8 if on_gpu else torch.float32,  # a quarter of the bytes cross the bus
             pin_memory=on_gpu,
-            bad_files_path=self.folder / "bad_files.jsonl",
+            bad_files_path=self.folder / ("bad_files.jsonl" if self.rank == 0 else f"bad_files_{self.rank}.jsonl"),
         )
         self.steps_per_epoch = len(self.loader) // train.accumulate
         self.planned_steps = self.steps_per_epoch * train.epochs
@@ -79,7 +83,10 @@ class SCRLTrainer:
             self.model.online.encoder.compile()
             self.model.target.encoder.compile()
 
-        self.step = 0  # updates made so far
+        self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
+
+        self.step = self.saved = 0  # updates made so far, and at the last checkpoint
+        self.asked = False  # some process was told to stop
         self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
         self.best = -math.inf  # probe accuracy of best.pt
         self.scores: list[float] = []  # probe accuracies at the logging points since the last checkpoint
@@ -95,8 +102,9 @@ class SCRLTrainer:
         """Trains to the end of the plan, to ``train.max_steps``, or to a signal, and says what came out.
 
         Returns ``{run_dir, step, epoch, loss, feature_std, rankme, interrupted, checkpoint, resume_command, seconds}``
-        and evaluation results. SIGINT and SIGTERM finish the step, save, and return with ``interrupted`` set.
-        Raises NonFiniteError, naming the step and the last good checkpoint, when the numbers break down.
+        and evaluation results. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with ``interrupted`` set.
+        Raises NonFiniteError, naming the step and the last good checkpoint, when the numbers break down, and what the
+        data raise, once the steps before are saved.
         """
         started = time.perf_counter()
         notes = resume.restore(self)
@@ -104,16 +112,16 @@ class SCRLTrainer:
             self.introduce(notes)
             self.clock.read()
             with closing(self.batches()) as stream:
-                for batches in stream:
-                    self.train_step(batches)
+                for batches, pairs in self.agreed(stream, stop):
+                    self.train_step(batches, pairs)
                     self.log.tick()
                     if self.step % self.config.run.log_every == 0 or self.step in (1, self.last_step):
                         self.report()
                     if self.step % self.save_every == 0 or self.step == self.last_step:
                         self.save()
-                    elif stop:  # an extra checkpoint, but no extra row: the resumed run writes the same ones
+                    elif self.stopping(stop):  # an extra checkpoint, but no extra row: the resumed run writes the same
                         self.save(planned=False)
-                    if stop:
+                    if self.stopping(stop):
                         break
             return self.finish(stop) | {"seconds": time.perf_counter() - started}
 
@@ -134,33 +142,90 @@ class SCRLTrainer:
                         self.draw_boxes(group[0])
                     yield group
 
-    def train_step(self, batches: Sequence[Batch]) -> None:
+    def agreed(
+        self, stream: Iterator[list[Batch]], stop: StopRequest
+    ) -> Generator[tuple[list[Batch], int], None, None]:
+        """Groups of batches with the box pairs of all processes, as long as every process has one.
+
+        One small message a step between the hosts: pairs, requests to stop, and data that failed. So all processes
+        stop at the same step, with a checkpoint of it.
+        """
+        failure: Exception | None = None
+        while self.step < self.last_step:
+            group: list[Batch] = []
+            try:
+                group = next(stream)
+            except Exception as error:
+                failure = error
+            flags = [stop.signal_name != "", failure is not None]
+            pairs, asked, failed = self.world.sums([sum(map(prepare.count_pairs, group)), *map(int, flags)])
+            self.asked = asked > 0
+            if failed:
+                self.save_before_the_end()
+                raise failure or distributed.PeerFailed("stopped because the data of another process failed")
+            yield group, pairs
+
+    def stopping(self, stop: StopRequest) -> bool:
+        """Whether to end after this step: in one process at any signal so far, in several at one that all heard of."""
+        if self.asked and not stop:
+            stop.signal_name = "a signal to another process"
+        return self.asked if self.world.several else bool(stop)
+
+    def train_step(self, batches: Sequence[Batch], pairs: int | None = None) -> None:
         """One update from ``train.accumulate`` batches; nothing in here waits for the device.
 
-        The loss is the mean over the box pairs of all the batches together, so accumulation equals the large batch
-        but for BatchNorm, which sees each batch by itself.
+        pairs: box pairs of this step in all processes, if known. The loss is the mean over them, so accumulation and
+        several processes equal the large batch, but that accumulated batches pass BatchNorm one by one.
         """
         torch.manual_seed(prepare.step_seed(self.config.train.seed, self.step, self.rank))
         momentum = self.set_schedule()
-        rows: list[list[Tensor]] = []
-        for batch, share in zip(batches, prepare.loss_shares(batches), strict=True):
-            batch = batch.to(self.device, self.config.train.channels_last)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                output = self.model(batch.views, batch.boxes, batch.labels)
-            objective = output.loss * share
-            probe = [output.probe_loss, output.probe_correct, output.probe_count]
-            if output.probe_loss is not None:  # its input carries no gradient: encoder and heads do not feel it
-                objective = objective + output.probe_loss / len(batches)
-            objective.backward()
-            zero = torch.zeros_like(output.loss)
-            rows.append([output.loss.detach() * share, *(zero if value is None else value.detach() for value in probe)])
+        if self.network is None:
+            self.network = self.world.parallel(self.model, self.device, static=len(batches) == 1)
+        own_pairs = sum(map(prepare.count_pairs, batches))
+        shares = prepare.loss_shares(batches, self.world.sums([own_pairs])[0] if pairs is None else pairs)
+        batches = [batch.to(self.device, self.config.train.channels_last) for batch in batches]
+        labelled = self.count_labelled(batches)
+        rows = []
+        for batch, share in zip(batches, shares, strict=True):
+            with self.reducing_after(batch is batches[-1]):
+                rows.append(self.accumulate(batch, share, labelled))
         self.optimizer.step(ema_momentum=momentum)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.projections = output.projections
-        self.clock.images += sum(batch.views.shape[0] // 2 for batch in batches)
+        self.clock.images += self.global_batch
         totals = [sum(column) for column in zip(*rows, strict=True)]
-        self.meter.add([*totals, self.optimizer.skipped.reshape(())], sum(map(prepare.count_pairs, batches)))
+        self.meter.add([*totals, self.optimizer.skipped.reshape(())], own_pairs)
+
+    def accumulate(self, batch: Batch, share: float, labelled: Tensor | None) -> list[Tensor]:
+        """Forward and backward of one batch; its parts of loss, probe loss, labelled views and right answers.
+
+        share: of the box pairs of the step. labelled: views of the step whose image has a label, in all processes.
+        """
+        assert self.network is not None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            output = self.network(batch.views, batch.boxes, batch.labels)
+        objective = loss = output.loss * share
+        row = [loss.detach(), *[torch.zeros_like(loss.detach())] * 3]
+        if labelled is not None:  # the probe's input carries no gradient: encoder and heads do not feel it
+            probe_loss = output.probe_loss * output.probe_count / labelled
+            objective = loss + probe_loss
+            row[1:] = [probe_loss.detach(), output.probe_correct.detach(), output.probe_count.detach()]
+        (objective * self.world.size).backward()  # several processes: their gradients are averaged, not summed
+        self.projections = output.projections.detach()
+        return row
+
+    def reducing_after(self, last: bool) -> AbstractContextManager[object]:
+        """Several processes exchange gradients after the last batch of a step only."""
+        if isinstance(self.network, torch.nn.parallel.DistributedDataParallel) and not last:
+            return self.network.no_sync()
+        return nullcontext()
+
+    def count_labelled(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Labelled views of the step in all processes, at least 1, on the device; None without a probe."""
+        if self.model.probe is None:
+            return None
+        counts = torch.stack([(batch.labels >= 0).sum() for batch in batches])
+        return self.world.sum_(2 * counts.sum()).clamp(min=1)
 
     def set_schedule(self) -> float:
         """Sets the learning rates of the coming update and returns the momentum of the target network after it."""
@@ -179,6 +244,8 @@ class SCRLTrainer:
     def read_meter(self) -> None:
         """Brings the finished steps' numbers to the host. Raises NonFiniteError at the first one that went wrong."""
         rows = self.meter.drain()
+        if rows and self.world.several:
+            rows = self.world.sum_(torch.tensor(rows, dtype=torch.float64)).tolist()
         for step, (loss, *_, skipped, _pairs) in enumerate(rows, self.step - len(rows) + 1):
             if not math.isfinite(loss) or skipped > 0:
                 good = self.checkpoints.newest_good()
@@ -197,20 +264,22 @@ class SCRLTrainer:
         loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
         assert self.projections is not None
         monitored = self.projections[:MONITOR_ROWS]
-        images = self.global_batch // self.world_size * len(rows)
+        images = self.global_batch * len(rows)
+        speed = self.clock.read()
+        speed["data_wait"] = self.world.sum_(torch.tensor(speed["data_wait"])).item() / self.world.size
         row: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 6),
             "loss": fmean(loss),
             "lr": self.optimizer.param_groups[0]["lr"],
             "ema_momentum": self.momentum,
-            **self.clock.read(),
+            **speed,
             "feature_std": feature_std(monitored).item(),
             "rankme": rankme(monitored).item(),
             "pairs_per_image": sum(pairs) / images,
         }
         if sum(count):
-            row |= {"probe_loss": fmean(probe_loss) / self.config.train.accumulate}
+            row |= {"probe_loss": fmean(probe_loss)}
             row |= {"probe_accuracy": sum(correct) / sum(count)}
             self.scores.append(row["probe_accuracy"])
         if self.device.type == "cuda":
@@ -225,6 +294,7 @@ class SCRLTrainer:
         in an untrained one.
         """
         self.read_meter()  # a step that went wrong must not be saved
+        self.saved = self.step
         better = planned and not self.source.num_classes
         if planned and self.scores:
             score = fmean(self.scores)
@@ -233,6 +303,12 @@ class SCRLTrainer:
             self.checkpoints.save(resume.training_state(self), self.step, best=better)
             if time.monotonic() - self.drawn > CURVES_EVERY:
                 self.draw_curves()
+
+    def save_before_the_end(self) -> None:
+        """Saves the steps since the last checkpoint when the data fail."""
+        if self.step > self.saved:
+            self.save(planned=False)
+            self.log.say(f"the data failed; all {self.step} steps are saved. To continue: {self.resume_command()}")
 
     def introduce(self, notes: Sequence[str]) -> None:
         """What this run is, for the person at the terminal and, in files, for whoever asks later."""
@@ -243,6 +319,8 @@ class SCRLTrainer:
         self.log.say(f"{config.model.method} with {config.model.backbone} on {self.device} in {precision}")
         plan = f"{self.steps_per_epoch} steps x {train.epochs} epochs"
         peak = self.optimizer.param_groups[0]["peak_lr"]
+        if self.world.several:
+            self.log.say(f"{self.world.size} processes with {train.batch_size} images each")
         self.log.say(f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}")
         self.log.say(f"run folder: {self.folder}")
         if self.rank == 0:
@@ -258,7 +336,8 @@ class SCRLTrainer:
         summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "epoch": row.get("epoch")}
         summary |= {key: row[key] for key in keys if key in row}
         self.draw_curves()
-        if not stop and self.config.eval.roi_linear and self.config.data.source == "demo":
+        evaluates = self.rank == 0 and self.config.eval.roi_linear and self.config.data.source == "demo"
+        if evaluates and not stop:
             with stop.at_once():
                 summary |= self.evaluate()
         summary["interrupted"] = stop.signal_name
@@ -294,7 +373,7 @@ class SCRLTrainer:
     def resume_command(self) -> str:
         """What to type to go on from here."""
         arguments = [f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
-        return f"python -m scrl_fast.train {shlex.join(arguments)}"
+        return f"{distributed.launcher()} -m scrl_fast.train {shlex.join(arguments)}"
 
     def draw_boxes(self, batch: Batch) -> None:
         """boxes.png: what the network is asked to match, from the first batch."""

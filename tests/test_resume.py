@@ -31,10 +31,10 @@ def run(folder, *, resume="", stop_at=None, stop_by=signal.SIGTERM, **train):
     trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
     plain = trainer.train_step
 
-    def step(batches):
+    def step(batches, *pairs):
         if trainer.step == stop_at:
             os.kill(os.getpid(), stop_by)
-        plain(batches)
+        plain(batches, *pairs)
 
     trainer.train_step = step
     return trainer, trainer.fit()
@@ -132,7 +132,9 @@ def test_a_stop_keeps_what_the_next_row_and_the_next_best_are_made_of(tmp_path):
     config.run.checkpoint_every, config.run.log_every = 9, 2
     trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
     plain = trainer.train_step
-    trainer.train_step = lambda batches: plain(batches) or (trainer.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    trainer.train_step = lambda *batches: (
+        plain(*batches) or (trainer.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    )
     trainer.fit()
     log = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["log"]
     assert (len(log["scores"]), len(log["pending"])) == (3, 1)  # rows of steps 1, 2, 4; step 5

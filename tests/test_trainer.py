@@ -326,10 +326,10 @@ def test_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path, monkeypatch, 
     trainer = SCRLTrainer(config, source=Pictures())
     plain = trainer.train_step
 
-    def poisoned(batches):
+    def poisoned(batches, *pairs):
         if trainer.step == 7:
             batches[0].views[0] = math.nan
-        plain(batches)
+        plain(batches, *pairs)
 
     monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 8: the loss is nan.*step_00000006\.pt"):

@@ -1,0 +1,232 @@
+"""Several processes that train one network: who they are, and the few things that they tell each other.
+
+One process a GPU (nccl), or a few on the CPU (gloo), started by ``torchrun``. What is exchanged between two logging
+points: gradients and BatchNorm statistics on the device, and one small message a step between the hosts, which also
+makes all of them stop at the same step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scrl_fast.errors import UsageError
+from scrl_fast.models.sync_batch_norm import synchronize_batch_norm
+
+T = TypeVar("T")
+STORE_TIMEOUT = timedelta(minutes=5)
+NOTE_TIMEOUT = timedelta(seconds=3)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than a checkpoint takes, which all wait for
+_ddp = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ddp else "broadcast_buffers"  # since torch 2.15
+_store: dist.Store | None = None  # of this attempt
+
+
+class PeerFailed(RuntimeError):
+    """Another process stopped, so this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its fellows; by default the only one, for which nothing here costs anything.
+
+    rank: 0 writes. size: processes in all. local_rank: place on this machine, which is the index of its GPU.
+    group: of torch.distributed, None for all processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Any = field(default=None, compare=False)
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    def sums(self, numbers: Sequence[int]) -> list[int]:
+        """Each number summed over the processes; between the hosts, so that no device is waited for."""
+        if not self.several:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """The tensor, in place, summed over the processes; on a GPU without waiting for it."""
+        if self.several:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def from_first(self, decide: Callable[[], T]) -> T:
+        """What ``decide`` returns in process 0, in every process; its error is raised in every process."""
+        if not self.several:
+            return decide()
+        message: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                message = [decide(), None]
+            except (ValueError, OSError) as error:
+                message = [None, error]
+        dist.broadcast_object_list(message, group=self.group, group_src=0)
+        if isinstance(message[1], ValueError):
+            raise UsageError(str(message[1]))
+        if message[1] is not None:
+            raise message[1]
+        return message[0]
+
+    def parallel(self, model: nn.Module, device: torch.device, *, static: bool = True) -> nn.Module:
+        """The model as all processes train it: gradients averaged, BatchNorm over all; itself if there is one process.
+
+        The module itself keeps its parameters and names; process 0's values go to all. static: the same parameters
+        take part in every backward pass, each of which is followed by an update.
+        """
+        if not self.several:
+            return model
+        synchronize_batch_norm(model, self.group)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=self.group,
+            **{_SYNC_BUFFERS: False},  # BatchNorm's are equal as it is
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
+
+
+def join(device: torch.device) -> World:
+    """This process's world: torch.distributed's if it runs, else the one that torchrun announces, else a single one.
+
+    device: this process's, from `device_of`. Under ``torchrun --max-restarts`` each attempt has its own keys in the
+    agent's store; without that it may connect to the dead processes of the attempt before, and hang.
+    Raises ValueError for an announcement that lacks something.
+    """
+    global _store
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), local_rank)
+    size = announced_size()
+    if size == 1:
+        return World()
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking:
+        raise ValueError(
+            f"WORLD_SIZE={size}, but {' and '.join(lacking)} not set: start with torchrun --nproc-per-node=N -m "
+            "scrl_fast.train, or unset WORLD_SIZE to train alone"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank = int(os.environ["RANK"])
+    _store = dist.PrefixStore(f"scrl_fast/attempt_{attempt()}", _open_store(rank, size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, size, local_rank)
+
+
+def leave() -> None:
+    """Ends what `join` began, if anything."""
+    global _store
+    _store = None
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def announced_size() -> int:
+    """How many processes torchrun says there are; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def attempt() -> int:
+    """How often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this process that ``train.device`` means. Raises ValueError for a GPU that is not there."""
+    several, found = announced_size() > 1, torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    local_rank, local_size = (int(os.environ.get(key, "0")) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if several and device.index is not None and local_size > 1:
+        raise ValueError(
+            f"train.device is {name!r}, one GPU for {local_size} processes: --train.device=cuda takes one each"
+        )
+    if several and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if not (device.index or 0) < found:
+        who = f" for process {local_rank} of this machine: --nproc-per-node={found}" if several and found else ""
+        raise ValueError(f"train.device is {name!r}, but PyTorch finds {found} CUDA devices{who}")
+    return device
+
+
+def launcher() -> str:
+    """How these processes were started, for the command that starts them again."""
+    size = announced_size()
+    if size == 1:
+        return "python"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = f" --nnodes={size // local}" if local < size else ""
+    return f"torchrun{nodes} --nproc-per-node={local}"
+
+
+def remembered(key: str, decide: Callable[[], str]) -> str:
+    """What ``decide`` gave in the first attempt, also after torchrun's restarts; for process 0.
+
+    Only torchrun's own store outlives an attempt; without one it is decided anew.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return decide()
+    store = dist.PrefixStore("scrl_fast", _open_store(rank=0, size=announced_size()))
+    if attempt() > 0 and store.check([key]):
+        return store.get(key).decode()
+    value = decide()
+    store.set(key, value)
+    return value
+
+
+def explain(error: Exception) -> Exception:
+    """The error to end this process with: its own, or, where another process failed first, one that names that.
+
+    A process that fails leaves a note for the others, whose exchanges with it then break off.
+    """
+    if _store is None:
+        return error
+    if not _of_others(error):
+        me = f"process {os.environ.get('RANK')} on {socket.gethostname()}"
+        with suppress(RuntimeError, OSError):  # the store's host may be gone
+            _store.compare_set("failed", "", f"{me}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return error
+    try:
+        _store.wait(["failed"], NOTE_TIMEOUT)
+        return PeerFailed(f"stopped because another process did: {_store.get('failed').decode()}")
+    except (RuntimeError, OSError):
+        first = " ".join(str(error).split())[:160]
+        return PeerFailed(
+            f"another process is gone without a word, probably killed; torchrun's report names it ({first})"
+        )
+
+
+def _of_others(error: Exception) -> bool:
+    """Whether the error only says that an exchange with another process broke off."""
+    broken = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, (PeerFailed, dist.DistError)) or any(words in str(error) for words in broken)
+
+
+def _open_store(rank: int, size: int) -> dist.Store:
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(
+        address, port, None if agents else size, is_master=rank == 0 and not agents, timeout=STORE_TIMEOUT
+    )

@@ -1,0 +1,202 @@
+"""BatchNorm whose statistics are those of all processes' batches together, on a CPU as on a GPU.
+
+``torch.nn.SyncBatchNorm`` refuses a CPU, reads its counts back to the host in every layer (the device idles until it
+has caught up), and cannot gather from a process without rows under autocast. This one does none of that: counts stay
+on the device and a process may have no rows at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from scrl_fast.models.heads import RowBatchNorm
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, RowBatchNorm)
+ACTIVATION = ("drop", "act")  # what timm's BatchNormAct2d does after the normalisation, in this order
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batches of all processes of ``group``; input ``[N, C, ...]``, N = 0 included.
+
+    Every process of the group must call it, in the same order. Parameters, buffers and their names are those of
+    ``nn.BatchNorm2d``. In eval mode nothing is exchanged. Equal to BatchNorm over the concatenated batches up to
+    rounding; statistics are merged as means and squared deviations (Chan et al. 1979), so that a mean far from zero
+    costs no digits.
+    """
+
+    group: Any = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input must be [N, C, ...], got {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if not (self.training or self.running_mean is None):
+            return self._activated(super().forward(input))
+        weight = torch.ones_like(self._wide(input)) if self.weight is None else self.weight
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
+        output, mean, var, count = _Normalize.apply(input, weight, bias, self.eps, self.group)
+        if self.running_mean is not None and self.track_running_stats:
+            self._track(mean, var, count)
+        return self._activated(output)
+
+    def _wide(self, input: Tensor) -> Tensor:
+        return input.new_empty(self.num_features, dtype=torch.promote_types(input.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Moves the running statistics, unless no process had a row; decided on the device."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += (count > 0).squeeze()
+        share = 1.0 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
+        share = (count > 0).to(self.running_mean.dtype) * share
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+
+    def _activated(self, output: Tensor) -> Tensor:
+        for name in ACTIVATION:
+            if name in self._modules:
+                output = getattr(self, name)(output)
+        return output
+
+
+def synchronize_batch_norm(module: nn.Module, group: Any = None) -> nn.Module:
+    """Replaces every BatchNorm inside ``module`` by `SyncBatchNorm`; returns the module (the new one if it is a norm).
+
+    Parameters and buffers stay the same objects, so an optimizer made before keeps its hold on them.
+    Raises ValueError naming a norm that does more than BatchNorm, and whose rest would be lost.
+    """
+    if isinstance(module, _BatchNorm):
+        return _replaced(module, group)
+    for name, child in module.named_children():
+        setattr(module, name, synchronize_batch_norm(child, group))
+    return module
+
+
+def _replaced(norm: _BatchNorm, group: Any) -> SyncBatchNorm:
+    acts = all(name in norm._modules for name in ACTIVATION)
+    if type(norm) not in PLAIN and not isinstance(norm, SyncBatchNorm) and not acts:
+        kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
+        raise ValueError(f"a norm of kind {kind} has no form for several processes: choose another --model.backbone")
+    sync = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for holder in ("_parameters", "_buffers", "_modules"):
+        getattr(sync, holder).update(getattr(norm, holder))
+    sync.group = group
+    return sync.train(norm.training)
+
+
+class _Normalize(torch.autograd.Function):
+    """(output, mean, var, count) of input, weight and bias; the last three are of all processes, without gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        input = input.contiguous(memory_format=_layout(input))
+        mean, var, count = _merged(_gathered(_local_statistics(input, eps), group))
+        ctx.save_for_backward(input, weight, mean, var, count)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(mean, var, count)
+        if not input.numel():
+            return torch.empty_like(input), mean, var, count
+        if input.is_cuda:
+            output = torch.batch_norm_elemt(input, weight, bias, mean, (var + eps).rsqrt(), eps)
+        else:
+            output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+        return output, mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, var, count = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=_layout(input))
+        differentiate = _backward_cuda if input.is_cuda else _backward_plain
+        return *differentiate(grad, input, weight, mean, var, count, ctx.eps, ctx.group), None, None
+
+
+def _layout(input: Tensor) -> torch.memory_format:
+    if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _local_statistics(input: Tensor, eps: float) -> Tensor:
+    """``[2C + 1]``: mean, biased variance and number of values a channel; zeros without rows. float32 or wider."""
+    channels = input.shape[1]
+    wide = torch.promote_types(input.dtype, torch.float32)
+    if not input.numel():
+        return torch.zeros(2 * channels + 1, dtype=wide, device=input.device)
+    count = torch.full((1,), input.numel() // channels, dtype=wide, device=input.device)
+    if input.is_cuda:
+        mean, invstd = torch.batch_norm_stats(input, eps)
+        var = (invstd.pow(-2) - eps).clamp(min=0)
+    else:
+        mean, var = torch.batch_norm_update_stats(input.to(wide), None, None, 0.0)
+    return torch.cat([mean, var, count])
+
+
+def _gathered(statistics: Tensor, group: Any) -> Tensor:
+    """``[processes, 2C + 1]``."""
+    rows = [torch.empty_like(statistics) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, statistics, group=group)
+    return torch.stack(rows)
+
+
+def _merged(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    channels = rows.shape[1] // 2
+    means, variances, counts = rows.split([channels, channels, 1], dim=1)
+    total = counts.sum(0)
+    shares = counts / total.clamp(min=1)
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
+    return mean, var, total
+
+
+def _total(one: Tensor, other: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    both = torch.stack([one, other])
+    dist.all_reduce(both, group=group)
+    return both[0], both[1]
+
+
+def _backward_cuda(
+    grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not input.numel():
+        nothing = torch.zeros_like(mean)
+        _total(nothing, nothing, group)
+        return torch.empty_like(input), nothing.to(weight.dtype), nothing.to(weight.dtype)
+    invstd = (var + eps).rsqrt()
+    sums = torch.batch_norm_backward_reduce(grad, input, mean, invstd, weight, True, True, True)
+    sum_dy, sum_dy_xmu = _total(sums[0], sums[1], group)
+    counts = count.to(torch.int32)
+    grad_input = torch.batch_norm_backward_elemt(grad, input, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
+    return grad_input, sums[2], sums[3]
+
+
+def _backward_plain(
+    grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First as if the statistics were constants, then what flows through them."""
+    wide, dtype = mean.dtype, input.dtype
+    grad, input, scale = grad.to(wide), input.to(wide), weight.to(wide)
+    if input.numel():
+        backward = torch.ops.aten.native_batch_norm_backward
+        mask = [True, True, True]
+        dx, dw, db = backward(grad, input, scale, mean, var, None, None, False, eps, mask)
+    else:
+        dx, dw, db = torch.empty_like(input), torch.zeros_like(mean), torch.zeros_like(mean)
+    sum_dw, sum_db = _total(dw, db, group)
+    invstd = (var + eps).rsqrt()
+    scale = scale * invstd / count.clamp(min=1)
+    slope = scale * invstd * sum_dw
+    offset = scale * sum_db - slope * mean
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    dx = dx.addcmul_(input, slope.view(shape), value=-1).sub_(offset.view(shape))
+    return dx.to(dtype), dw.to(weight.dtype), db.to(weight.dtype)

@@ -1,0 +1,187 @@
+"""Several processes are one process: statistics, loss, weights and metrics, with uneven and missing boxes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gloo_cases as cases
+import pytest
+import torch
+from torch import nn
+
+from scrl_fast import distributed, runlog
+from scrl_fast.distributed import World
+from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def gloo(tmp_path_factory):
+    """(folder, results of each of the four processes); two of the cases run in pairs of them."""
+    folder = tmp_path_factory.mktemp("gloo")
+    command = [sys.executable, str(HERE / "gloo_cases.py"), str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(cases.SIZE)]
+
+
+# ---- BatchNorm ----
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES)
+@pytest.mark.parametrize("kind", cases.ROWS)
+def test_batch_norm_over_processes_equals_the_full_batch(gloo, kind, shape):
+    parts = [result["norm"][kind, shape] for result in gloo[1]]
+    layer = cases.norm(shape)
+    whole = cases.pass_through(layer, torch.cat(cases.batches(kind, shape)))
+    for name in ("output", "gradient"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], rtol=1e-12, atol=1e-12)
+    for name in ("0.weight", "0.bias"):
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name], rtol=1e-12, atol=1e-12)
+    for part in parts:
+        for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
+            torch.testing.assert_close(part[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_plain_batch_norm_would_not(gloo):
+    parts = cases.batches("even", "rows")
+    alone = torch.cat([cases.pass_through(cases.norm("rows"), part)["output"] for part in parts])
+    together = torch.cat([result["norm"]["even", "rows"]["output"] for result in gloo[1]])
+    assert (alone - together).abs().max() > 1e-2
+
+
+def test_batch_norm_of_no_rows_anywhere_changes_nothing(gloo):
+    for result in gloo[1]:
+        nothing = result["norm"]["nothing", "rows"]
+        assert nothing["output"].shape == nothing["gradient"].shape == (0, 5)
+        assert not nothing["0.weight"].any() and not nothing["0.running_mean"].any()
+        assert nothing["0.num_batches_tracked"] == 0 and (nothing["0.running_var"] == 1).all()
+
+
+def test_batch_norm_in_eval_mode_waits_for_nobody(gloo):
+    part = cases.batches("uneven", "rows")[1]
+    torch.testing.assert_close(gloo[1][1]["norm"]["eval"], cases.norm("rows").eval()(part), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_are_replaced_in_place_and_unknown_ones_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    names, weight = list(model.state_dict()), model[1].weight
+    synchronize_batch_norm(model)
+    assert isinstance(model[1], SyncBatchNorm)
+    assert list(model.state_dict()) == names and model[1].weight is weight
+
+    class Other(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match=r"norm of kind .*Other has no form for several processes"):
+        synchronize_batch_norm(nn.Sequential(Other(3)))
+
+
+def test_timms_norms_keep_their_activation():
+    timm = pytest.importorskip("timm", reason="timm is an optional dependency")
+    norm = timm.layers.BatchNormAct2d(3).eval()
+    sync = synchronize_batch_norm(norm)
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(sync(images), norm(images))
+    assert sync(images).min() == 0
+
+
+# ---- training ----
+
+
+def same_weights(ours, theirs):
+    for part, weights in theirs.items():
+        for name, value in weights.items():
+            torch.testing.assert_close(ours[part][name], value, rtol=1e-9, atol=1e-9, msg=f"{part} {name}")
+
+
+def rows_of(folder):
+    names = ("step", "epoch", "loss", "lr", "ema_momentum", "pairs_per_image", "probe_loss", "probe_accuracy")
+    return [[row[name] for name in names] for row in runlog.read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("processes", "case", "options"),
+    [(2, "step", {}), (4, "step", {}), (2, "accumulated", {"batch_size": 4, "accumulate": 2})],
+    ids=["2", "4", "2, accumulated"],
+)
+def test_processes_train_as_one_does(gloo, tmp_path, processes, case, options):
+    """Six steps; in one a process has no boxes, in one nobody has any; some images have no label."""
+    folder, results = gloo
+    single = cases.train(tmp_path, World(), processes, **({"batch_size": 8} | options))
+    for result in results[:processes]:
+        same_weights(result[str(processes)][case]["model"], single["model"])
+    theirs = rows_of(folder / ("accumulated" if case == "accumulated" else f"of{processes}"))
+    assert len(theirs) == 6
+    assert theirs[3][2] == 0 < theirs[1][2]
+    for ours, row in zip(rows_of(tmp_path), theirs, strict=True):
+        assert row == pytest.approx(ours, rel=1e-9)
+
+
+def test_only_the_first_process_writes(gloo):
+    for run in ("of2", "of4", "accumulated", "moved"):
+        names = {path.name for path in (gloo[0] / run).iterdir()}
+        assert {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints"} <= names
+        assert (gloo[0] / run / "log.txt").read_text().count("run folder") == 1
+
+
+def test_a_run_moves_from_two_processes_to_one(gloo, tmp_path):
+    whole = cases.trainer_of(tmp_path, World(), batch_size=8)
+    whole.fit()
+    moved = cases.trainer_of(gloo[0] / "moved", World(), batch_size=8, resume="auto")
+    moved.fit()
+    same_weights(moved.model.state(), whole.model.state())
+    assert rows_of(gloo[0] / "moved") == [pytest.approx(row, rel=1e-9) for row in rows_of(tmp_path)]
+    log = (gloo[0] / "moved" / "log.txt").read_text()
+    assert "1 processes instead of 2: the same images" in log
+    assert "not the same run" not in log
+
+
+def test_another_global_batch_is_refused_on_resume(gloo):
+    trainer = cases.trainer_of(gloo[0] / "of2", World(), batch_size=4, resume="auto")
+    with pytest.raises(ValueError, match=r"train\.batch_size=4 x .* makes 4 images a step.* 4 x 1 x 2 = 8: .*--init"):
+        trainer.fit()
+
+
+def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(gloo):
+    folder, results = gloo
+    assert results[3]["failing"] == "ValueError: the disk is gone"
+    assert results[2]["failing"].startswith("PeerFailed: stopped because the data of another process failed")
+    state = torch.load(folder / "failing" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["step"] == 2
+    assert "the data failed; all 2 steps are saved" in (folder / "failing" / "log.txt").read_text()
+
+
+# ---- messages ----
+
+
+def test_what_the_first_process_decides_and_refuses_reaches_all(gloo):
+    for result in gloo[1]:
+        assert result["messages"] == {"sums": [6, 4], "first": 0, "refused": "all of them are damaged"}
+
+
+def test_devices_of_several_processes(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.device_of("auto") == distributed.device_of("cuda") == torch.device("cuda:1")
+    assert distributed.device_of("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="'cuda:0', one GPU for 2 processes"):
+        distributed.device_of("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"finds 1 CUDA devices for process 1 of this machine: --nproc-per-node=1"):
+        distributed.device_of("auto")
+
+
+def test_the_command_to_resume_starts_as_many_again(monkeypatch):
+    assert distributed.launcher() == "python"
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.launcher() == "torchrun --nnodes=2 --nproc-per-node=4"
