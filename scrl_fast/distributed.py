@@ -93,11 +93,12 @@ class World:
         if not self.several:
             return model
         synchronize_batch_norm(model, self.group)
+        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self.group,
-            **{_SYNC_BUFFERS: False},  # BatchNorm's are equal as it is
+            **sync_buffers,  # BatchNorm's are equal as it is
             gradient_as_bucket_view=True,
             static_graph=static,
         )

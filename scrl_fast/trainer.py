@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 import time
@@ -358,7 +359,9 @@ class SCRLTrainer:
 
         self.log.say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
         untrained = prepare.build_model(self.config, self.source.num_classes).to(self.device)
-        encoders = {"random": untrained.online.encoder, "trained": self.model.online.encoder}
+        trained = copy.deepcopy(untrained.online.encoder)  # one whose BatchNorm asks no other process
+        trained.load_state_dict(self.model.online.encoder.state_dict())
+        encoders = {"random": untrained.online.encoder, "trained": trained}
         results = demo_roi_linear(encoders, self.config, train=self.source)
         before, after = results["random"], results["trained"]
         self.log.say(
