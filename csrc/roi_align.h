@@ -8,13 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-#ifndef SCRL_HOST_DEVICE
-#if defined(__CUDACC__)
-#define SCRL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SCRL_HOST_DEVICE inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace scrl::roi {
 

@@ -113,6 +113,11 @@ struct Pooling {
             c < count ? widen_one(row[cell * p.column_stride + c * p.channel_stride]) : T(0);
   }
 
+  // The planes of the next block come in while boxes are pooled from this one.
+  SCRL_INLINE void prefetch(const S* from, int64_t size) const {
+    for (int64_t i = 0; i < size; i += 64 / sizeof(S)) __builtin_prefetch(from + i, 0, 2);
+  }
+
   // Channels that lie apart: turned into lanes first, the whole map at once or row by row.
   template <int V>
   SCRL_INLINE void boxes_through_lanes(int64_t channel, int64_t count) {
@@ -123,6 +128,7 @@ struct Pooling {
       T* tile = tile_memory.ensure(p.cells() * width);
       if (p.column_stride == 1 && p.row_stride == p.width) {
         planes_to_lanes(from, p.channel_stride, p.cells(), count, tile, width);
+        if (p.channel_stride == p.cells()) prefetch(from + count * p.cells(), count * p.cells());
       } else {
         for (int64_t row = 0; row < p.height; ++row)
           row_to_lanes(from + row * p.row_stride, 0, p.width, count, tile + row * p.width * width, width);
