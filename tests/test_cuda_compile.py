@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CAPABILITIES = ("80", "90", "100")
 # Registers a thread. At 256 threads a block, 80 leave three blocks on a multiprocessor and 128 two.
-REGISTERS = {"ema_update": 48, "lars_step": 80}
+REGISTERS = {"ema_update": 48, "lars_step": 80, "roi_align": 112}
 REGISTERS_ELSEWHERE = 128
 SPILLED_BYTES = {"lars_step": 16}  # stored + loaded: the norms of float64 parameters on an H100; everything else none
 KERNEL = re.compile(

@@ -63,6 +63,17 @@ template <int count, class T>
 __device__ __forceinline__ Pack<T, count> load(const T* from) {
   return *reinterpret_cast<const Pack<T, count>*>(from);
 }
+// Of memory that nobody writes while the kernel runs: such loads may overtake stores.
+template <int count, class T>
+__device__ __forceinline__ Pack<T, count> load_read_only(const T* from) {
+  if constexpr (count == 1) {
+    return {__ldg(from)};
+  } else {
+    static_assert(sizeof(Pack<T, count>) == sizeof(uint4));
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    return *reinterpret_cast<const Pack<T, count>*>(&bits);
+  }
+}
 template <int count, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, count>& pack) {
   *reinterpret_cast<Pack<T, count>*>(to) = pack;
