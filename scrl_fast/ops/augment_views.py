@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.backends import Backend, Operation, register, triton_failure
+from scrl_fast.ops.augment_views_triton import triton_augment_views
 
 VIEW_DTYPE = np.dtype(
     [
@@ -47,16 +48,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the o
 class PackedImages(NamedTuple):
     """Images of any sizes in one buffer.
 
-    buffer: uint8 `[bytes]`. Image b is RGB: `heights[b]` rows of `widths[b]` pixels, no gaps, from byte `offsets[b]`.
-    offsets, heights, widths: int64 `[B]`.
+    buffer: uint8 `[bytes]`, an array, or a tensor on a GPU. Image b is RGB: `heights[b]` rows of `widths[b]` pixels, no
+    gaps, from byte `offsets[b]`. offsets, heights, widths: int64 `[B]`, arrays.
     """
 
-    buffer: NDArray[np.uint8]
+    buffer: NDArray[np.uint8] | Tensor
     offsets: NDArray[np.int64]
     heights: NDArray[np.int64]
     widths: NDArray[np.int64]
 
-    def image(self, index: int) -> NDArray[np.uint8]:
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels lie."""
+        return self.buffer.device if isinstance(self.buffer, Tensor) else torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> PackedImages:
+        """The images on a device; the copy of a pinned buffer does not wait."""
+        buffer = self.buffer if isinstance(self.buffer, Tensor) else torch.from_numpy(self.buffer)
+        return self._replace(buffer=buffer.to(device, non_blocking=True))
+
+    def numpy(self) -> PackedImages:
+        """The images in an array on the CPU."""
+        return self._replace(buffer=self.buffer.cpu().numpy() if isinstance(self.buffer, Tensor) else self.buffer)
+
+    def image(self, index: int) -> Any:
         """Image `index` as `[H, W, 3]`, a view into the buffer."""
         start, height, width = int(self.offsets[index]), int(self.heights[index]), int(self.widths[index])
         return self.buffer[start : start + height * width * 3].reshape(height, width, 3)
@@ -92,7 +107,8 @@ def augment_views(
     Per view: crop (taps never reach outside the crop), bicubic antialiased resize with Pillow's filter, flip, jitter in
     the drawn order (contrast towards the mean grey of the picture at that moment), grayscale, blur, solarise, each on
     uint8; then `(value / 255 - mean) / std`.
-    images: packed RGB. table: VIEW_DTYPE. size: pixels. mean, std: three each, for values in 0..1.
+    images: packed RGB; from a GPU's memory the views are made on that GPU. table: VIEW_DTYPE. size: pixels.
+    mean, std: three each, for values in 0..1.
     solarize_threshold: values from this on are inverted. dtype: float32, bfloat16, float16, or uint8 for levels 0..255
     as they are before normalisation (mean and std are then not used).
     channels_last: memory format of the result. threads: at most so many; 1 for callers that run many calls at once.
@@ -108,10 +124,10 @@ def augment_views(
         raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, memory_format=layout)
-    _check_out(out, shape)
+        out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+    _check_out(out, shape, images.device)
     if len(rows):
-        make = _OPERATION.resolve("cpu", backend)
+        make = _OPERATION.resolve(out.device.type, backend)
         make(images, rows, out, mean=mean, std=std, solarize_threshold=solarize_threshold, threads=threads)
     return out
 
@@ -128,6 +144,9 @@ def augment_views_reference(
 ) -> None:
     """One view after the other with Pillow and torchvision, on one thread; arguments checked by `augment_views`."""
     scale, shift = normalization(mean, std)
+    images, result = images.numpy(), out
+    if result.device.type != "cpu":
+        out = torch.empty_like(result, device="cpu")
     for row, view in zip(rows, out, strict=True):
         picture = view_reference(images.image(row["image"]), row, out.shape[-1], solarize_threshold)
         values = np.transpose(picture if out.dtype == torch.uint8 else picture * scale + shift, (2, 0, 1))
@@ -135,6 +154,8 @@ def augment_views_reference(
             view.numpy()[:] = values
         else:
             view.copy_(torch.from_numpy(values))
+    if result is not out:
+        result.copy_(out)
 
 
 def normalization(mean: Sequence[float], std: Sequence[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -210,10 +231,10 @@ def _refuse(rows: np.ndarray, bad: np.ndarray, names: str | list[str], wanted: s
 
 def _check_images(images: PackedImages) -> None:
     count = len(images.offsets)
-    if images.buffer.dtype != np.uint8 or images.buffer.ndim != 1 or not images.buffer.flags.c_contiguous:
-        raise TypeError(
-            f"images.buffer must be contiguous uint8 [bytes], got {images.buffer.dtype} {images.buffer.shape}"
-        )
+    buffer = images.buffer
+    dense = buffer.is_contiguous() if isinstance(buffer, Tensor) else buffer.flags.c_contiguous
+    if buffer.dtype not in (np.uint8, torch.uint8) or buffer.ndim != 1 or not dense:
+        raise TypeError(f"images.buffer must be contiguous uint8 [bytes], got {buffer.dtype} {list(buffer.shape)}")
     if images.heights.shape != (count,) or images.widths.shape != (count,):
         raise ValueError("images.offsets, heights and widths must be of one length")
     ends = images.offsets + images.heights * images.widths * 3
@@ -222,11 +243,10 @@ def _check_images(images: PackedImages) -> None:
         raise ValueError(f"images: image {int(bad.argmax())} is empty or reaches outside the buffer")
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
-    if out.dtype not in DTYPES or out.device.type != "cpu":
-        raise TypeError(
-            f"dtype must be float32, bfloat16, float16 or uint8 on the CPU, got {out.dtype} on {out.device}"
-        )
+def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if out.dtype not in DTYPES or out.device != device:
+        known = "float32, bfloat16, float16 or uint8"
+        raise TypeError(f"dtype must be {known}, on {device} as the images are, got {out.dtype} on {out.device}")
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
@@ -243,6 +263,7 @@ def _native_augment_views(
     solarize_threshold: int = 128,
     threads: int = 1,
 ) -> None:
+    images = images.numpy()
     scale, shift = ([1.0] * 3, [0.0] * 3) if out.dtype == torch.uint8 else normalization(mean, std)
     threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     _native.host().augment_views(
@@ -251,12 +272,17 @@ def _native_augment_views(
     )  # fmt: skip
 
 
+def _native_failure(device_type: str) -> str:
+    return _native.host_failure("augment_views") if device_type == "cpu" else "the compiled form is one for CPUs"
+
+
 _OPERATION = register(
     Operation(
         "augment_views",
         reference=augment_views_reference,
         native=_native_augment_views,
-        native_failure=lambda device_type: _native.host_failure("augment_views"),
-        triton_failure=lambda device_type: "no Triton form yet",
+        triton=triton_augment_views,
+        native_failure=_native_failure,
+        triton_failure=triton_failure,
     )
 )
