@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 BOXES = 1024  # whose image indices a program of `group_by_image` looks at together
-CELLS, CHANNELS = 32, 64  # of the map's gradient that a program of `pool_backward` owns
+CELLS, CHANNELS = 16, 64  # of the map's gradient that a program of `pool_backward` owns: 96 registers, 32 cells 233
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def roi_align(
         weights = _Weights(
             boxes, images, (height, width), (pooled_height, pooled_width), (spatial_scale, sampling_ratio, aligned)
         )
-        block = min(256, triton.next_power_of_2(channels))
+        block = min(512 // input.element_size(), triton.next_power_of_2(channels))  # 16 bytes a lane
         pool[(count * pooled_height, triton.cdiv(channels, block))](
             input, weights.boxes, *weights.tensors(), weights.fine, out,
             channels, height, width, pooled_height, pooled_width, *input.stride(),

@@ -1,0 +1,57 @@
+"""The Triton kernels of RoIAlign compile for A100, H100 and B200, without one."""
+
+from __future__ import annotations
+
+from aot import GPUS, Kernel, compile_for_gpus, needs_compiler
+
+MODULE = "scrl_fast.kernels.roi_align"
+INTEGERS = ("channels", "height", "width", "pooled_height", "pooled_width")
+STRIDES = ("image_stride", "channel_stride", "row_stride", "column_stride")
+
+
+def kernels(dtype: str, real: str, cells: int) -> list[Kernel]:
+    """As the launchers in kernels/roi_align.py call them, for a map of cells x cells."""
+    wide = real == "fp64"
+    weights = {"y_ptr": f"*{real}", "x_ptr": f"*{real}", "y_range_ptr": "*i32", "x_range_ptr": "*i32"}
+    numbers = dict.fromkeys((*INTEGERS, *STRIDES), "i32")
+    sizes = {"images": "i32", "scale": "fp32", **dict.fromkeys(INTEGERS[1:], "i32"), "sampling_ratio": "i32"}
+    lists = {"order_ptr": "*i32", "first_ptr": "*i32"}
+    return [
+        Kernel(
+            f"{MODULE}:box_weights",
+            {"boxes_ptr": f"*{real}", **weights, "fine_ptr": "*i8", **sizes},
+            {"ALIGNED": False, "HEIGHT": cells, "WIDTH": cells, "WIDE": wide},
+            divisible_by_16=("boxes_ptr", *weights),
+            num_warps=1,
+            enable_fp_fusion=False,
+        ),
+        Kernel(
+            f"{MODULE}:pool",
+            {"map_ptr": f"*{dtype}", "boxes_ptr": f"*{real}", **weights, "fine_ptr": "*i8", "out_ptr": f"*{dtype}"}
+            | numbers,
+            {"BLOCK": {"bf16": 256, "fp32": 128, "fp64": 64}[dtype], "WIDE": wide},
+            divisible_by_16=("map_ptr", "out_ptr", "channels", "image_stride", "row_stride", "column_stride"),
+            num_warps=1,
+        ),
+        Kernel(
+            f"{MODULE}:pool_backward",
+            {"grad_ptr": f"*{dtype}", **weights, **lists, "out_ptr": f"*{dtype}", **numbers},
+            {"CELLS": 16, "CHANNELS": 64, "WIDE": wide},
+            divisible_by_16=("grad_ptr", "out_ptr", "channels", "image_stride", "row_stride", "column_stride"),
+        ),
+        Kernel(
+            f"{MODULE}:group_by_image",
+            {"boxes_ptr": f"*{real}", **lists, "count": "i32", "images": "i32"},
+            {"BOXES": 1024},
+            divisible_by_16=("boxes_ptr", *lists),
+        ),
+    ]
+
+
+@needs_compiler
+def test_compiles_for_gpus_that_are_not_here() -> None:
+    cases = [*kernels("bf16", "fp32", 8), *kernels("fp32", "fp32", 512), *kernels("fp64", "fp64", 8)[:3]]
+    for kernel, gpu, made in compile_for_gpus(cases):
+        case = f"{kernel.function} {dict(kernel.arguments)} on {GPUS[gpu]}: {made}"
+        assert made.registers <= 128, case
+        assert made.stack_bytes <= 8, case  # two registers of `pool_backward`, spilled once
