@@ -46,6 +46,11 @@ class DataConfig:
     scaled_decode: bool = True
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where both crops stay at least as large as a view: several
     times faster for photographs of many megapixels, and pixels differ a little from decoding in full."""
+    pixels: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where views are made: cpu: by the workers; gpu: by Triton on the GPU that trains, so that the workers only
+    decode; auto: on the GPU where there is one with Triton."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """gpu: plain JPEGs are decoded by the GPU (nvJPEG through torchvision), in full, and a few levels off the CPU's."""
     demo_images: int = 2048
     """Scenes in the generated training set (source=demo)."""
     demo_size: int = 96

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scrl_fast import checkpoint, distributed, pictures, prepare, resume, runlog
 from scrl_fast.config import Config
-from scrl_fast.data import Batch, Loader, make_source, on_device
+from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import World
 from scrl_fast.metrics import StepMeter, feature_std, rankme
 from scrl_fast.schedules import ema_momentum, learning_rate
@@ -68,6 +68,8 @@ class SCRLTrainer:
             world_size=world_size,
             dtype=torch.uint8 if on_gpu else torch.float32,  # a quarter of the bytes cross the bus
             pin_memory=on_gpu,
+            packed=views_on_gpu(config.data, self.device),
+            gpu=self.device if config.data.decode == "gpu" else None,
             bad_files_path=self.folder / ("bad_files.jsonl" if self.rank == 0 else f"bad_files_{self.rank}.jsonl"),
         )
         self.steps_per_epoch = len(self.loader) // train.accumulate

@@ -101,10 +101,10 @@ def test_a_batch_of_one_image_trains(tmp_path, method):
     assert math.isfinite(trainer.meter.drain()[0][0])
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_levels_of_the_loader_are_normalised_on_the_way_to_the_step(tmp_path, bf16):
+@pytest.mark.parametrize("bf16, packed", [(False, False), (True, False), (False, True)])
+def test_what_the_loader_hands_to_a_gpu_becomes_views_on_the_way_to_the_step(tmp_path, bf16, packed):
     plain, levels = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", precision="bf16" if bf16 else "fp32")
-    levels.loader._dtype = torch.uint8  # as for a GPU
+    levels.loader._dtype, levels.loader._packed = torch.uint8, packed  # as for a GPU
     expected, found = first_batch(plain).views, first_batch(levels).views
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -19,48 +18,25 @@ from torch import Tensor
 
 from scrl_fast.config import Config
 from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
+from scrl_fast.data.batch import Batch, PackedBatch, each_of
 from scrl_fast.data.decode import BadImage
+from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
 from scrl_fast.data.scaled import Decoded, decode_for_views, fit_to_shrunk
 from scrl_fast.data.source import Source
 from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
-from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
 from scrl_fast.philox import permutation, uniforms
 from scrl_fast.views import draw_views
 
 TIMEOUT_SECONDS = 300.0
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
+_MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
 _REPLACEMENT = 0x72657061
 
 
 class LoaderStalled(RuntimeError):
     """No batch came within the time limit."""
-
-
-@dataclass
-class Batch:
-    """Both views of B images.
-
-    views: `[2B, 3, S, S]`, view 1 of all images, then view 2. boxes: two `[N, 5]` float32 of rows (row of views, x0,
-    y0, x1, y1) in view pixels, or None (BYOL). crops: int64 `[2, B, 5]`, rows (y, x, h, w, flip) in image pixels.
-    labels: int64 `[B]`, -1 where there is none. keys: int64 `[B]`, which image of the source each is.
-    """
-
-    views: Tensor
-    boxes: tuple[Tensor, Tensor] | None
-    crops: Tensor
-    labels: Tensor
-    keys: Tensor
-
-    def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
-        """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return replace(
-            self,
-            views=self.views.to(device, non_blocking=True).contiguous(memory_format=layout),
-            boxes=_each(self.boxes, lambda boxes: boxes.to(device, non_blocking=True)),
-            labels=self.labels.to(device, non_blocking=True),
-        )
 
 
 class Loader:
@@ -70,6 +46,8 @@ class Loader:
     epochs, channels_last. rank, world_size: this process takes every world_size-th image of the epoch's order; what
     does not fill a batch in every process is left out of that epoch.
     dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
+    packed: hand over decoded images, for a GPU to make the views of; batches too large for that come with views.
+    gpu: where JPEGs are to be decoded, if packed; None: on the CPU.
     bad_files_path: bad_files.jsonl. timeout: seconds without a batch after which `epoch` raises LoaderStalled.
     Raises UsageError if the source has fewer images than one batch of all processes.
     """
@@ -83,6 +61,8 @@ class Loader:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
         pin_memory: bool = False,
+        packed: bool = False,
+        gpu: torch.device | None = None,
         bad_files_path: str | os.PathLike[str] | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
@@ -90,6 +70,7 @@ class Loader:
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
         self._dtype, self._pin_memory, self._timeout = dtype, pin_memory, timeout
+        self._packed, self._gpu = packed, gpu
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         self._workers = Workers(config.data.workers)
         self._ahead: deque[_Pending] = deque()
@@ -104,8 +85,8 @@ class Loader:
         """Every image that could not be read so far, and why."""
         return dict(self._bad.errors)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
-        """The batches of an epoch from start_batch on.
+    def epoch(self, epoch: int, start_batch: int = 0) -> Generator[Any, None, None]:
+        """The batches of an epoch from start_batch on: each a `Batch`, or a `PackedBatch` where they were asked for.
 
         Raises TooManyBadImages, LoaderStalled, or RuntimeError with the cause when a batch cannot be made.
         """
@@ -147,7 +128,7 @@ class Loader:
             pending.work.cancelled = True
         self._ahead.clear()
 
-    def _next(self) -> Batch:
+    def _next(self) -> Batch | PackedBatch:
         pending = self._ahead.popleft()
         epoch, number = pending.place
         if not pending.work.wait(self._timeout):
@@ -198,13 +179,10 @@ class _Pending:
     def __init__(self, loader: Loader, place: tuple[int, int], keys: NDArray[np.int64]) -> None:
         config, count = loader.config, len(keys)
         self.place, self._loader, self._keys = place, loader, keys.copy()
-        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self._views = torch.empty(
-            (2 * count, 3, config.views.size, config.views.size),
-            dtype=loader._dtype,
-            pin_memory=loader._pin_memory,
-            memory_format=layout,
-        )
+        self._views = None if loader._packed else self._empty_views()
+        self._images: list[Any] = [None] * count  # packed: pixels that both views are cut from
+        self._table = np.zeros((2, count), VIEW_DTYPE)
+        self._packed: PackedImages | None = None
         self._crops = np.empty((2, count, 5), np.int64)
         self._labels = np.empty(count, np.int64)
         self._boxes: tuple[Any, Any] | None = None
@@ -212,21 +190,50 @@ class _Pending:
         self.parts = -(-count // self._part)
         self.work = Work(self.parts, self._make, self._finish)
 
+    def _empty_views(self) -> Tensor:
+        config, count = self._loader.config, len(self._keys)
+        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        return torch.empty(
+            (2 * count, 3, config.views.size, config.views.size),
+            dtype=self._loader._dtype,
+            pin_memory=self._loader._pin_memory,
+            memory_format=layout,
+        )
+
     def _make(self, part: int) -> None:
         loader, views = self._loader, self._loader.config.views
         low, high = part * self._part, min((part + 1) * self._part, len(self._keys))
-        images = []
-        for slot in range(low, high):
-            image, key = loader.read(int(self._keys[slot]), self.place[0])
-            images.append(image)
-            self._keys[slot], self._labels[slot] = key, loader.source.label(key)
+        images = self._read(low, high)
         sizes = [image.size for image in images]
         table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
         table, crops = fit_to_shrunk(table, [image.shrink for image in images])
         self._crops[:, low:high] = crops
-        packed = pack_images([image.pixels for image in images])
+        if self._views is not None:
+            self._make_views(pack_images([image.pixels for image in images]), table, low)
+            return
+        for slot, image in enumerate(images):
+            self._images[low + slot] = cut_to_views(image.pixels, table[:, slot])
+        table["image"] += low
+        self._table[:, low:high] = table
+
+    def _read(self, low: int, high: int) -> list[Decoded]:
+        loader, epoch = self._loader, self.place[0]
+        ready: dict[int, Decoded] = {}
+        if loader._gpu is not None:
+            loader._workers.reads(f"{loader.source.name_of(int(self._keys[low]))} and {high - low - 1} others")
+            ready = decode_on_gpu(loader.source, self._keys[low:high], loader._gpu)
+        images = []
+        for slot in range(low, high):
+            key = int(self._keys[slot])
+            image, key = (ready[key], key) if key in ready else loader.read(key, epoch)
+            images.append(image)
+            self._keys[slot], self._labels[slot] = key, loader.source.label(key)
+        return images
+
+    def _make_views(self, packed: PackedImages, table: np.ndarray, low: int) -> None:
+        views = self._loader.config.views
         for view, rows in enumerate(table):
-            first = view * len(self._keys)
+            first = view * len(self._keys) + low
             augment_views(
                 packed,
                 rows,
@@ -234,11 +241,13 @@ class _Pending:
                 mean=views.mean,
                 std=views.std,
                 solarize_threshold=views.solarize_threshold,
-                out=self._views[first + low : first + high],
+                out=self._views[first : first + len(rows)],  # type: ignore[index]
             )
 
     def _finish(self) -> None:
         config = self._loader.config
+        if self._views is None:
+            self._pack()
         if config.model.method == "byol":
             return
         from scrl_fast.ops import sample_box_pairs
@@ -257,15 +266,29 @@ class _Pending:
             keys=self._keys,
         )
 
-    def batch(self) -> Batch:
+    def _pack(self) -> None:
+        loader, images = self._loader, self._images
+        if sum(image.nbytes for image in images) <= _MOST_PACKED:
+            self._packed = pack_regions(images, pin_memory=loader._pin_memory, gpu=loader._gpu)
+        else:  # on the GPU they would need more memory than is saved: their views are made here
+            self._views = self._empty_views()
+            for slot, image in enumerate(images):
+                rows = self._table[:, slot : slot + 1].copy()
+                rows["image"] = 0
+                self._make_views(pack_regions([image]).numpy(), rows, slot)
+        self._images = []
+
+    def batch(self) -> Batch | PackedBatch:
         pin = Tensor.pin_memory if self._loader._pin_memory else lambda tensor: tensor
-        boxes = _each(self._boxes, lambda rows: pin(torch.from_numpy(rows)))
-        labels = pin(torch.from_numpy(self._labels))
-        return Batch(self._views, boxes, torch.from_numpy(self._crops), labels, torch.from_numpy(self._keys))
-
-
-def _each(pair: tuple[Any, Any] | None, function: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor] | None:
-    return None if pair is None else (function(pair[0]), function(pair[1]))
+        boxes = each_of(self._boxes, lambda rows: pin(torch.from_numpy(rows)))
+        rest = (
+            *(boxes, torch.from_numpy(self._crops)),
+            *(pin(torch.from_numpy(self._labels)), torch.from_numpy(self._keys)),
+        )
+        if self._packed is not None:
+            return PackedBatch(self._packed, self._table, *rest)
+        assert self._views is not None
+        return Batch(self._views, *rest)
 
 
 def _check(source: Source, config: Config, rank: int, world_size: int) -> None:

@@ -1,6 +1,7 @@
-"""Batches on a GPU: levels 0..255 cross the bus one batch ahead of the step, and are normalised where they arrive.
+"""Batches on a GPU: levels 0..255 cross the bus one batch ahead of the step, and become views where they arrive.
 
-A quarter of the bytes of float32 views cross the bus, and the copy runs beside the computation.
+Either as views, which are then normalised, or as decoded images, of which the views are then made: a quarter of the
+bytes of float32 views, or somewhat less than half, and copy and work run beside the computation.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from scrl_fast.config import ViewsConfig
-from scrl_fast.data.loader import Batch
+from scrl_fast.data.batch import Batch, PackedBatch
 from scrl_fast.ops.augment_views import normalization
 
 
 def on_device(
-    batches: Generator[Batch, None, None],
+    batches: Generator[Batch | PackedBatch, None, None],
     device: torch.device | str,
     views: ViewsConfig,
     *,
@@ -27,9 +28,10 @@ def on_device(
 ) -> Generator[Batch, None, None]:
     """The batches on the device; on a GPU the next one is copied while the present one is in use.
 
-    batches: `Loader.epoch(...)`, of a Loader with `dtype=torch.uint8, pin_memory=True` for a GPU. Views of uint8 become
-    `(level / 255 - views.mean) / views.std` in `dtype`, all others stay as they are; `crops` and `keys` stay on the
-    CPU. For the CPU nothing is read ahead or copied. Closing this iterator closes `batches`.
+    batches: `Loader.epoch(...)`, of a Loader with `dtype=torch.uint8, pin_memory=True` for a GPU, packed or not. Views
+    of uint8 become `(level / 255 - views.mean) / views.std` in `dtype`, those of packed images are made in it, all
+    others stay as they are; `crops` and `keys` stay on the CPU. For the CPU nothing is read ahead or copied. Closing
+    this iterator closes `batches`.
     """
     device = torch.device(device)
     stream = None if device.type == "cpu" else torch.cuda.Stream(device)
@@ -37,7 +39,9 @@ def on_device(
         with _work_on(stream):  # what is made on a stream is given back to it, so nothing of it is overwritten too soon
             scale, shift = (torch.from_numpy(c).to(device) for c in normalization(views.mean, views.std))
 
-        def move(batch: Batch) -> Batch:
+        def move(batch: Batch | PackedBatch) -> Batch:
+            if isinstance(batch, PackedBatch):
+                return batch.make(device, views, channels_last, dtype)
             moved = batch.to(device, channels_last)
             if moved.views.dtype != torch.uint8:
                 return moved
@@ -53,7 +57,7 @@ def normalize(levels: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype =
 
 
 def _one_ahead(
-    batches: Iterator[Batch], move: Callable[[Batch], Batch], stream: torch.cuda.Stream
+    batches: Iterator[Batch | PackedBatch], move: Callable[[Batch | PackedBatch], Batch], stream: torch.cuda.Stream
 ) -> Generator[Batch, None, None]:
     """Batches moved on `stream`, the next one begun before each is handed over.
 

@@ -1,0 +1,83 @@
+"""What the loader hands over: both views of some images with their boxes, or what a GPU makes the views from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scrl_fast.config import ViewsConfig
+from scrl_fast.ops.augment_views import PackedImages, augment_views
+
+
+@dataclass
+class Batch:
+    """Both views of B images.
+
+    views: `[2B, 3, S, S]`, view 1 of all images, then view 2. boxes: two `[N, 5]` float32 of rows (row of views, x0,
+    y0, x1, y1) in view pixels, or None (BYOL). crops: int64 `[2, B, 5]`, rows (y, x, h, w, flip) in image pixels.
+    labels: int64 `[B]`, -1 where there is none. keys: int64 `[B]`, which image of the source each is.
+    """
+
+    views: Tensor
+    boxes: tuple[Tensor, Tensor] | None
+    crops: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
+        """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return replace(
+            self,
+            views=self.views.to(device, non_blocking=True).contiguous(memory_format=layout),
+            boxes=each_of(self.boxes, lambda boxes: boxes.to(device, non_blocking=True)),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+
+@dataclass
+class PackedBatch:
+    """Decoded images of which a GPU makes the views; all else as in `Batch`.
+
+    images: what both views are cut from, in one pinned buffer. table: VIEW_DTYPE `[2, B]`.
+    """
+
+    images: PackedImages
+    table: np.ndarray
+    boxes: tuple[Tensor, Tensor] | None
+    crops: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def make(
+        self,
+        device: torch.device | str,
+        views: ViewsConfig,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Batch:
+        """The batch on a device, its views made there: uint8 `[bytes]` cross the bus, and nothing is waited for."""
+        images = self.images.to(device)
+        if isinstance(images.buffer, Tensor) and images.buffer.is_cuda:  # decoded there, on another stream
+            images.buffer.record_stream(torch.cuda.current_stream(images.device))
+        made = augment_views(
+            images,
+            self.table,
+            size=views.size,
+            mean=views.mean,
+            std=views.std,
+            solarize_threshold=views.solarize_threshold,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
+        return Batch(made, self.boxes, self.crops, self.labels, self.keys).to(device, channels_last)
+
+
+def each_of(pair: tuple[Any, Any] | None, function: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor] | None:
+    """`function` of both, or None for None."""
+    return None if pair is None else (function(pair[0]), function(pair[1]))

@@ -1,0 +1,117 @@
+"""Batches whose views a GPU makes: regions of decoded images in one buffer, and JPEGs decoded by the GPU itself."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scrl_fast.backends import triton_failure
+from scrl_fast.config import DataConfig
+from scrl_fast.data.decode import BadImage, Encoded
+from scrl_fast.data.scaled import Decoded
+from scrl_fast.data.source import EncodedImages, Source
+from scrl_fast.ops.augment_views import PackedImages
+
+
+def views_on_gpu(data: DataConfig, device: torch.device) -> bool:
+    """Whether `data.pixels` and `data.decode` put the views on the GPU that trains.
+
+    Raises ValueError naming the option and what is missing when one asks for what cannot be had.
+    """
+    missing = "training runs on the CPU" if device.type != "cuda" else triton_failure("cuda")
+    if data.pixels == "gpu" and missing:
+        raise ValueError(f"data.pixels=gpu cannot be had: {missing}; use --data.pixels=cpu")
+    if data.decode == "gpu":
+        missing = missing or ("data.pixels=cpu" if data.pixels == "cpu" else gpu_decoder_failure(device))
+        if missing:
+            raise ValueError(f"data.decode=gpu cannot be had: {missing}; use --data.decode=cpu")
+    return data.pixels != "cpu" and not missing
+
+
+def cut_to_views(pixels: Any, rows: np.ndarray) -> Any:
+    """The part of an image `[H, W, 3]` that its views are cut from; their crops move with it, in place."""
+    y, x = int(rows["y"].min()), int(rows["x"].min())
+    bottom, right = int((rows["y"] + rows["h"]).max()), int((rows["x"] + rows["w"]).max())
+    rows["y"] -= y
+    rows["x"] -= x
+    return pixels[y:bottom, x:right]
+
+
+def pack_regions(images: Sequence[Any], *, pin_memory: bool = False, gpu: torch.device | None = None) -> PackedImages:
+    """Images `[H, W, 3]`, arrays or tensors, side by side in one tensor: pinned if asked for, or on a GPU."""
+    sizes = np.array([image.shape[0] * image.shape[1] * 3 for image in images], np.int64)
+    offsets = np.cumsum(sizes) - sizes
+    shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
+    buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=gpu, pin_memory=pin_memory and gpu is None)
+    for image, start, size in zip(images, offsets, sizes, strict=True):
+        place = buffer[start : start + size].view(image.shape)
+        if isinstance(image, Tensor) or buffer.is_cuda:
+            place.copy_(image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)))
+        else:
+            place.numpy()[:] = image
+    if gpu is not None and gpu.type == "cuda":
+        torch.cuda.current_stream(gpu).synchronize()  # whoever takes the batch works on another stream
+    return PackedImages(buffer, offsets, shapes[:, 0].copy(), shapes[:, 1].copy())
+
+
+def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dict[int, Decoded]:
+    """Those of the images that are plain, upright JPEGs, decoded by the GPU: key -> uint8 `[H, W, 3]` in its memory.
+
+    Others, damaged ones among them, are left to the CPU's decoders, which name what is wrong.
+    """
+    if not isinstance(source, EncodedImages):
+        return {}
+    found: dict[int, Encoded] = {}
+    for key in keys:
+        try:
+            encoded = source.open(int(key))
+        except BadImage:
+            continue
+        if encoded.is_upright_baseline_jpeg:
+            found[int(key)] = encoded
+    try:
+        pixels = _decode([encoded.data for encoded in found.values()], gpu)
+    except RuntimeError:  # one damaged file fails all
+        return {}
+    made = {}
+    for (key, encoded), image in zip(found.items(), pixels, strict=True):
+        if image.shape == (encoded.height, encoded.width, 3):
+            made[key] = Decoded(cast(Any, image), (encoded.height, encoded.width))
+    return made
+
+
+def gpu_decoder_failure(device: torch.device) -> str:
+    """'' when torchvision decodes JPEGs on the device, else why not."""
+    return _failure(str(device))
+
+
+@functools.cache
+def _failure(device: str) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(file, "JPEG")
+    try:
+        shape = tuple(_decode([file.getvalue()], torch.device(device))[0].shape)
+        return "" if shape == (16, 16, 3) else f"torchvision's decoder gives a picture of shape {shape}"
+    except Exception as error:  # no nvJPEG in this torchvision, no driver, no such function any more
+        return f"torchvision.io.decode_jpeg on {device}: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _decode(files: Sequence[bytes], device: torch.device) -> list[Tensor]:
+    """RGB, uint8 `[H, W, 3]` on the device, not turned by EXIF."""
+    if not files:
+        return []
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it announces its removal on every call
+        pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    return [image.permute(1, 2, 0) for image in pixels]
