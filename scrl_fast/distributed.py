@@ -67,6 +67,14 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def gathered(self, items: Sequence[T]) -> list[T]:
+        """All processes' items in process 0, by rank; elsewhere this process's own."""
+        if not self.several:
+            return list(items)
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(list(items), found, group=self.group, group_dst=0)
+        return list(items) if found is None else [item for each in found for item in each]
+
     def from_first(self, decide: Callable[[], T]) -> T:
         """What ``decide`` returns in process 0, in every process; its error is raised in every process."""
         if not self.several:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from scrl_fast.optim import LARS, lars_param_groups
 
 if TYPE_CHECKING:
     from scrl_fast.data import Batch
+
+Options = TypeVar("Options", bound=Any)
 
 
 def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
@@ -40,14 +42,16 @@ def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
         raise ValueError(f"{factors} needs {per_step} images a step, but the data set has {images}: choose fewer")
 
 
-def choose_folder(config: Config) -> str:
+def choose_folder(config: Any, kind: str = "", known: Sequence[str] = ("random",)) -> str:
     """``run.dir``; without one, the folder of the run that ``resume`` points into, or a new one under ``runs/``.
 
+    config: with ``run``, ``resume`` and ``init``. kind: first words of a new folder's name, by default source and
+    method. known: what ``init`` may be beside a path.
     Raises ValueError for ``resume=auto`` without ``run.dir``, and for a checkpoint that is not there.
     """
     for option in ("resume", "init"):
         path = getattr(config, option)
-        if path not in ("", {"resume": "auto", "init": "random"}[option]) and not os.path.exists(path):
+        if path not in ("", *(known if option == "init" else ("auto",))) and not os.path.exists(path):
             raise ValueError(f"{option}={path}: there is no such checkpoint or run folder")
     if config.run.dir:
         return config.run.dir
@@ -60,18 +64,19 @@ def choose_folder(config: Config) -> str:
             return str(folder.parent)
         if path.is_dir():
             return str(path)
-    return f"runs/{config.data.source}-{config.model.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{kind or f'{config.data.source}-{config.model.method}'}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def place_run(config: Config, world: World) -> Config:
+def place_run(config: Options, world: World, kind: str = "", known: Sequence[str] = ("random",)) -> Options:
     """The options with the run folder in them, which now exists; process 0 decides for all.
 
+    config, kind, known: as for `choose_folder`.
     After a restart by ``torchrun --max-restarts`` it is the folder of the first attempt, to be resumed if there is a
     checkpoint in it. Raises ValueError as `choose_folder` and `scrl_fast.runlog.prepare_folder` do.
     """
 
     def place() -> tuple[str, str, str]:
-        folder = distributed.remembered("run.dir", lambda: choose_folder(config))
+        folder = distributed.remembered("run.dir", lambda: choose_folder(config, kind, known))
         again = distributed.attempt() > 0
         runlog.prepare_folder(folder, resume=again or bool(config.resume))
         if again and any(Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")):

@@ -46,7 +46,7 @@ def restore(trainer: SCRLTrainer) -> list[str]:
     Raises CheckpointError for one that is missing, damaged or foreign, ValueError for one that does not fit.
     """
     config = trainer.config
-    newest, path, notes = trainer.world.from_first(lambda: choose(trainer))
+    newest, path, notes = trainer.world.from_first(lambda: choose(config.resume, trainer.checkpoints))
     state = None
     if path is not None:
         with warnings.catch_warnings(record=True) as caught:
@@ -87,14 +87,13 @@ def initialise(trainer: SCRLTrainer, path: str) -> list[str]:
     return notes
 
 
-def choose(trainer: SCRLTrainer) -> tuple[Path | None, Path | None, list[str]]:
-    """(newest good checkpoint of the run folder, the one to load, what was passed over), for ``config.resume``."""
-    asked = trainer.config.resume
+def choose(asked: str, checkpoints: checkpoint.CheckpointManager) -> tuple[Path | None, Path | None, list[str]]:
+    """(newest good checkpoint of the run folder, the one to load, what was passed over), for ``resume=asked``."""
     if not asked:
         return None, None, []
     with warnings.catch_warnings(record=True) as caught:  # names of damaged checkpoints that were passed over
         warnings.simplefilter("always")
-        newest = trainer.checkpoints.newest_good()
+        newest = checkpoints.newest_good()
         path = newest if asked == "auto" else checkpoint.find(asked)
     return newest, path, [str(warning.message) for warning in caught]
 

@@ -251,7 +251,9 @@ def progress_line(row: Mapping[str, Any]) -> str:
     """The numbers a person wants to see pass by."""
     parts = [f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}"]
     parts.append(f"{row['images_per_s']:.0f} images/s" if row["images_per_s"] else "- images/s")
-    parts += [f"data wait {row['data_wait']:.0%}", f"std {row['feature_std']:.4f}", f"rank {row['rankme']:.1f}"]
+    parts.append(f"data wait {row['data_wait']:.0%}")
+    if "feature_std" in row:  # pre-training alone has these
+        parts += [f"std {row['feature_std']:.4f}", f"rank {row['rankme']:.1f}"]
     if row.get("probe_accuracy") is not None:
         parts.append(f"probe {row['probe_accuracy']:.1%}")
     return "  ".join(parts)

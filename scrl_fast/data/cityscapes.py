@@ -73,13 +73,18 @@ def mask(segmentation: tuple[str, int]) -> NDArray[np.uint8]:
     return (instance_image(path) == value).astype(np.uint8)
 
 
+def label_path(labels: str, name: str) -> str:
+    """The instance image of a picture; labels: ``gtFine/SPLIT``, name: ``CITY/..._leftImg8bit.png``."""
+    return os.path.join(labels, name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX)
+
+
 def class_of(value: int) -> int:
     """Class id of a value of an instance image."""
     return value // INSTANCE if value >= INSTANCE else value
 
 
 def _objects(labels: str, name: str) -> Objects:
-    path = os.path.join(labels, name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX)
+    path = label_path(labels, name)
     values = instance_image(path)
     label_of = {class_id: label for label, class_id in enumerate(CLASSES.values())}
     found = [int(v) for v in np.flatnonzero(np.bincount(values.ravel())) if class_of(int(v)) in label_of]

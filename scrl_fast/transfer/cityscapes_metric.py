@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image
+from scrl_fast.data.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image, label_path
 from scrl_fast.transfer.data import mask_tools
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ class _Guess:
 
 def cityscapes_average_precision(found: Sequence[Detections], source: Any) -> dict[str, float]:
     """AP, AP50 and each class's AP as ``AP_car``: 0 to 1, -1 for a class that no image has."""
-    images = [_matches(image, source.objects[image.index]) for image in found]
+    images = [
+        _matches(image, instance_image(label_path(source.annotation_file, source.objects[image.index].file_name)))
+        for image in found
+    ]
     table = np.full((len(OVERLAPS), len(CLASSES)), np.nan)
     for label in range(len(CLASSES)):
         pairs = [image[label] for image in images]
@@ -59,9 +62,8 @@ def _mean(values: NDArray[np.float64]) -> float:
     return -1.0 if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def _matches(image: Detections, objects: Any) -> list[tuple[list[_Truth], list[_Guess]]]:
+def _matches(image: Detections, values: NDArray[np.int32]) -> list[tuple[list[_Truth], list[_Guess]]]:
     """For each class the truths and guesses of one image."""
-    values = _instance_values(objects)
     label_of = {class_id: label for label, class_id in enumerate(CLASSES.values())}
     truths: list[list[_Truth]] = [[] for _ in CLASSES]
     places: dict[int, tuple[int, int]] = {}
@@ -85,12 +87,6 @@ def _matches(image: Detections, objects: Any) -> list[tuple[list[_Truth], list[_
                 guess.shared[places[value][1]] = int(under[value])
         guesses[guessed].append(guess)
     return list(zip(truths, guesses, strict=True))
-
-
-def _instance_values(objects: Any) -> NDArray[np.int32]:
-    if objects.segmentations:
-        return instance_image(objects.segmentations[0][0])
-    return np.zeros((objects.height, objects.width), np.int32)  # no object of any class: all of it is background
 
 
 def class_average_precision(images: Sequence[tuple[list[_Truth], list[_Guess]]], overlap: float) -> float:

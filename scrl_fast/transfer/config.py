@@ -55,8 +55,8 @@ class DetectorConfig:
     """resnet10_tiny, or one of torchvision's ResNet family."""
     branch: Literal["online", "target"] = "online"
     """Which network of a checkpoint that --init names."""
-    norm: Literal["syncbn", "bn", "frozen"] = "syncbn"
-    """syncbn: batch statistics over all processes; bn: over each alone; frozen: the pre-trained statistics."""
+    norm: Literal["syncbn", "frozen"] = "syncbn"
+    """syncbn: BatchNorm over the images of all processes; frozen: the pre-trained statistics, never changed."""
     norm_in_heads: bool = True
     """Normalisation in feature pyramid and convolutional heads too (not with norm=frozen)."""
     frozen_stages: int = 0
@@ -258,13 +258,13 @@ class TransferConfig:
         needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
         if needs and self.model.detector != needs:
             raise refusal("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
-        if self.eval.only and not self.resume:
-            raise ValueError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
 
     def check_ready(self) -> None:
         """Raise ValueError when what a task leaves to the user is missing."""
         if not self.data.root:
             raise ValueError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
+        if self.eval.only and not self.resume:
+            raise ValueError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""

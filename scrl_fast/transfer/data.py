@@ -129,7 +129,8 @@ def _objects(source: Any, index: int) -> Objects | None:
 class Examples:
     """Images and targets as torchvision's detectors take them.
 
-    source: `Regions`. first_label: what label 0 becomes. masks, keypoints: what targets have beside boxes and labels.
+    source: `Regions`. first_label: what label 0 becomes. masks, keypoints: what targets have beside boxes and labels;
+        keypoints is how many an object has.
     flip: probability of a mirror image, drawn from (seed, epoch, index) alone.
     """
 
@@ -139,7 +140,7 @@ class Examples:
         *,
         first_label: int = 1,
         masks: bool = False,
-        keypoints: bool = False,
+        keypoints: int = 0,
         flip: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -153,7 +154,7 @@ class Examples:
     def __call__(self, index: int, epoch: int) -> Example:
         """One training example: image uint8 ``[3, H, W]`` and its target."""
         image = self.image(index)
-        keep = usable(self.source, index, self.keypoints)
+        keep = usable(self.source, index, bool(self.keypoints))
         target: Target = {
             "boxes": torch.from_numpy(self.source.boxes(index)[keep].astype(np.float32)).reshape(-1, 4),
             "labels": torch.from_numpy(self.source.labels(index)[keep].astype(np.int64)) + self.first_label,
@@ -162,8 +163,9 @@ class Examples:
         if self.masks and objects is not None:
             found = [s for s, k in zip(objects.segmentations, keep, strict=True) if k]
             target["masks"] = torch.from_numpy(masks_of(found, objects.height, objects.width))
-        if self.keypoints and objects is not None and objects.keypoints is not None:
-            target["keypoints"] = torch.from_numpy(objects.keypoints[keep].astype(np.float32))
+        if self.keypoints:
+            points = objects.keypoints[keep] if objects is not None and objects.keypoints is not None else np.zeros(0)
+            target["keypoints"] = torch.from_numpy(points.astype(np.float32)).reshape(-1, self.keypoints, 3)
         if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < self.flip:
             return mirrored(image, target)
         return image, target

@@ -265,8 +265,15 @@ def _keypoint_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], cla
         **_rcnn_options(config, pyramid, strides, classes),
         keypoint_roi_pool=_pooler(config, strides, 14),
         keypoint_head=KeypointRCNNHeads(config.fpn_channels, (width,) * 8),
-        keypoint_predictor=KeypointRCNNPredictor(width, keypoints),
+        keypoint_predictor=DenseKeypointPredictor(width, keypoints),
     )
+
+
+class DenseKeypointPredictor(KeypointRCNNPredictor):
+    """torchvision's, whose loss takes a ``view`` that channels_last heat maps do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()
 
 
 def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:

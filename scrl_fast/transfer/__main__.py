@@ -1,0 +1,86 @@
+"""``python -m scrl_fast.transfer TASK --data.root=... --init=WEIGHTS``: fine-tune a detector and measure it.
+
+Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or input; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scrl_fast import cli, durable
+from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
+from scrl_fast.transfer.config import TASKS, TransferConfig
+
+PROG = "python -m scrl_fast.transfer"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, those of the process by default; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
+        config = parse(argv)
+        from scrl_fast import distributed  # torch, only once the options are known to be right
+        from scrl_fast.transfer.trainer import Transfer
+
+        try:
+            transfer = Transfer(config)
+            report.log = transfer.folder / "log.txt"
+            summary = transfer.fit()
+        except Exception as error:
+            told = distributed.explain(error)
+            if told is error:
+                raise
+            raise told from error
+        if config.json and "result" in summary and transfer.world.rank == 0:
+            write_result(config, summary)
+        distributed.leave()
+    return 0
+
+
+def parse(argv: list[str]) -> TransferConfig:
+    """Options of a task: its own defaults, then files, then the command line. Raises UsageError."""
+    task = take_task(argv)
+    settings = cli.Settings({"task": task, **TASKS[task]}, f"the defaults of {task}")
+    description = (
+        f"Fine-tune a detector from pre-trained weights and measure it: {task}. The defaults below are those of "
+        "detection; --print_config shows the task's own."
+    )
+    config = cli.parse_as(TransferConfig, argv, prog=f"{PROG} {task}", description=description, base=[settings])
+    if config.task != task:
+        raise UsageError(f"the task is {task}, but the options say --task={config.task}")
+    config.check_ready()
+    return config
+
+
+def take_task(argv: list[str]) -> str:
+    """The task, taken out of the arguments. Raises UsageError when there is none, SystemExit for --help alone."""
+    known = ", ".join(TASKS)
+    if not argv or argv[0].startswith("-"):
+        if argv[:1] in (["--help"], ["-h"]):
+            print(f"usage: {PROG} TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]...\ntasks: {known}")
+            raise SystemExit(0)
+        raise UsageError(f"the first argument is the task: {known}")
+    task = argv.pop(0)
+    if task not in TASKS:
+        raise UsageError(f"unknown task '{task}', must be one of {known}{did_you_mean(task, TASKS)}")
+    return task
+
+
+def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:
+    """The file that ``--json`` names."""
+    document = {
+        "task": config.task,
+        "result": summary["result"],
+        "config": config.to_dict(),
+        "checkpoint": summary["checkpoint"],
+        "seconds": summary["seconds"],
+    }
+    durable.write_text(Path(config.json), json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,358 @@
+"""Fine-tuning of a detector with a run folder: checkpoints, exact resume, log and metric."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from scrl_fast import checkpoint, distributed, prepare, runlog
+from scrl_fast._version import __version__
+from scrl_fast.distributed import World
+from scrl_fast.resume import changed_options, choose, step_in_name
+from scrl_fast.signals import StopRequest
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.data import Ahead, Example, Examples, read_split, trainable
+from scrl_fast.transfer.detector import SUPERVISED, build_detector
+from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
+from scrl_fast.transfer.predict import Detections, detect
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Transfer:
+    """One task of `scrl_fast.transfer.config.TASKS`: ``Transfer(config).fit()``.
+
+    train, val: annotated images to use instead of those that ``config.data`` names.
+    world: this process among its fellows, where it is not the one that torchrun announces.
+    Raises ValueError naming the option, path or key for whatever can be known to be wrong before the first step.
+    After construction ``network``, ``optimizer`` and `step_once` may also be used without ``fit``.
+    """
+
+    def __init__(
+        self, config: TransferConfig, *, train: Any = None, val: Any = None, world: World | None = None
+    ) -> None:
+        config = replace(config)  # checks again what was changed since it was made
+        if train is None or val is None:
+            config.check_ready()
+        self.device = distributed.device_of(config.train.device)
+        self.world = distributed.join(self.device) if world is None else world
+        self.val = read_split(config, config.data.val) if val is None else val
+        self.train = None if config.eval.only else read_split(config, config.data.train) if train is None else train
+        if self.train is not None:
+            check_categories(self.train, self.val)
+        self.keypoints = keypoint_count(self.val) if config.model.detector == "keypoint_rcnn" else 0
+        self.indices = [] if self.train is None else trainable(self.train, config.data, keypoints=self.keypoints > 0)
+        if self.train is not None and config.train.batch_size > len(self.indices):
+            raise ValueError(
+                f"train.batch_size={config.train.batch_size}: the data set has {len(self.indices)} images to train on"
+            )
+        if config.train.batch_size % self.world.size:
+            raise ValueError(
+                f"train.batch_size={config.train.batch_size}: must be a multiple of the {self.world.size} processes"
+            )
+        self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
+        kind = f"{config.task}-{config.model.detector}"
+        self.config = config = prepare.place_run(config, self.world, kind, ("random", SUPERVISED))
+        self.folder = Path(config.run.dir)
+        prepare.set_numerics(config.train.deterministic, self.device)
+        torch.backends.cudnn.benchmark = False  # the padded images' shapes change from step to step
+
+        torch.manual_seed(config.train.seed)
+        self.network = self.build().to(self.device)
+        if config.train.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_sgd(self.network, config.optim)
+        self.parallel: nn.Module | None = None  # the network as all processes train it
+        precision = config.train.precision
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.precision, self.autocast = precision, AUTOCAST.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.step = self.saved = 0
+        self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
+        self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
+        self.clock = runlog.Clock()
+        self.pending: list[dict[str, float]] = []
+
+    def build(self) -> nn.Module:
+        """The detector with the weights of ``init``; a resumed run has its own and reads none."""
+        config = self.config
+        return build_detector(
+            config.model.detector,
+            len(self.val.classes),
+            backbone=config.model.backbone,
+            init="random" if config.resume and config.resume != "auto" else config.init or "random",
+            branch=config.model.branch,
+            keypoints=self.keypoints or 17,
+            config=config.model,
+        )
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end of the plan, to ``train.max_steps`` or to a signal, and measures.
+
+        Returns ``{run_dir, step, loss, result, interrupted, checkpoint, resume_command, seconds}``.
+        """
+        started = time.perf_counter()
+        notes = self.restore()
+        with self.open_log() as self.log, StopRequest() as stop:
+            self.introduce(notes)
+            if not self.config.eval.only:
+                self.train_all(stop)
+            return self.finish(stop, started)
+
+    def train_all(self, stop: StopRequest) -> None:
+        """The steps that are left."""
+        config = self.config
+        save_every = config.run.checkpoint_every or self.steps_per_epoch
+        self.clock.read()
+        with closing(Ahead(config.data.workers, config.data.prefetch)) as ahead:
+            source = self.examples(ahead)
+            while self.step < self.last_step and not self.stopping(stop):
+                with self.clock.waiting():
+                    batch = next(source)
+                self.step_once(batch)
+                self.log.tick()
+                if self.step % config.run.log_every == 0 or self.step in (1, self.last_step):
+                    self.report()
+                if self.step % save_every == 0 or self.step == self.last_step:
+                    self.save()
+                if config.eval.every and self.step % config.eval.every == 0 and self.step < self.last_step:
+                    with stop.at_once():
+                        self.measure()
+
+    def stopping(self, stop: StopRequest) -> bool:
+        """Whether to end, in all processes at the same step; then there is a checkpoint of it."""
+        asked = self.world.sums([int(bool(stop))])[0] > 0
+        if asked and not stop:
+            stop.signal_name = "a signal to another process"
+        if asked and self.saved < self.step:
+            self.save()
+        return asked
+
+    def examples(self, ahead: Ahead) -> Any:
+        """This process's batches from the present step on."""
+        config = self.config
+        examples = Examples(
+            self.train,
+            first_label=int(self.network.first_label),  # type: ignore[arg-type]
+            masks=config.model.detector == "mask_rcnn",
+            keypoints=self.keypoints,
+            flip=config.data.flip,
+            seed=config.train.seed,
+        )
+        return stream(
+            examples,
+            self.indices,
+            config.train.batch_size,
+            seed=config.train.seed,
+            start=self.step,
+            stop=self.last_step,
+            ahead=ahead,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def step_once(self, batch: Sequence[Example]) -> None:
+        """One update."""
+        config = self.config
+        if self.parallel is None:
+            self.parallel = self.world.parallel(self.network, self.device, static=False)
+        self.parallel.train()
+        try:
+            row = train_step(
+                self.parallel,
+                self.optimizer,
+                batch,
+                lr=config.optim.rate(self.step, config.train.batch_size),
+                seed=prepare.step_seed(config.train.seed, self.step, self.world.rank),
+                device=self.device,
+                autocast=self.autocast,
+                scaler=self.scaler if self.precision == "fp16" else None,
+                clip_norm=config.optim.clip_norm,
+            )
+        except DetectionLossError as error:
+            good = self.checkpoints.newest_good()
+            kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+            raise DetectionLossError(
+                f"step {self.step + 1}: {error}, and {kept}. "
+                "Try a lower --optim.lr, a longer --optim.warmup_steps, --optim.clip_norm=1 or --train.precision=fp32"
+            ) from error
+        self.step += 1
+        self.clock.images += len(batch)
+        self.pending.append(row)
+
+    def report(self) -> None:
+        """One logging point: means since the last one."""
+        rows, self.pending = self.pending, []
+        names = list(rows[0])
+        means = torch.tensor([fmean(row[name] for row in rows) for name in names], dtype=torch.float64)
+        means = self.world.sum_(means) / self.world.size
+        row: dict[str, Any] = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 6)}
+        row |= dict(zip(names, means.tolist(), strict=True))
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], **self.clock.read()}
+        row["images_per_s"] *= self.world.size
+        if self.device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.log.metrics(row, seconds_per_step=self.clock.seconds / len(rows))
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step."""
+        self.saved = self.step
+        if self.world.rank == 0:
+            self.checkpoints.save(self.state(), self.step, best=self.step == self.last_step)
+
+    def state(self) -> dict[str, Any]:
+        """All that the run needs to go on as if it had never stopped."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch": epoch,
+            "config": self.config.to_dict(),
+            "rng": {"scaler": self.scaler.state_dict()},  # every step seeds torch's generator anew
+            "loader": {"epoch": epoch, "batch": done, "world_size": self.world.size},
+            "version": __version__,
+            "log": {"pending": self.pending},
+        }
+
+    def restore(self) -> list[str]:
+        """Loads what ``resume`` asks for; returns what there is to say about it and about ``init``."""
+        config = self.config
+        newest, path, notes = self.world.from_first(lambda: choose(config.resume, self.checkpoints))
+        if path is None:
+            return [*notes, f"init: {self.network.init_report}"]
+        state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
+        if newest is not None and step_in_name(newest) > state["step"]:
+            raise ValueError(
+                f"resume={config.resume}: run.dir {str(self.folder)!r} holds a newer checkpoint, {newest.name}; to "
+                "branch off from an older one, give the new run its own --run.dir"
+            )
+        try:
+            self.network.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"resume={path} is no checkpoint of this detector: {error}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["rng"]["scaler"])
+        self.step = self.saved = state["step"]
+        self.pending = list(state.get("log", {}).get("pending", []))
+        notes.append(f"resumed from {path} at step {self.step}")
+        if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
+            notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
+        return notes
+
+    def measure(self) -> dict[str, float]:
+        """The task's metric on the validation split, in points (0 to 100), and into the log."""
+        from scrl_fast.transfer.tasks import measure
+
+        count = min(len(self.val), self.config.eval.images or len(self.val))
+        self.log.say(f"measuring on {count} images of {self.config.data.val} ...")
+        found = self.detections(range(self.world.rank, count, self.world.size))
+        result = self.world.from_first(lambda: measure(self.config.task, found, self.val))
+        self.log.amend({self.config.task: result})
+        self.log.say(f"step {self.step}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+        return result
+
+    def detections(self, indices: Sequence[int]) -> list[Detections]:
+        """Detections in the images of the validation split that all processes name, in process 0 in order."""
+        found = list(
+            detect(
+                self.network,
+                self.val,
+                indices,
+                batch_size=self.config.eval.batch_size,
+                workers=self.config.data.workers,
+                autocast=self.autocast,
+            )
+        )
+        return sorted(self.world.gathered(found), key=lambda image: image.index)
+
+    def introduce(self, notes: Sequence[str]) -> None:
+        """What this run is, for the person at the terminal and, in files, for whoever asks later."""
+        from scrl_fast import cli
+
+        for note in notes:
+            self.log.say(note)
+        config, model = self.config, self.config.model
+        self.log.say(f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision}")
+        if self.train is not None:
+            plan = f"{self.last_step} steps of {config.train.batch_size}, {self.steps_per_epoch} an epoch"
+            rate = config.optim.lr * config.train.batch_size / config.optim.reference_batch
+            if self.world.several:
+                self.log.say(
+                    f"{self.world.size} processes with {config.train.batch_size // self.world.size} images each"
+                )
+            self.log.say(f"{len(self.indices)} of {len(self.train)} images, {plan}, learning rate {rate:.4g}")
+        self.log.say(f"run folder: {self.folder}")
+        if self.world.rank == 0:
+            text = cli.dump(replace(config, resume="", json="").to_dict())
+            (self.folder / runlog.CONFIG).write_text(text, encoding="utf-8")
+            runlog.write_environment(self.folder / runlog.ENVIRONMENT)
+
+    def finish(self, stop: StopRequest, started: float) -> dict[str, Any]:
+        """The measurement and the last words."""
+        self.log.end_progress()
+        row = (runlog.read_metrics(self.folder / runlog.METRICS) or [{}])[-1]
+        summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "loss": row.get("loss", math.nan)}
+        if not stop:
+            with stop.at_once():
+                summary["result"] = self.measure()
+        summary["interrupted"] = stop.signal_name
+        path = self.checkpoints.folder / "last.pt"
+        summary["checkpoint"] = str(path) if path.exists() else self.config.resume
+        summary["resume_command"] = self.resume_command()
+        summary["seconds"] = time.perf_counter() - started
+        if stop:
+            self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
+            self.log.say(f"  {summary['resume_command']}")
+        else:
+            self.log.say(f"done: {self.step} steps; checkpoint and log are in {self.folder}")
+        return summary
+
+    def resume_command(self) -> str:
+        """What to type to go on from here."""
+        arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
+        return f"{distributed.launcher()} -m scrl_fast.transfer {shlex.join(arguments)}"
+
+    def open_log(self) -> runlog.RunLog:
+        """The run's log, continued after the step that was restored."""
+        run = self.config.run
+        return runlog.RunLog(
+            self.folder,
+            total_steps=self.last_step,
+            step=self.step,
+            tensorboard=run.tensorboard,
+            wandb=run.wandb,
+            settings=self.config.to_dict(),
+            active=self.world.rank == 0,
+        )
+
+
+def check_categories(train: Any, val: Any) -> None:
+    """Raise ValueError naming the files when the two splits have different classes."""
+    if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):
+        only = [name for name in train.classes if name not in val.classes]
+        lacks = [name for name in val.classes if name not in train.classes]
+        raise ValueError(
+            f"the categories of {train.annotation_file} and {val.annotation_file} differ: "
+            f"only in the first {only[:5]}, only in the second {lacks[:5]}"
+            + ("" if only or lacks else "; the names agree, their ids do not")
+        )
+
+
+def keypoint_count(source: Any) -> int:
+    """How many keypoints an object has. Raises ValueError when no object has any."""
+    for objects in source.objects:
+        if objects.keypoints is not None and objects.keypoints.shape[1]:
+            return int(objects.keypoints.shape[1])
+    raise ValueError(f"{source.annotation_file}: no object has keypoints")

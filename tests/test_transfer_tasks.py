@@ -1,0 +1,270 @@
+"""The transfer tasks end to end on tiny data in the official layouts: they learn, measure, resume, name errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_data import write_coco, write_voc
+from tiny_transfer import write_cityscapes, write_keypoints
+
+from scrl_fast import checkpoint
+from scrl_fast.errors import UsageError
+from scrl_fast.models import build_encoder
+from scrl_fast.runlog import read_metrics
+from scrl_fast.transfer.__main__ import main, parse
+from scrl_fast.transfer.config import TASKS, TransferConfig
+from scrl_fast.transfer.trainer import Transfer
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
+
+SMALL = [
+    *("--model.backbone=resnet10_tiny", "--model.short_side=[48,64]", "--model.short_side_step=16"),
+    *("--model.test_short_side=48", "--model.fpn_channels=16", "--model.head_channels=32", "--model.mask_channels=8"),
+    *("--model.keypoint_channels=8", "--model.proposals=[40,40]", "--model.rois_per_image=16", "--data.workers=2"),
+    *("--train.batch_size=3", "--train.steps=8", "--train.device=cpu", "--optim.reference_batch=3", "--optim.lr=0.01"),
+    *("--optim.decay_at=[8,8]", "--optim.warmup_steps=2", "--run.log_every=1", "--run.tensorboard=false"),
+]
+RESULTS = {
+    "detection": {f"bbox_{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "instance": {f"{kind}_{name}" for kind in ("bbox", "segm") for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "keypoints": {f"bbox_{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    | {f"keypoints_{name}" for name in ("AP", "AP50", "AP75", "APm", "APl")},
+    "voc": {"AP", "AP50", "AP75", "AP50_area"},
+    "cityscapes": {"AP", "AP50", "AP_car", "AP_person", "AP_bus", "AP_train", "AP_truck", "AP_rider"}
+    | {"AP_motorcycle", "AP_bicycle"},
+}
+RESULTS["coco10"] = RESULTS["detection"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """All data sets in one folder: their names do not meet."""
+    folder = tmp_path_factory.mktemp("data")
+    write_coco(folder, "train2017", images=12)
+    write_coco(folder, "val2017", images=5, seed=1)
+    write_keypoints(folder, "train2017")
+    write_keypoints(folder, "val2017", images=4, seed=1)
+    write_voc(folder, "trainval", images=5)
+    write_voc(folder, "trainval", images=4, year="2012", seed=2)
+    write_voc(folder, "test", images=4, seed=1)
+    for split in ("train", "val"):
+        write_cityscapes(folder, split)
+    return folder
+
+
+def arguments(task, root, run, *more):
+    return [task, f"--data.root={root}", f"--run.dir={run}", *SMALL, *more]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_learns_and_measures(task, root, tmp_path):
+    more = ["--data.subset=0.5"] if task == "coco10" else []
+    assert main(arguments(task, root, tmp_path / "run", f"--json={tmp_path}/result.json", *more)) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [row["loss"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and sum(losses[-2:]) < sum(losses[:2])
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["task"] == task and set(document["result"]) == RESULTS[task]
+    assert all(value == -1 or 0 <= value <= 100 for value in document["result"].values())
+    assert document["config"]["train"]["steps"] == 8 and document["checkpoint"].endswith("last.pt")
+    assert rows[-1][task] == document["result"]
+    names = {"instance": "loss_mask", "cityscapes": "loss_mask", "keypoints": "loss_keypoint"}
+    assert names.get(task, "loss_classifier") in rows[0]
+
+
+def transfer(task, root, run, *more):
+    return Transfer(parse(arguments(task, root, run, *more)))
+
+
+def test_init_is_in_the_backbone_before_the_first_step(root, tmp_path):
+    encoder = build_encoder("resnet10_tiny")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.body.state_dict().items()}}, tmp_path / "w.pth")
+    run = transfer("instance", root, tmp_path / "run", f"--init={tmp_path}/w.pth")
+    body = run.network.backbone.body.state_dict()
+    assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
+    assert "tensors of the encoder matched" in run.restore()[0]
+
+
+@pytest.mark.parametrize("roi_align", ["scrl_fast", "torchvision"])
+def test_resume_is_exact(root, tmp_path, roi_align):
+    more = (f"--model.roi_align={roi_align}", "--train.steps=6", "--eval.images=1")
+    whole = transfer("detection", root, tmp_path / "a", *more, "--data.workers=1")
+    whole.fit()
+    part = transfer("detection", root, tmp_path / "b", *more, "--train.max_steps=2")
+    part.fit()
+    rest = transfer("detection", root, tmp_path / "b", *more, "--resume=auto", "--data.workers=3")
+    rest.fit()
+    states = [whole.network.state_dict(), rest.network.state_dict()]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    moments = [[s["momentum_buffer"] for s in run.optimizer.state.values()] for run in (whole, rest)]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    said = (tmp_path / "b" / "log.txt").read_text()
+    assert "at step 2" in said and "options have changed" not in said
+
+
+def test_a_trained_detector_is_measured_alone(root, tmp_path):
+    run = transfer("detection", root, tmp_path / "a", "--train.steps=2", "--model.score_threshold=0.0")
+    first = run.fit()["result"]
+    path = tmp_path / "a" / "checkpoints" / "last.pt"
+    again = transfer(
+        *("detection", root, tmp_path / "b", "--model.score_threshold=0.0"),
+        *("--eval.only=true", f"--resume={path}", "--train.steps=2"),
+    )
+    assert again.fit()["result"] == first
+    assert set(checkpoint.load(path)) >= set(checkpoint.CHECKPOINT_KEYS)
+
+
+def test_its_backbone_goes_on_elsewhere(root, tmp_path):
+    run = transfer("detection", root, tmp_path / "a", "--train.steps=1", "--eval.images=1")
+    run.fit()
+    other = transfer("voc", root, tmp_path / "b", f"--init={tmp_path}/a")
+    body, own = other.network.backbone.body.state_dict(), run.network.backbone.body.state_dict()
+    assert all(torch.equal(body[name], own[name]) for name in own)
+
+
+def test_signal_saves_and_resumes(root, tmp_path):
+    run = transfer("detection", root, tmp_path / "a")
+    step_once = run.step_once
+
+    def stopping(batch):
+        step_once(batch)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.step_once = stopping
+    summary = run.fit()
+    assert summary["interrupted"] == "SIGTERM" and summary["step"] == 3 and "result" not in summary
+    assert "scrl_fast.transfer detection --config=" in summary["resume_command"]
+    command = summary["resume_command"].split()[3:]
+    assert parse(command).resume == "auto" and transfer("detection", root, tmp_path / "a", "--resume=auto").restore()
+
+
+def test_subset_is_the_same_by_seed(root):
+    from scrl_fast.transfer.data import read_split, trainable
+
+    config = parse(["coco10", f"--data.root={root}", "--data.subset=0.5"])
+    source = read_split(config, "train2017")
+    chosen = trainable(source, config.data)
+    config.data.subset_seed = 1
+    assert chosen == trainable(source, parse(["coco10", f"--data.root={root}", "--data.subset=0.5"]).data)
+    assert chosen != trainable(source, config.data) and len(chosen) in (5, 6)
+    assert parse(["coco10", f"--data.root={root}"]).data.subset == 0.1
+
+
+def test_published_defaults(root):
+    config = parse(["detection", f"--data.root={root}"])
+    assert (config.train.batch_size, config.train.steps, config.optim.decay_at) == (16, 90000, (60000, 80000))
+    rates = [config.optim.rate(step, 16) for step in (0, 500, 1000, 59999, 60000, 80000)]
+    assert np.allclose(rates, [0.02 * 0.001, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.0002])
+    assert config.optim.rate(2000, 8) == pytest.approx(0.01)
+    assert config.model.short_sides() == (640, 672, 704, 736, 768, 800) and config.model.frozen_stages == 0
+
+
+# ---- errors ----
+
+
+def break_categories(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "instances_val2017.json"
+    document = json.loads(path.read_text())
+    document["categories"][0]["name"] = "pony"
+    path.write_text(json.dumps(document))
+    return ["detection", f"--data.root={tmp_path / 'data'}"]
+
+
+def empty_annotations(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    document["annotations"] = [a for a in document["annotations"] if a["iscrowd"]]
+    path.write_text(json.dumps(document))
+    return ["detection", f"--data.root={tmp_path / 'data'}"]
+
+
+def lost_image(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    next((tmp_path / "data" / "train2017").iterdir()).unlink()
+    return ["detection", f"--data.root={tmp_path / 'data'}"]
+
+
+def lost_instances(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    next((tmp_path / "data" / "gtFine" / "train").glob("*/*.png")).unlink()
+    return ["cityscapes", f"--data.root={tmp_path / 'data'}"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda r, t: ["detection", f"--data.root={t}/none"], r"COCO's folder '.*none' does not exist"),
+        (lambda r, t: ["voc", f"--data.root={r}", "--data.train=2009_trainval"], r"no VOC annotations .*VOC2009"),
+        (lambda r, t: ["voc", f"--data.root={r}", "--data.train=trainval"], r"YEAR_SPLIT, as in 2007_trainval"),
+        (lambda r, t: ["cityscapes", f"--data.root={t}"], r"no folder .*leftImg8bit.*val.*gtFine"),
+        (lambda r, t: ["detection", f"--data.root={r}", "--data.train=train2018"], r"instances_train2018\.json"),
+        (break_categories, r"categories of .*train2017\.json and .*val2017\.json differ: .*\['disc'\].*\['pony'\]"),
+        (empty_annotations, r"instances_train2017\.json: none of 12 images has boxes .*keep_empty"),
+        (lost_image, r"names 12 images, of which 1 are not in .*train2017; the first is .*\.jpg"),
+        (lost_instances, r"no instance image at .*instanceIds\.png"),
+        (
+            lambda r, t: ["detection", f"--data.root={r}", "--init=/no/w.pth"],
+            r"init=/no/w\.pth: there is no such checkpoint",
+        ),
+        (lambda r, t: ["instance", f"--data.root={r}", "--model.detector=fcos"], r"instance needs mask_rcnn"),
+        (lambda r, t: ["detection", f"--data.root={r}", "--train.batch_size=99"], r"batch_size=99: .* 11 images"),
+        (lambda r, t: ["detection", f"--data.root={r}", "--eval.only=true"], r"eval\.only=True .*--resume"),
+    ],
+)
+def test_what_is_wrong_is_named(root, tmp_path, make, message):
+    task, *rest = make(root, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Transfer(parse([task, *SMALL, f"--run.dir={tmp_path / 'run'}", *rest]))
+
+
+def test_wrong_weights_are_named_on_the_command_line(root, tmp_path, capsys):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments("detection", root, tmp_path / "run", f"--init={tmp_path}/w.pth"))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "does not fill the encoder resnet10_tiny" in said and "bn1.weight" in said
+
+
+@pytest.mark.parametrize("argv", [[], ["--data.root=x"], ["detectoin"]])
+def test_the_task_comes_first(argv):
+    with pytest.raises(UsageError, match=r"must be one of|the first argument is the task"):
+        parse(argv)
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match=r"model\.roi_aligned=True.*roi_align=scrl_fast"):
+        TransferConfig(model=TransferConfig().model.__class__(roi_aligned=True, roi_align="torchvision"))
+
+
+# ---- several processes ----
+
+
+def test_two_processes_train_and_measure_together(root, tmp_path):
+    options = ["--train.batch_size=4", "--train.steps=3", "--model.score_threshold=0.0", "--optim.clip_norm=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "scrl_fast.transfer", *arguments("instance", root, tmp_path / "run", *options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--json={tmp_path}/r.json"], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes with 2 images each" in done.stderr
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    result = json.loads((tmp_path / "r.json").read_text())["result"]
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    again = transfer("instance", root, tmp_path / "b", "--eval.only=true", f"--resume={path}", *options)
+    assert again.fit()["result"] == pytest.approx(result, abs=1e-3)  # the same detector, measured by one process
