@@ -247,12 +247,20 @@ class TrainConfig:
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: its own choice, which a resumed run keeps, since the last digits of its convolutions
+    and norms depend on it (device=cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 elsewhere."""
     channels_last: bool = True
     """Memory layout of images and encoder."""
     compile: bool = False
-    """torch.compile for the encoders."""
+    """torch.compile for the encoders; for GPUs, on a CPU it is slower."""
+    checkpoint_activations: bool = False
+    """Keep only the block boundaries of the online encoder and compute the rest again in the backward pass: less
+    memory, about a third more time in the encoder, the same numbers."""
+    keep_memory: bool = True
+    """On a CPU, keep freed memory for the next step instead of returning it to the system (Linux with glibc)."""
     deterministic: bool = False
     """Make torch's own operations bit-equal from run to run as well (slower on GPU)."""
 
@@ -264,6 +272,7 @@ class TrainConfig:
             accumulate=at_least(1),
             epochs=at_least(1),
             max_steps=at_least(0),
+            threads=at_least(0),
             seed=within(0, 2**63 - 1),
         )
         kind, _, index = self.device.partition(":")

@@ -6,20 +6,24 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scrl_fast import checkpoint, weights
+from scrl_fast import checkpoint, prepare, weights
 from scrl_fast._version import __version__
 
 if TYPE_CHECKING:
     from scrl_fast.trainer import SCRLTrainer
 
-HARMLESS = ("run.", "eval.", "resume", "init", "data.workers", "data.prefetch", "train.max_steps", "train.device")
+HARMLESS = (
+    *("run.", "eval.", "resume", "init", "data.workers", "data.prefetch"),
+    *("train.max_steps", "train.device", "train.keep_memory", "train.checkpoint_activations"),
+)
 """Options that may change between stop and resume without changing what is computed."""
-SPREAD = ("train.batch_size", "train.accumulate")
+SPREAD = ("train.batch_size", "train.accumulate", "train.threads")
 """Options that change with the number of processes, for the same global batch."""
 
 
@@ -64,7 +68,9 @@ def restore(trainer: SCRLTrainer) -> list[str]:
         before, now = state["loader"].get("world_size", 1), trainer.world.size
         if before != now:
             notes.append(f"{now} processes instead of {before}: the same images, views and boxes in every step")
-        if changed := changed_options(state["config"], config.to_dict(), besides=SPREAD if before != now else ()):
+        if changed := changed_options(
+            state["config"], trainer.config.to_dict(), besides=SPREAD if before != now else ()
+        ):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
     elif config.resume:
         notes.append(f"resume=auto: no checkpoint in {trainer.checkpoints.folder} yet, starting from the beginning")
@@ -104,6 +110,9 @@ def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
     Raises ValueError when the global batch is another one: step numbers and schedules would mean something else.
     """
     check_batch(trainer, state)
+    if not trainer.threads_asked and state["loader"].get("world_size", 1) == trainer.world.size:
+        free = replace(trainer.config, train=replace(trainer.config.train, threads=0))
+        trainer.config = prepare.set_threads(free, trainer.device, before=state["config"]["train"].get("threads", 0))
     trainer.model.load_state(state["model"])
     options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     trainer.optimizer.load_state_dict(state["optimizer"])

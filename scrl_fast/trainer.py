@@ -51,7 +51,10 @@ class SCRLTrainer:
         self.rank, world_size = self.world.rank, self.world.size
         self.source: Any = make_source(config) if source is None else source
         prepare.check_run(config, images=len(self.source), world_size=world_size)
-        self.config = config = prepare.place_run(config, self.world)
+        self.threads_asked = train.threads
+        self.config = config = prepare.set_threads(prepare.place_run(config, self.world), self.device)
+        if self.device.type == "cpu" and train.keep_memory:
+            prepare.keep_memory()
         self.folder = Path(config.run.dir)
         self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
         prepare.set_numerics(train.deterministic, self.device)
@@ -82,9 +85,10 @@ class SCRLTrainer:
         if train.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = prepare.build_optimizer(self.model, config, self.global_batch)
-        if train.compile:
-            self.model.online.encoder.compile()
-            self.model.target.encoder.compile()
+        self.model.online.encoder.checkpointing = train.checkpoint_activations
+        if train.compile:  # only the encoders, whose shapes never change; boxes and heads stay as they are
+            self.model.online.encoder.compile(dynamic=False)
+            self.model.target.encoder.compile(dynamic=False)
 
         self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
 

@@ -190,6 +190,27 @@ def test_a_checkpoint_by_path_continues_in_its_own_folder(tmp_path, whole):
     assert_same(trainer, whole)
 
 
+def test_data_that_fail_in_mid_epoch_lose_no_step(tmp_path, whole):
+    config = make_config(tmp_path, epochs=3)
+    config.run.checkpoint_every, config.data.workers = 9, 1
+    source = Pictures(num_classes=3)
+    trainer = SCRLTrainer(config, source=source)
+    plain = trainer.train_step
+    trainer.train_step = lambda *batches: plain(*batches) or (trainer.step == 4 and setattr(source, "read", gone))
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer.fit()
+    log = (tmp_path / "log.txt").read_text()
+    step = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"]
+    assert f"all {step} steps are saved. To continue: python -m scrl_fast.train --config=" in log
+    assert 4 <= step <= 7  # up to three batches were made ahead
+    resumed, _ = run(tmp_path, resume="auto")
+    assert_same(resumed, whole)
+
+
+def gone(index):
+    raise RuntimeError("the disk is gone")
+
+
 def test_an_older_checkpoint_asks_for_a_folder_of_its_own(tmp_path):
     run(tmp_path / "run", max_steps=4)
     old = str(tmp_path / "run" / "checkpoints" / "step_00000002.pt")

@@ -304,11 +304,85 @@ def test_best_is_the_most_accurate_probe_or_without_labels_the_newest(tmp_path):
         assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == expected
 
 
-def test_compiling_the_encoders_leaves_names_as_they_are(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    trainer = make_trainer(tmp_path, compile=True)
+def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkeypatch):
+    plain, compiled = torch.nn.Module.compile, []
+
+    def without_code_generation(module, **options):
+        compiled.append(module)
+        plain(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code_generation)
+    trainer = make_trainer(tmp_path / "compiled", compile=True)
     assert compiled == [trainer.model.online.encoder, trainer.model.target.encoder]
+    eager = make_trainer(tmp_path / "eager")
+    batch = first_batch(trainer)
+    for count in (12, 12):
+        trainer.train_step([with_boxes(batch, count)])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (3, 0, 1, 11):
+            trainer.train_step([with_boxes(batch, count)])
+    for count in (12, 12, 3, 0, 1, 11):
+        eager.train_step([with_boxes(batch, count)])
+    assert list(trainer.model.state_dict()) == list(eager.model.state_dict())
+    for ours, expected in zip(trainer.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointed_activations_keep_less_and_change_nothing(tmp_path):
+    states, kept = [], []
+    for on in (False, True):
+        trainer = make_trainer(tmp_path / str(on), checkpoint_activations=on)
+        batch, saved = first_batch(trainer), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.nbytes}) or t, id_):
+            trainer.model.online.encoder(batch.views)
+        trainer = make_trainer(tmp_path / f"{on} again", checkpoint_activations=on)
+        for _ in range(3):
+            trainer.train_step([batch])
+        states.append(state_of(trainer))
+        kept.append(sum(saved.values()))
+    assert kept[1] < 0.6 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def id_(tensor):
+    return tensor
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.set_sync_debug_mode needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, precision):
+    trainer = make_trainer(tmp_path, Pictures(num_classes=3), precision=precision, device="cuda")
+    batch = first_batch(trainer)
+    for _ in range(3):
+        trainer.train_step([batch])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step([batch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < trainer.meter.drain()[-1][0] < 8
+
+
+def test_weights_depend_on_the_number_of_threads_only_and_a_resumed_run_keeps_it(tmp_path):
+    before, states = torch.get_num_threads(), []
+    try:
+        for own_choice, workers in ((1, 0), (2, 3)):
+            torch.set_num_threads(own_choice)
+            config = make_config(tmp_path / str(own_choice), threads=3, max_steps=4)
+            config.data.workers = workers
+            SCRLTrainer(config, source=Pictures()).fit()
+            config.train.threads, config.resume = 0, "auto"
+            config.train.max_steps = 0
+            torch.set_num_threads(own_choice)
+            trainer = SCRLTrainer(config, source=Pictures())
+            trainer.fit()
+            assert trainer.config.train.threads == torch.get_num_threads() == 3
+            assert "have changed" not in (trainer.folder / "log.txt").read_text()
+            states.append(state_of(trainer))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_max_steps_stops_early_with_schedules_as_planned(tmp_path):

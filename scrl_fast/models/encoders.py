@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet as torchvision_resnet
 
 TORCHVISION_NAMES = (
@@ -41,18 +46,61 @@ class Encoder(nn.Module):
         self.body = body
         self.out_channels = out_channels
         self.stride = stride
+        self._checkpointing = False
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether only block boundaries are kept for the backward pass, which then computes each block again."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self._checkpointing = on
 
     def forward(self, images: Tensor) -> Tensor:
         body: Any = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        if self._checkpointing and torch.is_grad_enabled():
+            return _checkpointed(x, (body.layer1, body.layer2, body.layer3, body.layer4))
         return body.layer4(body.layer3(body.layer2(body.layer1(x))))
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, out_channels={self.out_channels}, stride={self.stride}"
 
 
+def _checkpointed(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
+    for stage in stages:
+        for block in stage.children():
+            contexts = lambda block=block: (nullcontext(), _untracked(block))  # noqa: E731
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return x
+
+
+@contextmanager
+def _untracked(module: nn.Module) -> Iterator[None]:
+    """Running statistics stay as they are: the forward pass has moved them once, computing it again must not."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, values in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = values
+
+
 class TimmEncoder(Encoder):
     """The last feature map of a timm model built with ``features_only=True``."""
+
+    @property
+    def checkpointing(self) -> bool:
+        return False
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on:
+            raise ValueError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)[-1]

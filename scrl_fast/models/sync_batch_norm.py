@@ -53,10 +53,14 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Moves the running statistics, unless no process had a row; decided on the device."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += (count > 0).squeeze()
-        share = 1.0 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
-        share = (count > 0).to(self.running_mean.dtype) * share
+        assert self.running_mean is not None and self.running_var is not None
+        share = (count > 0).to(self.running_mean.dtype)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += (count > 0).squeeze()
+            if self.momentum is None:  # the plain mean over all batches
+                share = share / self.num_batches_tracked.clamp(min=1)
+        if self.momentum is not None:
+            share = share * self.momentum
         unbiased = var * (count / (count - 1).clamp(min=1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)

@@ -1,0 +1,73 @@
+"""Run by test_kill.py: ``python tests/kill_runs.py FOLDER SECONDS``. One import, then a process by fork for each trial.
+
+The same run, resumed each time, is killed at random instants until it has been killed often enough and may finish. It
+writes a checkpoint after every step, so that about half of the kills hit the writing of one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from test_trainer import Pictures, make_config
+
+from scrl_fast import pictures, runlog
+from scrl_fast.trainer import SCRLTrainer
+
+KILLS, STEPS = 20, 60
+
+
+def train(folder: Path) -> None:
+    config = make_config(folder, batch_size=4, epochs=STEPS // 3)
+    config.run.checkpoint_every, config.resume = 1, "auto"
+    SCRLTrainer(config, source=Pictures(num_classes=3)).fit()
+
+
+def start(folder: Path, log: Path, limit: int = 0) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
+        if limit:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train(folder)
+        code = 0
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        os._exit(code)
+
+
+def main(folder: Path) -> None:
+    draw, whole, killed = random.Random(0), folder / "whole", folder / "killed"
+    began = time.monotonic()
+    assert wait(start(whole, folder / "whole.txt")) == 0
+    seconds = time.monotonic() - began  # of the whole run, on the machine as busy as it is
+    for _ in range(KILLS):
+        child = start(killed, folder / "killed.txt")
+        time.sleep(draw.uniform(0.02, seconds / 8))
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+    size = max(path.stat().st_size for path in (whole / "checkpoints").glob("*.pt"))
+    assert wait(start(killed, folder / "full.txt", limit=size // 2)) == 1
+    assert wait(start(killed, folder / "killed.txt")) == 0
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for module, name in ((pictures, "draw_curves"), (pictures, "draw_boxes"), (runlog, "write_environment")):
+        setattr(module, name, lambda *_, **__: True)  # not what is tested here
+    main(Path(sys.argv[1]))
