@@ -46,6 +46,14 @@ def test_weights_land_in_the_backbone(tmp_path, kind):
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in network.modules())
 
 
+def test_an_encoder_may_be_given_itself():
+    encoder = build_encoder("resnet10_tiny")
+    network = small(init=encoder)
+    body, own = network.backbone.body.state_dict(), encoder.body.state_dict()
+    assert all(torch.equal(body[name], own[name]) for name in own)
+    assert body["conv1.weight"].data_ptr() != own["conv1.weight"].data_ptr()
+
+
 def test_stages_freeze_from_the_image_on():
     for count, expected in enumerate((set(), {"conv1", "bn1"}, {"conv1", "bn1", "layer1"})):
         body = small(backbone="resnet18", frozen_stages=count).backbone.body

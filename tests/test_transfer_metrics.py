@@ -251,6 +251,54 @@ def test_cityscapes_known_values(tmp_path):
     assert city(tmp_path, values, [first, second, on_road])["AP50"] == pytest.approx(1)
 
 
+CITY_IDS = (24, 25, 26, 27, 28, 31, 32, 33)
+
+
+def random_city(path, rng, index):
+    """One picture of random instances, groups and void, and guesses near them and anywhere."""
+    values = np.full((120, 160), 7, np.int32)
+    values[:10], values[10:20, :40] = 1, rng.choice([26, 24, 4, 29])
+    guesses, count = [], {}
+    for _ in range(rng.integers(0, 9)):
+        its = int(rng.choice(CITY_IDS[:5]))
+        count[its] = count.get(its, -1) + 1
+        h, w = rng.integers(5, 50, 2)
+        y, x = rng.integers(0, 120 - h), rng.integers(0, 160 - w)
+        values[y : y + h, x : x + w] = its * 1000 + count[its]
+        for _ in range(rng.integers(0, 3)):
+            off, mask = rng.integers(-4, 5, 4), np.zeros((120, 160), np.uint8)
+            mask[max(0, y + off[0]) : y + h + off[1], max(0, x + off[2]) : x + w + off[3]] = 1
+            guessed = its if rng.random() < 0.9 else int(rng.choice(CITY_IDS))
+            guesses.append((round(float(rng.random()), 2), guessed, mask))
+    for _ in range(rng.integers(0, 4)):
+        h, w = rng.integers(5, 40, 2)
+        y, x = rng.integers(0, 120 - h), rng.integers(0, 160 - w)
+        mask = np.zeros((120, 160), np.uint8)
+        mask[y : y + h, x : x + w] = 1
+        guessed = int(rng.choice(CITY_IDS))
+        guesses.append((round(float(rng.random()), 2), guessed, mask))
+    Image.fromarray(values.astype(np.uint16)).save(path / f"{index}_gtFine_instanceIds.png")
+    guesses.sort(key=lambda guess: -guess[0])
+    labels = [CITY_IDS.index(guessed) for _, guessed, _ in guesses]
+    masks = [encoded(mask) for _, _, mask in guesses]
+    return detections(index, np.zeros((len(guesses), 4)), [score for score, _, _ in guesses], labels, masks=masks)
+
+
+@pytest.mark.parametrize(
+    "seed, expected",  # what cityscapesScripts 2.3.0 gives for the same pictures and masks
+    [
+        (0, {"AP": 0.1306008277436849, "AP50": 0.3966329966329966, "AP_truck": 0.19427939124367696, "AP_train": -1}),
+        (1, {"AP": 0.13199022621570294, "AP50": 0.34174061159040153, "AP_car": 0.2516440529053651}),
+    ],
+)
+def test_cityscapes_equals_the_official_evaluation(tmp_path, seed, expected):
+    rng = np.random.default_rng(seed)
+    found = [random_city(tmp_path, rng, index) for index in range(14)]
+    objects = [SimpleNamespace(file_name=f"{index}_leftImg8bit.png") for index in range(14)]
+    result = cityscapes_average_precision(found, SimpleNamespace(objects=objects, annotation_file=str(tmp_path)))
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
 # ---- targets ----
 
 

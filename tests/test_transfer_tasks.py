@@ -167,6 +167,8 @@ def test_published_defaults(root):
     rates = [config.optim.rate(step, 16) for step in (0, 500, 1000, 59999, 60000, 80000)]
     assert np.allclose(rates, [0.02 * 0.001, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.0002])
     assert config.optim.rate(2000, 8) == pytest.approx(0.01)
+    city = parse(["cityscapes", f"--data.root={root}"]).optim
+    assert np.allclose([city.rate(step, 8) for step in (17999, 18000, 23999)], [0.01, 0.001, 0.001])
     assert config.model.short_sides() == (640, 672, 704, 736, 768, 800) and config.model.frozen_stages == 0
 
 

@@ -143,7 +143,7 @@ class TransferOptimConfig:
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers."""
     decay_at: tuple[int, int] = (60000, 80000)
-    """Steps at which the learning rate falls to a tenth; scaled with train.steps over 90000 by nobody but you."""
+    """Steps at which the learning rate falls; a change of train.steps leaves them as they are."""
     decay: float = 0.1
     """What it is multiplied by there."""
     warmup_steps: int = 1000
@@ -280,21 +280,18 @@ def _plain(value: Any) -> Any:
 TASKS: dict[str, dict[str, Any]] = {
     "detection": {},
     "instance": {"model": {"detector": "mask_rcnn"}},
-    # the annotations of people alone; both thresholds of the box loss are torchvision's
-    "keypoints": {"model": {"detector": "keypoint_rcnn"}},
-    # a tenth of the images, a quarter of the steps (MoCo v2's and SCRL's low-shot rows train shorter as well)
-    "coco10": {
-        "data": {"subset": 0.1},
-        "train": {"steps": 9000},
-        "optim": {"decay_at": [6000, 8000], "warmup_steps": 1000},
-    },
-    # detectron2's VOC schedule: 24 thousand steps (18 thousand with its first C4 recipe)
+    # detectron2 trains its keypoint detectors on 1500 proposals
+    "keypoints": {"model": {"detector": "keypoint_rcnn", "proposals": [1500, 1000]}},
+    # a tenth of the images and of the steps: as many epochs as with all of them
+    "coco10": {"data": {"subset": 0.1}, "train": {"steps": 9000}, "optim": {"decay_at": [6000, 8000]}},
+    # 24 thousand steps, as MoCo's recipe for VOC in detectron2 has them
     "voc": {
         "data": {"train": "2007_trainval+2012_trainval", "val": "2007_test"},
         "model": {"short_side": [480, 800]},
         "train": {"steps": 24000},
-        "optim": {"decay_at": [18000, 22000], "warmup_steps": 1000},
+        "optim": {"decay_at": [18000, 22000], "warmup_steps": 100},
     },
+    # detectron2's Cityscapes schedule; the second decay would come when it is over
     "cityscapes": {
         "data": {"train": "train", "val": "val"},
         "model": {
@@ -304,7 +301,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "long_side": 2048,
         },
         "train": {"batch_size": 8, "steps": 24000},
-        "optim": {"lr": 0.01, "reference_batch": 8, "decay_at": [18000, 18000], "warmup_steps": 1000},
+        "optim": {"lr": 0.01, "reference_batch": 8, "decay_at": [18000, 24000]},
     },
 }
 """What differs from the defaults above, for each task."""

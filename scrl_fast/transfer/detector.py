@@ -36,7 +36,7 @@ def build_detector(
     classes: int,
     *,
     backbone: str = "resnet50",
-    init: str = weights.RANDOM,
+    init: str | weights.Weights | Encoder = weights.RANDOM,
     branch: str = "online",
     keypoints: int = 17,
     config: DetectorConfig | None = None,
@@ -48,7 +48,8 @@ def build_detector(
     classes: without background. Labels in targets and detections count from 1 for the R-CNNs, from 0 for the other two
         (`first_label`).
     backbone, init, branch: an encoder of `scrl_fast.models.build_encoder` (its ResNet family), and weights for it:
-        "random", "torchvision" (supervised on ImageNet) or a path for `scrl_fast.weights.read`.
+        "random", "torchvision" (supervised on ImageNet), a path for `scrl_fast.weights.read`, what that gave, or an
+        encoder, whose weights are copied.
     config: every other number, by default the published ones; ``options`` are its fields, such as short_side=(96, 96)
         (one int stands for both, and for test_short_side, too).
     The report of the weights is in ``network.init_report``. Raises ValueError naming the argument and its value,
@@ -91,7 +92,7 @@ class EvaluationSide(torchvision.models.detection.transform.GeneralizedRCNNTrans
 # ---- backbone ----
 
 
-def build_pyramid(config: DetectorConfig, init: str) -> tuple[BackboneWithFPN, list[int], weights.Report]:
+def build_pyramid(config: DetectorConfig, init: Any) -> tuple[BackboneWithFPN, list[int], weights.Report]:
     """The encoder under a feature pyramid, with the stride of every level of it, and the report of its weights."""
     encoder = build_encoder(config.backbone)
     if encoder.name.startswith("timm:"):
@@ -119,8 +120,11 @@ def build_pyramid(config: DetectorConfig, init: str) -> tuple[BackboneWithFPN, l
     return pyramid, [strides[name] for name in used] + extra, report
 
 
-def initialise(encoder: Encoder, init: str, branch: str) -> weights.Report:
+def initialise(encoder: Encoder, init: Any, branch: str) -> weights.Report:
     """Weights of ``init`` into the encoder. Raises UsageError when torchvision's cannot be had."""
+    if isinstance(init, Encoder):
+        own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
+        init = weights.Weights(init.name, "an encoder", {"online": own, "target": own})
     if init != SUPERVISED:
         return weights.load_into(encoder, init, branch="target" if branch == "target" else "online")
     try:
