@@ -1,5 +1,34 @@
-"""What a frozen encoder learned, measured."""
+"""What a frozen encoder learned, measured: linear, k-NN, RoI linear, dense consistency, rank.
 
-from scrl_fast.evaluate.roi_linear import LabelledRegions, RoILinearResult, demo_roi_linear, roi_linear
+``python -m scrl_fast.evaluate TASK`` from the command line. Names are loaded when they are first used, so that a
+misspelt option is answered before torch is imported.
+"""
 
-__all__ = ["LabelledRegions", "RoILinearResult", "demo_roi_linear", "roi_linear"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scrl_fast.evaluate.dense import DenseResult as DenseResult
+    from scrl_fast.evaluate.dense import dense_consistency as dense_consistency
+    from scrl_fast.evaluate.regions import LabelledRegions as LabelledRegions
+    from scrl_fast.evaluate.regions import RoILinearResult as RoILinearResult
+    from scrl_fast.evaluate.regions import demo_roi_linear as demo_roi_linear
+    from scrl_fast.evaluate.regions import roi_linear as roi_linear
+
+_ROI_LINEAR = ("LabelledRegions", "RoILinearResult", "demo_roi_linear", "roi_linear")
+_ATTRIBUTES = {
+    **dict.fromkeys(_ROI_LINEAR, "scrl_fast.evaluate.regions"),
+    **dict.fromkeys(("DenseResult", "dense_consistency"), "scrl_fast.evaluate.dense"),
+}
+
+__all__ = ["DenseResult", "LabelledRegions", "RoILinearResult", "demo_roi_linear", "dense_consistency", "roi_linear"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class RowBatchNorm(nn.BatchNorm1d):
@@ -43,3 +45,18 @@ def projection_head(in_dim: int, hidden_dim: int = 4096, out_dim: int = 256) -> 
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     return ProjectionHead(in_dim, hidden_dim, out_dim)
+
+
+def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, correct, count) of a linear classifier: the trainer's online probe and linear evaluation alike.
+
+    logits: ``[..., b, classes]``, any float dtype; labels: ``[b]``, -1 where unlabelled.
+    loss: cross entropy in float32 or wider, mean over labelled rows (0 if there are none), ``[...]``; correct: labelled
+    rows whose highest logit is theirs, ``[...]``; count: labelled rows, a scalar.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    count = (labels >= 0).sum()
+    every = labels.expand(logits.shape[:-1])
+    each = F.cross_entropy(logits.flatten(0, -2), every.flatten(), ignore_index=-1, reduction="none")
+    loss = each.view(every.shape).sum(-1) / count.clamp(min=1)
+    return loss, (logits.argmax(-1) == every).sum(-1), count

@@ -7,10 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scrl_fast.models.encoders import Encoder, build_encoder
-from scrl_fast.models.heads import ProjectionHead, projection_head
+from scrl_fast.models.heads import ProjectionHead, classification, projection_head
 from scrl_fast.ops import roi_align, two_view_loss
 
 
@@ -130,11 +129,7 @@ class SCRL(nn.Module):
         if self.probe is None or labels is None:
             return None, None, None
         logits = self.probe(features.detach().mean((2, 3)))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = labels.repeat(2)
-        count = (labels >= 0).sum()
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count.clamp(min=1)
-        return loss, (logits.argmax(1) == labels).sum(), count
+        return classification(logits, labels.repeat(2))
 
     def _check(self, views: Tensor, boxes: tuple[Tensor, Tensor] | None, labels: Tensor | None) -> None:
         if views.ndim != 4 or views.shape[0] % 2 or views.shape[0] == 0:

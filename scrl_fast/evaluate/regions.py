@@ -14,7 +14,6 @@ The result is deterministic for a given number of threads.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scrl_fast.config import Config
+from scrl_fast.evaluate.images import frozen, made_ahead, measure_batchnorm, read
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 VALIDATION_FOLD = 5  # every fifth training image chooses the penalty
-STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel at 96 pixels and stride 8
 LBFGS_STEPS = 100
+DOUBLE_NUMBERS = 2**28
 
 
 class LabelledRegions(Protocol):
@@ -90,22 +90,32 @@ def roi_linear(
     measure_batchnorm: step 1 of the protocol; False evaluates the stored statistics.
     Raises ValueError when train or test holds no boxes.
     """
-    encoder = copy.deepcopy(encoder).requires_grad_(False)
-    reader = _Reader(mean, std, next(encoder.parameters()).device, batch_size)
-    with torch.no_grad():
-        if measure_batchnorm:
-            _measure_batchnorm(encoder, train, reader)
-        encoder.eval()
-        samples = []
-        for name, regions in (("train", train), ("test", test)):
-            pooled = [
-                (roi_align(encoder(images), boxes, pool_size, 1 / encoder.stride, sampling_ratio, aligned), *rest)
-                for images, boxes, *rest in reader.batches(regions)
-            ]
-            if not sum(len(rows) for rows, *_ in pooled):
-                raise ValueError(f"{name} holds no boxes in its {len(regions)} images")
-            samples.append(_Samples(*(torch.cat(parts) for parts in zip(*pooled, strict=True))).flat())
-    return _classify(*samples)
+    encoder = frozen(encoder)
+    reader = RegionReader(mean, std, next(encoder.parameters()).device, batch_size)
+    if measure_batchnorm:
+        _measure_batchnorm(encoder, train, reader)
+    pooling = pool_size, sampling_ratio, aligned
+    return classify(*(region_features(encoder, r, reader, pooling, n) for n, r in (("train", train), ("test", test))))[
+        0
+    ]
+
+
+@torch.no_grad()
+def region_features(
+    encoder: Encoder, regions: LabelledRegions, reader: RegionReader, pooling: tuple[int, int, bool], name: str
+) -> BoxSamples:
+    """RoIAligned features of every box. pooling: output size, sampling ratio, aligned.
+
+    Raises ValueError, in which ``name`` stands for the set, when there are no boxes.
+    """
+    size, ratio, aligned = pooling
+    pooled = [
+        (roi_align(encoder(images), boxes, size, 1 / encoder.stride, ratio, aligned), *rest)
+        for images, boxes, *rest in reader.batches(regions)
+    ]
+    if not sum(len(rows) for rows, *_ in pooled):
+        raise ValueError(f"{name} holds no boxes in its {len(regions)} images")
+    return BoxSamples(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
 
 
 def demo_roi_linear(
@@ -133,28 +143,32 @@ def demo_roi_linear(
 
 
 @dataclass(frozen=True)
-class _Samples:
+class BoxSamples:
     """One row a box."""
 
     features: Tensor  # [n, C]
     labels: Tensor  # [n] int64
     images: Tensor  # [n] int64, index of the image that the box lies in
 
-    def flat(self) -> _Samples:
-        return _Samples(self.features.flatten(1).double().cpu(), self.labels, self.images)
+    def flat(self) -> BoxSamples:
+        """Rows to solve with, all on one device: float64, or float32 where that would take more than 2 GB."""
+        rows = self.features.flatten(1)
+        rows = rows.double() if rows.numel() <= DOUBLE_NUMBERS else rows.float()
+        return BoxSamples(rows, self.labels.to(rows.device), self.images.to(rows.device))
 
-    def __getitem__(self, mask: Tensor) -> _Samples:
-        return _Samples(self.features[mask], self.labels[mask], self.images[mask])
+    def __getitem__(self, mask: Tensor) -> BoxSamples:
+        return BoxSamples(self.features[mask], self.labels[mask], self.images[mask])
 
 
 @dataclass(frozen=True)
-class _Reader:
+class RegionReader:
     """Normalised images and their boxes, in batches of one size, in order."""
 
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device
     batch_size: int
+    workers: int = 0
 
     def batches(self, regions: LabelledRegions) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(images ``[b, 3, H, W]``, boxes ``[n, 5]``, labels ``[n]``, image of each box ``[n]``)."""
@@ -172,8 +186,7 @@ class _Reader:
 
     def _same_size(self, regions: LabelledRegions) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         group: list[NDArray[np.uint8]] = []
-        for i in range(len(regions)):
-            picture = regions.read(i)
+        for i, picture in enumerate(made_ahead(lambda i: read(regions, i), range(len(regions)), self.workers)):
             if group and (len(group) == self.batch_size or picture.shape != group[0].shape):
                 yield i - len(group), group
                 group = []
@@ -187,32 +200,20 @@ class _Reader:
         return images.float().div_(255).sub_(mean).div_(std)
 
 
-def _measure_batchnorm(encoder: nn.Module, regions: LabelledRegions, reader: _Reader) -> None:
-    """Replace the running statistics by plain averages over the first images."""
-    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not any(norm.track_running_stats for norm in norms):
-        return
-    encoder.eval()  # dropout and its like stay off
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the cumulative average
-        norm.train()
-    seen = 0
-    for images, *_ in reader.batches(regions):
-        encoder(images)
-        seen += len(images)
-        if seen >= STATISTICS_IMAGES:
-            break
+def _measure_batchnorm(encoder: nn.Module, regions: LabelledRegions, reader: RegionReader) -> None:
+    measure_batchnorm(encoder, (images for images, *_ in reader.batches(regions)))
 
 
 # ---- classifier ----
 
 
-def _classify(train: _Samples, test: _Samples) -> RoILinearResult:
+def classify(train: BoxSamples, test: BoxSamples) -> tuple[RoILinearResult, Tensor]:
+    """The result, and the class predicted for every test box ``[n]``, on the CPU."""
+    train, test = train.flat(), test.flat()
     classes = int(train.labels.max()) + 1
     centre, scale = train.features.mean(0), train.features.std(0, correction=0)
     scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)  # a dead channel stays at zero
-    train, test = (_Samples((s.features - centre) / scale, s.labels, s.images) for s in (train, test))
+    train, test = (BoxSamples((s.features - centre) / scale, s.labels, s.images) for s in (train, test))
     validation = train.images % VALIDATION_FOLD == 0
     penalty = PENALTIES[len(PENALTIES) // 2]
     if validation.any() and not validation.all():
@@ -220,14 +221,15 @@ def _classify(train: _Samples, test: _Samples) -> RoILinearResult:
         scores = [_accuracy(weight, train[validation]) for weight in fitted]
         penalty = PENALTIES[scores.index(max(scores))]
     (weight,) = _fit(train, classes, [penalty])
-    return RoILinearResult(_accuracy(weight, test), len(test.labels), len(train.labels), classes, penalty)
+    result = RoILinearResult(_accuracy(weight, test), len(test.labels), len(train.labels), classes, penalty)
+    return result, _predicted(weight, test).cpu()
 
 
 @torch.enable_grad()
-def _fit(samples: _Samples, classes: int, penalties: Sequence[float]) -> list[Tensor]:
+def _fit(samples: BoxSamples, classes: int, penalties: Sequence[float]) -> list[Tensor]:
     """Weights ``[C + 1, classes]`` (the last row is the bias) for each penalty, each started from the one before."""
     rows = F.pad(samples.features, (0, 1), value=1.0)
-    weight = torch.zeros(rows.shape[1], classes, dtype=rows.dtype, requires_grad=True)
+    weight = torch.zeros(rows.shape[1], classes, dtype=rows.dtype, device=rows.device, requires_grad=True)
     fitted = []
     for penalty in penalties:
         solver = torch.optim.LBFGS([weight], max_iter=LBFGS_STEPS, history_size=20, line_search_fn="strong_wolfe")
@@ -243,6 +245,9 @@ def _fit(samples: _Samples, classes: int, penalties: Sequence[float]) -> list[Te
     return fitted
 
 
-def _accuracy(weight: Tensor, samples: _Samples) -> float:
-    predicted = (samples.features @ weight[:-1] + weight[-1]).argmax(1)
-    return (predicted == samples.labels).double().mean().item()
+def _predicted(weight: Tensor, samples: BoxSamples) -> Tensor:
+    return (samples.features @ weight[:-1] + weight[-1]).argmax(1)
+
+
+def _accuracy(weight: Tensor, samples: BoxSamples) -> float:
+    return (_predicted(weight, samples) == samples.labels).double().mean().item()

@@ -1,0 +1,212 @@
+"""Does SCRL earn its place? Random weights, BYOL and SCRL on generated scenes, at the same encoder, budget and tuning.
+
+Every (method, seed) is pre-trained and measured four ways: RoI linear accuracy and dense retrieval on held-out scenes
+(what is where), an image-level probe (what is there), and AP of a small RetinaNet fine-tuned from it. Finished stages
+are kept under --work and never done twice, so the command can be stopped, given --minutes, and called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from evidence_runs import BUDGETS, MEASURES, METHODS, Deadline, Line
+
+TITLES = {
+    "roi_linear": "RoI linear",
+    "dense_retrieval": "dense retrieval",
+    "image_probe": "image probe",
+    "detection_ap": "detection AP",
+}
+# the best of four settings each, on a seed that is not reported: docs/evidence.md
+LR = {"byol": 16.0, "scrl": 16.0}
+EMA = {"byol": 0.9, "scrl": 0.9}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p = argparse.ArgumentParser(prog="evidence.py", description=(__doc__ or "").split("\n\n")[0])
+    p.add_argument("--budget", choices=BUDGETS, default="long" if device == "cuda" else "standard")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--lr", nargs="+", default=[], metavar="METHOD=LR", help=f"in place of {LR}")
+    p.add_argument("--ema", nargs="+", default=[], metavar="METHOD=MOMENTUM", help=f"in place of {EMA}")
+    p.add_argument("--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="fewer of them, for tuning")
+    p.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    jobs = 1 if device == "cuda" else min(4, os.cpu_count() or 1)
+    p.add_argument("--jobs", type=int, default=jobs, help="so many at once, each on its share of cores (%(default)s)")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no further stage after this long")
+    p.add_argument("--work", type=Path, help="where runs are kept (default: runs/evidence-BUDGET)")
+    p.add_argument("--json", type=Path, help="default: benchmarks/results/evidence_DEVICE.json; standard and long only")
+    p.add_argument("--plot", type=Path, help="learning curves (default: beside the JSON file)")
+    args = p.parse_args(argv)
+    args.rates, args.momenta = _given(p, args.lr, LR), _given(p, args.ema, EMA)
+    args.work = args.work or Path(f"runs/evidence-{args.budget}")
+    args.measures = tuple(name for name in MEASURES if name in args.measures)
+    if args.json is None and args.budget in ("standard", "long") and args.measures == MEASURES:
+        args.json = Path(__file__).parent / "results" / f"evidence_{args.device}.json"
+    return args
+
+
+def _given(parser: argparse.ArgumentParser, words: list[str], default: dict[str, float]) -> dict[str, float]:
+    result = dict(default)
+    for word in words:
+        method, _, value = word.partition("=")
+        if method not in result:
+            parser.error(f"{word}: METHOD=NUMBER with one of {', '.join(result)}")
+        result[method] = float(value)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    lines = [
+        Line(
+            method,
+            seed,
+            BUDGETS[args.budget],
+            args.rates.get(method, 0.0),
+            args.momenta.get(method, 0.0),
+            args.work / f"{method}-{seed}",
+            args.device,
+            deadline,
+            args.measures,
+        )
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        found = list(pool.map(run_line, lines, [threads] * len(lines)))
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(lines):
+        print(f"{len(rows)} of {len(lines)} done; call again to go on", flush=True)
+        return 0
+    if not args.measures:
+        return 0
+    rows.sort(key=lambda row: (METHODS.index(row["method"]), row["seed"]))
+    print("\n".join(table(rows)))
+    if args.json:
+        for line in lines:
+            line.reload()
+        document = report(args, lines, rows, sys.argv[1:] if argv is None else argv)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        draw(args.plot or args.json.with_suffix(".png"), document)
+        print(f"written: {args.json}")
+    return 0
+
+
+def run_line(line: Line, threads: int) -> dict[str, Any] | None:
+    """The row of one method and seed, in a process of its own; None when its time was up."""
+    torch.set_num_threads(threads)
+    try:
+        return line.run()
+    except Deadline:
+        return None
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, standard deviation over seeds and extremes of every measure, by method."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for name in _measured(rows):
+            values = [row[name] for row in rows if row["method"] == method]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            figures = {"mean": statistics.fmean(values), "std": spread, "min": min(values), "max": max(values)}
+            result.setdefault(method, {})[name] = figures
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Percent, mean +- standard deviation over seeds."""
+    seeds = len({row["seed"] for row in rows})
+    lines = [f"{'percent, ' + str(seeds) + ' seeds':18}" + "".join(f"{TITLES[name]:>18}" for name in _measured(rows))]
+    for method, figures in summary(rows).items():
+        cells = [f"{100 * figures[n]['mean']:.1f} +- {100 * figures[n]['std']:.1f}" for n in figures]
+        lines.append(f"{method:18}" + "".join(f"{cell:>18}" for cell in cells))
+    return lines
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[str]:
+    return [name for name in MEASURES if name in rows[0]]
+
+
+def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
+    """What is saved."""
+    return {
+        "command": shlex.join(["python", "benchmarks/evidence.py", *argv]),
+        "budget": args.budget,
+        "settings": lines[0].settings["budget"] | {"lr": args.rates, "ema": args.momenta},
+        "environment": {
+            "device": args.device,
+            "device_name": torch.cuda.get_device_name() if args.device == "cuda" else harness._processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": harness._commit(),
+        },
+        "rows": rows,
+        "summary": summary(rows),
+        "details": [{"method": line.method, "seed": line.seed, **_details(line)} for line in lines],
+    }
+
+
+def _details(line: Line) -> dict[str, Any]:
+    return {key: value for key, value in line.state.items() if key != "settings"}
+
+
+def draw(path: Path, document: dict[str, Any]) -> None:
+    """RoI linear accuracy over steps, each seed a thin line, the mean a thick one; random weights a dashed level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    for colour, method in zip(("0.5", "C0", "C3"), METHODS, strict=True):
+        curves = [each["curve"] for each in document["details"] if each["method"] == method]
+        if not curves:
+            continue
+        means = [100 * statistics.fmean(p["roi_linear"] for p in points) for points in zip(*curves, strict=False)]
+        if method == "random":
+            left.axhline(means[0], color=colour, linestyle="--", label=method)
+            continue
+        steps = [point["step"] for point in curves[0]]
+        for curve in curves:
+            left.plot(steps, [100 * point["roi_linear"] for point in curve], color=colour, alpha=0.3, linewidth=1)
+        left.plot(steps, means, color=colour, marker="o", markersize=3, label=method)
+    left.set(xlabel="step", ylabel="RoI linear accuracy, %", title="learning curves")
+    left.legend()
+    left.grid(alpha=0.3)
+    _bars(right, document["summary"])
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Any, figures: dict[str, Any]) -> None:
+    width = 0.8 / len(figures)
+    for k, (method, values) in enumerate(figures.items()):
+        places = [i + (k - (len(figures) - 1) / 2) * width for i in range(len(MEASURES))]
+        means, spreads = ([100 * values[n][what] for n in MEASURES] for what in ("mean", "std"))
+        colour = dict(zip(METHODS, ("0.6", "C0", "C3"), strict=True))[method]
+        axes.bar(places, means, width, yerr=spreads, capsize=2, color=colour, label=method)
+    axes.set_xticks(range(len(MEASURES)), [TITLES[n] for n in MEASURES], fontsize=8)
+    axes.set(ylabel="%", title="mean and standard deviation over seeds")
+    axes.legend()
+    axes.grid(axis="y", alpha=0.3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""One line of the evidence: an encoder of one method and seed, pre-trained and measured, in stages that are kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evidence_detector import average_precision, detector, fine_tune
+from numpy.typing import NDArray
+
+import scrl_fast
+from scrl_fast import distributed, durable, prepare
+from scrl_fast.config import Config
+from scrl_fast.data import DemoScenes
+from scrl_fast.evaluate import roi_linear
+from scrl_fast.evaluate.dense import dense_consistency
+from scrl_fast.evaluate.images import frozen, measure_batchnorm
+from scrl_fast.models import Encoder
+from scrl_fast.trainer import SCRLTrainer
+
+METHODS = ("random", "byol", "scrl")
+MEASURES = ("roi_linear", "dense_retrieval", "image_probe", "detection_ap")
+IMAGE_PROBE_DIGITS = (32, 64)  # pixels: the one digit of an image-level scene, large like the object of a photograph
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on each encoder, whatever its method."""
+
+    epochs: int = 8
+    scenes: int = 2048
+    batch_size: int = 64
+    curve_points: int = 4
+    curve_scenes: int = 512
+    test_scenes: int = 1000
+    dense_scenes: int = 512
+    detector_scenes: int = 512
+    detector_steps: int = 160
+    detector_batch: int = 16
+    detector_lr: float = 1e-3
+
+
+BUDGETS = {
+    "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4, 8),  # does it run?
+    "tune": Budget(epochs=6),  # what learning rates are chosen at
+    "standard": Budget(),  # minutes on two CPU cores
+    "long": Budget(
+        epochs=200, scenes=8192, batch_size=256, curve_points=8, curve_scenes=2048, test_scenes=4000, dense_scenes=2048,
+        detector_scenes=4096, detector_steps=4000,
+    ),  # for a GPU
+}  # fmt: skip
+
+
+class Deadline(Exception):
+    """The time given to this call is used up; the next call goes on."""
+
+
+@dataclass
+class Line:
+    """The stages of one method and seed; what is done is read from, and kept in, ``folder/state.json``."""
+
+    method: str
+    seed: int
+    budget: Budget
+    lr: float
+    ema: float
+    folder: Path
+    device: str = "auto"
+    deadline: float = float("inf")
+    measures: tuple[str, ...] = MEASURES
+
+    def __post_init__(self) -> None:
+        self.path = self.folder / "state.json"
+        self.settings = {"budget": asdict(self.budget), "lr": self.lr, "ema": self.ema}
+        self.state: dict[str, Any] = {"settings": self.settings, "curve": [], "seconds": {}}
+        self.reload()
+
+    def reload(self) -> None:
+        """What this or another process has done of it."""
+        if self.path.exists():
+            self.state = json.loads(self.path.read_text())
+            if self.state["settings"] != self.settings:
+                raise SystemExit(f"{self.folder} was begun with other settings: remove it, or give another --work")
+
+    def run(self) -> dict[str, Any]:
+        """The row, once everything is done. Raises Deadline between two stages when time is up."""
+        self.stage("pretrain", self.pretrain)
+        for name in self.measures:
+            self.stage(name, getattr(self, name))
+        if self.measures == MEASURES:
+            self.stage("curve", self.learning_curve)
+        values = {name: self.state[name]["value"] for name in self.measures}
+        return {"method": self.method, "seed": self.seed, **values}
+
+    def stage(self, name: str, work: Any) -> None:
+        if name in self.state["seconds"]:
+            return
+        if time.monotonic() > self.deadline:
+            raise Deadline
+        started = time.perf_counter()
+        self.state[name] = work()
+        self.state["seconds"][name] = round(time.perf_counter() - started, 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        durable.write_text(self.path, json.dumps(self.state, indent=1))
+        print(
+            f"{self.method} seed {self.seed}: {name} {self.shown(name)} [{self.state['seconds'][name]} s]", flush=True
+        )
+
+    def shown(self, name: str) -> str:
+        return f"{self.state[name]['value']:.3f}" if name in MEASURES else ""
+
+    # ---- pre-training ----
+
+    def config(self) -> Config:
+        """The demo recipe with this line's method, length and learning rate; all else is common to the methods."""
+        config = scrl_fast.load_recipe("demo")
+        if self.method != "random":
+            config.model.method = self.method
+            config.optim.lr, config.optim.ema_momentum = self.lr, self.ema
+        config.data.demo_images = self.budget.scenes
+        config.train.epochs, config.train.batch_size = self.budget.epochs, self.budget.batch_size
+        config.train.seed, config.train.device = self.seed, self.device
+        config.eval.roi_linear, config.run.tensorboard = False, False
+        config.run.dir = str(self.folder / "run")
+        return config
+
+    def pretrain(self) -> dict[str, Any]:
+        """To the end of the plan, from where an earlier call stopped, with checkpoints for the learning curve."""
+        if self.method == "random":
+            return {}
+        config = self.config()
+        steps = config.data.demo_images // config.train.batch_size * config.train.epochs
+        config.run.checkpoint_every = max(1, steps // self.budget.curve_points)
+        config.run.keep, config.run.log_every = self.budget.curve_points + 1, max(1, steps // 8)
+        config.resume = "auto"
+        summary = SCRLTrainer(replace(config), source=self.scenes()).fit()
+        if summary["interrupted"]:
+            raise Deadline
+        return {key: summary.get(key) for key in ("step", "loss", "feature_std", "rankme")}
+
+    def encoder(self, checkpoint: str = "last.pt") -> Encoder:
+        """In eval mode, its BatchNorm statistics measured anew on scenes as they are: for every method alike."""
+        config = self.config()
+        model = prepare.build_model(config, 0)  # the initialisation that training with this seed starts from
+        if self.method != "random":
+            path = self.folder / "run" / "checkpoints" / checkpoint
+            model.load_state(scrl_fast.checkpoint.load(path)["model"], strict=False)
+        encoder = frozen(model.online.encoder.to(distributed.device_of(self.device)))
+        mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
+        images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()
+        measure_batchnorm(encoder, iter(images.to(next(encoder.parameters()).device).split(128)))
+        return encoder
+
+    # ---- measures ----
+
+    def scenes(self, split: str = "train", count: int = 0, **options: Any) -> DemoScenes:
+        count = count or (self.budget.scenes if split == "train" else self.budget.test_scenes)
+        return DemoScenes(count, 96, self.seed, split, **options)  # type: ignore[arg-type]
+
+    def roi_linear(self) -> dict[str, Any]:
+        result = roi_linear(self.encoder(), self.scenes(), self.scenes("test"))
+        return {"value": result.accuracy, **asdict(result)}
+
+    def dense_retrieval(self) -> dict[str, Any]:
+        config = self.config()
+        scenes = self.scenes("test", self.budget.dense_scenes)
+        result = dense_consistency(self.encoder(), scenes, config.views, config.boxes, images=len(scenes))
+        return {"value": result.retrieval, **asdict(result)}
+
+    def image_probe(self) -> dict[str, Any]:
+        """The same classifier on the average-pooled feature of whole scenes that hold one large digit."""
+        sets = [
+            WholeImages(self.scenes(split, digits=(1, 1), digit_size=IMAGE_PROBE_DIGITS)) for split in ("train", "test")
+        ]
+        result = roi_linear(self.encoder(), *sets)
+        return {"value": result.accuracy, **asdict(result)}
+
+    def detection_ap(self) -> dict[str, Any]:
+        config, budget = self.config(), self.budget
+        model = detector(self.encoder(), 96, config.views.mean, config.views.std, self.seed)
+        model.to(distributed.device_of(self.device))
+        train = self.scenes("train", budget.detector_scenes)
+        options = {"steps": budget.detector_steps, "batch": budget.detector_batch, "lr": budget.detector_lr}
+        fine_tune(model, train, seed=self.seed, **options)
+        result = average_precision(model, self.scenes("test"))
+        return {"value": result["ap"], **result}
+
+    def learning_curve(self) -> list[dict[str, Any]]:
+        """RoI linear accuracy of every checkpoint, on fewer scenes; random weights are a curve of one point."""
+        if self.method == "random":
+            points = [(0, "")]
+        else:
+            found = sorted((self.folder / "run" / "checkpoints").glob("step_*.pt"))
+            points = [(int(path.stem.removeprefix("step_")), path.name) for path in found]
+        sets = [self.scenes(split, self.budget.curve_scenes) for split in ("train", "test")]
+        return [{"step": step, "roi_linear": roi_linear(self.encoder(name), *sets).accuracy} for step, name in points]
+
+
+class WholeImages:
+    """Scenes of one digit as labelled regions: one box a scene, the whole of it."""
+
+    def __init__(self, scenes: DemoScenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return self.scenes.read(index)
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        return np.array([[0, 0, self.scenes.size, self.scenes.size]], np.float32)
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        return self.scenes.labels(index)[:1]

@@ -1,0 +1,96 @@
+"""Extracted features, kept under a key of all they depend on: weights, images, boxes and options."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scrl_fast import checkpoint, durable
+
+VERSION = 1  # of what is computed: raise it when features change for the same key
+AUTO_BYTES = 2_000_000_000
+
+
+class FeatureCache:
+    """Dicts of tensors in files of a folder. folder: a path, ``auto`` (~/.cache/scrl_fast), or empty for no cache."""
+
+    def __init__(self, folder: str, say: Callable[[str], None] = lambda line: None) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.folder = Path(home, "scrl_fast") if folder == "auto" else Path(folder) if folder else None
+        self.limit = AUTO_BYTES if folder == "auto" else None
+        self.say = say
+
+    def get(self, parts: list[Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives, or what it gave before for the same parts. A damaged file is made anew."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"features-{key_of([VERSION, torch.__version__, *parts])[:32]}.pt"
+        if path.exists():
+            try:
+                found = checkpoint.load(path)["features"]
+            except (checkpoint.CheckpointError, KeyError) as error:
+                self.say(f"cached features are of no use ({error}); extracting them again")
+            else:
+                self.say(f"features taken from {path}")
+                return found
+        made = {name: value.cpu() for name, value in make().items()}
+        self._keep(path, made)
+        return made
+
+    def _keep(self, path: Path, made: dict[str, Tensor]) -> None:
+        size = sum(value.numel() * value.element_size() for value in made.values())
+        if self.limit is not None and size > self.limit:
+            self.say(f"{size / 1e9:.1f} GB of features are not kept: name a folder for them with --cache=DIR")
+            return
+        temporary = durable.temporary_name(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = durable.write_synced(temporary, lambda file: torch.save({"features": made}, file))  # type: ignore[arg-type]
+            durable.publish(temporary, path, digest)
+        except OSError as error:  # a full disk costs the cache, not the evaluation
+            self.say(f"features are not kept: {error}")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def key_of(parts: list[Any]) -> str:
+    """SHA-256 over values, arrays, tensors and modules (their whole state), each with its type and shape."""
+    digest = hashlib.sha256()
+    for part in parts:
+        _add(digest, part)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, part: Any) -> None:
+    if isinstance(part, nn.Module):
+        for name, value in part.state_dict().items():
+            digest.update(name.encode())
+            _add(digest, value)
+    elif isinstance(part, Tensor):
+        _add(digest, part.detach().cpu().contiguous().view(torch.uint8).numpy() if part.ndim else np.array(part.item()))
+        digest.update(f"{part.dtype}{list(part.shape)}".encode())
+    elif isinstance(part, np.ndarray):
+        digest.update(f"{part.dtype}{part.shape}".encode())
+        digest.update(np.ascontiguousarray(part).tobytes())
+    elif isinstance(part, (list, tuple)):
+        digest.update(f"[{len(part)}".encode())
+        for item in part:
+            _add(digest, item)
+    else:
+        digest.update(f"{type(part).__name__}={part!r};".encode())
+
+
+def identity_of(source: Any) -> list[Any]:
+    """What tells one set of images from another: of files names, sizes and times of change; of scenes the pixels."""
+    if isinstance(images := getattr(source, "images", None), np.ndarray):
+        return [images]
+    names = [source.name_of(index) for index in range(len(source))]
+    found = [os.stat(name) for name in names]
+    return [names, [(status.st_size, status.st_mtime_ns) for status in found]]

@@ -1,0 +1,123 @@
+"""Images to a frozen encoder: batches of prepared views, pooled features, and BatchNorm statistics measured anew."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scrl_fast.config import ViewsConfig
+from scrl_fast.data import BadImage, Source
+from scrl_fast.errors import UsageError
+from scrl_fast.models import Encoder
+from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.views import draw_views
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel at 96 pixels and stride 8
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are brought to an encoder.
+
+    views: recipe ``none`` resizes to 8/7 of the size and crops the centre, ``simple`` makes random crops and flips.
+    workers: threads that read and resize; 0: the caller's own.
+    """
+
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(recipe="none"))
+    batch_size: int = 128
+    workers: int = 2
+    seed: int = 0
+
+    def batches(
+        self, source: Source, indices: Sequence[int] | NDArray[np.int64] | None = None, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """(images ``[b, 3, S, S]`` on the CPU, their indices ``[b]``), in the order of ``indices``, the last one short.
+
+        Random crops depend on (seed, epoch, index). Raises UsageError for an image that cannot be read: what is
+        measured must not depend on which files were left out.
+        """
+        order = np.arange(len(source)) if indices is None else np.asarray(indices)
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        made = made_ahead(lambda chunk: self._made(source, chunk, epoch), chunks, self.workers)
+        yield from zip(made, chunks, strict=True)
+
+    def _made(self, source: Source, chunk: NDArray[np.int64], epoch: int) -> Tensor:
+        images = [read(source, int(index)) for index in chunk]
+        sizes = [image.shape[:2] for image in images]
+        table = draw_views(self.views, sizes, seed=self.seed, epoch=epoch, keys=chunk)[0]
+        return augment_views(pack_images(images), table, size=self.views.size, mean=self.views.mean, std=self.views.std)
+
+
+def read(source: Any, index: int) -> NDArray[np.uint8]:
+    """Image ``index``. Raises UsageError when it cannot be read: a measure must not depend on what was left out."""
+    try:
+        return source.read(index)
+    except BadImage as bad:
+        raise UsageError(f"an image that is to be evaluated cannot be read: {bad}") from bad
+
+
+def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+    """``make`` of every item, in order, by so many threads (0: the caller's own), a few ahead of the one wanted."""
+    if not workers:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[Made]] = deque()
+        for item in items:
+            ahead.append(pool.submit(make, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def frozen(encoder: Encoder) -> Encoder:
+    """A copy in eval mode without gradients; the encoder itself is left as it is."""
+    return copy.deepcopy(encoder).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def pooled_features(encoder: Encoder, source: Source, preparation: Preparation) -> Tensor:
+    """Average-pooled last feature map of every image, float32 ``[n, C]`` on the encoder's device."""
+    device = next(encoder.parameters()).device
+    rows = [encoder(images.to(device)).mean((2, 3)).float() for images, _ in preparation.batches(source)]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def measure_batchnorm(encoder: nn.Module, batches: Iterator[Tensor]) -> None:
+    """Replace the running statistics by plain averages over the first `STATISTICS_IMAGES` images of the batches."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not any(norm.track_running_stats for norm in norms):
+        return
+    encoder.eval()  # dropout and its like stay off
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative average
+        norm.train()
+    seen = 0
+    for images in batches:
+        encoder(images)
+        seen += len(images)
+        if seen >= STATISTICS_IMAGES:
+            break
+    encoder.eval()
+
+
+def is_untrained(encoder: nn.Module) -> bool:
+    """Whether BatchNorm statistics are those of an initialisation, which describe no data."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    means = [norm.running_mean for norm in norms if norm.running_mean is not None]
+    return bool(means) and not any(mean.any() for mean in means)

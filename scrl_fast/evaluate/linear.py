@@ -1,0 +1,133 @@
+"""Linear evaluation: many linear classifiers, one a learning rate, trained together on one frozen encoder.
+
+The published protocol: SGD with Nesterov momentum 0.9, no weight decay, linear warm-up and cosine per step, 80 epochs
+of random crops and flips; top-1 and top-5 on centre crops, of the last epoch and of the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scrl_fast.models.heads import classification
+from scrl_fast.schedules import learning_rate
+
+MOMENTUM = 0.9
+TEST_ROWS = 4096
+
+Epoch = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+"""From the epoch's number to its batches: features ``[b, D]`` and labels ``[b]``."""
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """One classifier. Shares of the test images, 0 to 1."""
+
+    lr: float
+    """For 256 images."""
+    last_top1: float
+    last_top5: float
+    best_top1: float
+    best_top5: float
+    """Of the epoch with the best top-1."""
+    best_epoch: int
+    """From 1."""
+
+
+class LinearHeads(nn.Module):
+    """Several linear classifiers side by side: ``[b, D] -> [heads, b, classes]`` in one product."""
+
+    def __init__(self, heads: int, dimensions: int, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(classes, dimensions).uniform_(-1, 1, generator=generator) / dimensions**0.5
+        # all start alike: they differ by their learning rate alone
+        self.weights = nn.ParameterList([weight.clone() for _ in range(heads)])
+        self.biases = nn.ParameterList([torch.zeros(classes) for _ in range(heads)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        weight, bias = torch.cat(list(self.weights)), torch.cat(list(self.biases))
+        logits = nn.functional.linear(features, weight, bias)
+        return logits.view(len(features), len(self.weights), -1).transpose(0, 1)
+
+    def groups(self, rates: Sequence[float]) -> list[dict]:
+        """A parameter group a head, with its peak learning rate."""
+        pairs = zip(self.weights, self.biases, rates, strict=True)
+        return [{"params": [weight, bias], "peak_lr": rate} for weight, bias, rate in pairs]
+
+
+def fit_heads(
+    train: Epoch,
+    test: tuple[Tensor, Tensor],
+    *,
+    steps_per_epoch: int,
+    batch_size: int,
+    classes: int,
+    lrs: Sequence[float],
+    epochs: int = 80,
+    warmup_epochs: float = 5,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[HeadResult]:
+    """Train a head for every learning rate on the same batches; test them all after every epoch.
+
+    test: features ``[M, D]`` and labels ``[M]``. lrs: for 256 images, scaled by the batch.
+    """
+    features, labels = test
+    heads = LinearHeads(len(lrs), features.shape[1], classes, seed).to(features.device)
+    groups = heads.groups([lr * batch_size / 256 for lr in lrs])
+    solver = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
+    history: list[Tensor] = []
+    step = 0
+    for epoch in range(epochs):
+        for rows, truth in train(epoch):
+            for group in solver.param_groups:
+                group["lr"] = learning_rate(
+                    step,
+                    base=group["peak_lr"],
+                    steps_per_epoch=steps_per_epoch,
+                    epochs=epochs,
+                    warmup_epochs=min(warmup_epochs, epochs / 2),
+                )
+            solver.zero_grad(set_to_none=True)
+            classification(heads(rows), truth)[0].sum().backward()  # of each head's loss only its own weights know
+            solver.step()
+            step += 1
+        history.append(accuracies(heads, features, labels))
+        progress(f"epoch {epoch + 1}/{epochs}: top-1 {', '.join(f'{v:.2%}' for v in history[-1][:, 0].tolist())}")
+    return [_result(lr, torch.stack(history)[:, i]) for i, lr in enumerate(lrs)]
+
+
+def _result(lr: float, history: Tensor) -> HeadResult:
+    best = int(history[:, 0].argmax())
+    (last1, last5), (best1, best5) = history[-1].tolist(), history[best].tolist()
+    return HeadResult(lr, last1, last5, best1, best5, best + 1)
+
+
+@torch.no_grad()
+def accuracies(head: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 and top-5 of every head, float64 ``[heads, 2]``. head: ``[b, D] -> [heads, b, classes]``."""
+    hits = torch.zeros(())
+    for first in range(0, len(features), TEST_ROWS):
+        logits, truth = head(features[first : first + TEST_ROWS]), labels[first : first + TEST_ROWS]
+        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == truth[:, None]
+        found = torch.stack([ranked[..., 0].sum(1), ranked.any(2).sum(1)], dim=1)
+        hits = hits.to(found.device) + found
+    return hits.double().cpu() / len(features)
+
+
+def feature_epochs(features: Tensor, labels: Tensor, batch_size: int, seed: int = 0) -> Epoch:
+    """Epochs over features that were extracted once: a new order each, the last batch left out if it is short."""
+    size = min(batch_size, len(features))
+
+    def epoch(number: int) -> Iterable[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        for first in range(0, len(features) - size + 1, size):
+            at = order[first : first + size]
+            yield features[at], labels[at]
+
+    return epoch
