@@ -24,10 +24,7 @@ format:
 	clang-format -i $(SOURCES)
 
 bench:
-	mkdir -p $(RESULTS)
-	for bench in benchmarks/*_bench.py; do \
-		$(PYTHON) $$bench --json $(RESULTS)/$$(basename $$bench .py).json || exit 1; \
-	done
+	PYTHON=$(PYTHON) RESULTS=$(RESULTS) benchmarks/run_all.sh
 
 asan:
 	PYTHON=$(PYTHON) tests/asan.sh

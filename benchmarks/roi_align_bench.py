@@ -1,6 +1,7 @@
 """RoIAlign against torchvision's: the pooling of SCRL's box pairs, and of a detector's boxes on a pyramid level.
 
-The map of record is 2048 x 7 x 7 with about ten boxes an image and one bin a box; `call` shows what a call costs.
+The map of record is 2048 x 7 x 7 with ten boxes an image and one bin a box: 128 images of it, then fewer images and
+other numbers of boxes, for the cost of each. `pyramid` is a detector's level; `call` shows what a call costs.
 """
 
 from __future__ import annotations
@@ -41,8 +42,28 @@ def providers(device: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor
     return {**ours, "torchvision": torchvision_roi_align if plain else cast_around}
 
 
-def case(bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, bins: int, layout: str) -> None:
-    """Forward, and forward with backward through autograd."""
+def into(out: Tensor, grad: Tensor, rows: Tensor, scale: float, ratio: int) -> Callable[[], object]:
+    """The backward pass into memory that is there already, as a training loop's allocator has it on a GPU."""
+    return lambda: torch.ops.scrl_fast.roi_align_backward_out(grad, rows, scale, ratio, False, out)
+
+
+def deterministic(call: Callable[[], object]) -> Callable[[], object]:
+    """torchvision's own deterministic form, which it takes on a GPU under PyTorch's switch."""
+
+    def run() -> object:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+def case(
+    bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, bins: int, layout: str, ratio: int = -1
+) -> None:
+    """Forward; backward through autograd and, natively, into reused memory."""
     images, channels, height, width = shape
     scale = 1 / 32 if height < 32 else 1 / 4
     rows = random_boxes(images, boxes, min(height, width) / scale, bench.device)
@@ -52,7 +73,7 @@ def case(bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, b
     wanted = input.clone(memory_format=torch.preserve_format).requires_grad_()
     forms = providers(bench.device.type, bench.dtype)
     cotangent = torch.randn(boxes, channels, bins, bins, device=bench.device, dtype=bench.dtype, generator=generator)
-    options = (bins, scale, -1, False)
+    options = (bins, scale, ratio, False)
 
     def agree() -> None:
         exact = torchvision_roi_align(input[:2].double(), rows[rows[:, 0] < 2].double(), *options)
@@ -62,29 +83,55 @@ def case(bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, b
                 made = form(input, rows, *options)[: len(exact)].double()
                 torch.testing.assert_close(made, exact, rtol=tolerance, atol=tolerance)
 
+    def gradients_agree() -> None:
+        exact = torch.autograd.grad(graphs["torchvision"], wanted, cotangent, retain_graph=True)[0].double()
+        tolerance = 512 * torch.finfo(bench.dtype).eps
+        for name, call in backward.items():
+            if name.startswith("scrl_fast"):
+                result = call()
+                made = reused if result is None else result[0]
+                torch.testing.assert_close(made.double(), exact, rtol=tolerance, atol=tolerance)
+
     moved = (input.numel() + cotangent.numel()) * input.element_size()
-    parameters = {"images": images, "map": f"{channels}x{height}x{width}", "boxes": boxes, "bins": bins}
+    parameters = {
+        "images": images,
+        "map": f"{channels}x{height}x{width}",
+        "boxes": boxes // images,
+        "bins": bins,
+        "samples": ratio,
+    }
     name = harness.case_name(f"{label} forward {layout}", **parameters)
     bench.case(name, {k: lambda f=f: f(input, rows, *options) for k, f in forms.items()}, bytes=moved, items=boxes,
                check=agree)  # fmt: skip
     graphs = {k: f(wanted, rows, *options) for k, f in forms.items()}
     name = harness.case_name(f"{label} backward {layout}", **parameters)
     backward = {k: lambda o=o: torch.autograd.grad(o, wanted, cotangent, retain_graph=True) for k, o in graphs.items()}
-    bench.case(name, backward, bytes=moved, items=boxes)
+    reused = torch.empty_like(input)
+    if "scrl_fast/native" in forms:
+        backward["scrl_fast/native-reused"] = into(reused, cotangent, rows, scale, ratio)
+    if bench.device.type == "cuda":
+        backward["torchvision/deterministic"] = deterministic(backward["torchvision"])
+    bench.case(name, backward, bytes=moved, items=boxes, check=gradients_agree)
 
 
 def main() -> int:
     parser = harness.parser("roi_align", __doc__)
-    parser.add_argument("--batch", type=int, default=128, help="images of the map of record (default: %(default)s)")
-    parser.add_argument("--boxes", type=int, default=1260, help="boxes of the map of record (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 32, 8], help="images (%(default)s)")
+    parser.add_argument("--boxes", type=int, nargs="+", default=[10, 3, 30], help="boxes an image (%(default)s); the"
+                        " first goes with every batch, the others with the second batch")  # fmt: skip
     parser.add_argument("--channels", type=int, default=2048, help="channels of that map (default: %(default)s)")
+    parser.add_argument("--pyramid-boxes", type=int, default=256, help="boxes on the pyramid level (%(default)s)")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats (all)")
     args = parser.parse_args()
     bench = harness.Bench("roi_align", args)
+    sizes = [(images, args.boxes[0]) for images in args.batch]
+    sizes += [(args.batch[:2][-1], boxes) for boxes in args.boxes[1:]]
     for layout in args.layout:
-        case(bench, "record", (args.batch, args.channels, 7, 7), args.boxes, 1, layout)
+        for images, boxes in sizes:
+            case(bench, "record", (images, args.channels, 7, 7), images * boxes, 1, layout)
     for layout in args.layout:
-        case(bench, "pyramid", (1, 256, 200, 336), 256, 7, layout)
+        for ratio in (-1, 2):
+            case(bench, "pyramid", (1, 256, 200, 336), args.pyramid_boxes, 7, layout, ratio)
     case(bench, "call", (1, 8, 7, 7), 4, 1, args.layout[0])
     return bench.finish()
 

@@ -1,7 +1,7 @@
 """Box sampling on the host: 256 images x 10 boxes between the loader and the forward pass, every step.
 
 Rivals: the step-by-step sampler as the method describes it, one `np.random` call per number, and our own NumPy
-reference. `replay` draws the published stream number by number, bit for bit.
+reference. `replay` draws the published stream number by number, bit for bit: the rival is the same sampler.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import sys
 import harness
 import numpy as np
 
-from scrl_fast.ops import sample_box_pairs
+from scrl_fast.ops import sample_box_pairs, sample_box_pairs_replay
 
 
-def python_sampler(crops1, crops2, size=224, boxes=10, least=32, threshold=0.5, random=np.random):
-    """What a user would write from the paper: plain loops, Python numbers, NumPy's random integers."""
+def python_sampler(crops1, crops2, size=224, boxes=10, least=32, threshold=0.5, random=np.random, clip_first=True):
+    """What a user would write from the paper: plain loops, Python numbers, NumPy's random integers.
+
+    clip_first: a box is compared with others after it was clipped to the view; the published code compares before.
+    """
     rows1, rows2 = [], []
     for image, (crop1, crop2) in enumerate(zip(crops1.tolist(), crops2.tolist(), strict=True)):
         left, right = max(crop1[1], crop2[1]), min(crop1[1] + crop1[3], crop2[1] + crop2[3])
@@ -38,18 +41,23 @@ def python_sampler(crops1, crops2, size=224, boxes=10, least=32, threshold=0.5, 
                 y = random.randint(0, int(cell_h - h) + 1) + int(row * cell_h)
                 pair = []
                 for crop, (sx, sy) in zip((crop1, crop2), scales, strict=True):
-                    x0 = x / scale_x * sx + (left - crop[1]) * sx
-                    y0 = y / scale_y * sy + (top - crop[0]) * sy
-                    x1, y1 = x0 + w / scale_x * sx, y0 + h / scale_y * sy
+                    x0 = x * (1 / scale_x) * sx + (left - crop[1]) * sx
+                    y0 = y * (1 / scale_y) * sy + (top - crop[0]) * sy
+                    x1, y1 = x0 + w * (1 / scale_x) * sx, y0 + h * (1 / scale_y) * sy
                     if crop[4]:
                         x0, x1 = size - x1, size - x0
-                    pair.append([max(x0, 0.0), max(y0, 0.0), min(x1, float(size)), min(y1, float(size))])
+                    pair.append(clipped([x0, y0, x1, y1], size) if clip_first else [x0, y0, x1, y1])
                 if all(overlap(pair[0], other) < threshold for other in accepted):
                     break
+            pair = [clipped(box, size) for box in pair]
             accepted.append(pair[0])
             rows1.append([image, *pair[0]])
             rows2.append([image + len(crops1), *pair[1]])
     return np.array(rows1, np.float32).reshape(-1, 5), np.array(rows2, np.float32).reshape(-1, 5)
+
+
+def clipped(box, size):
+    return [max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size)), min(box[3], float(size))]
 
 
 def overlap(a, b):
@@ -79,9 +87,17 @@ def agree(crops, boxes: int) -> None:
         np.testing.assert_array_equal(ours, reference)
 
 
+def replays(crops, boxes: int) -> None:
+    """The boxes of the step-by-step sampler from the same state, bit for bit."""
+    ours = sample_box_pairs_replay(*crops, view_size=224, boxes_per_image=boxes, random_state=np.random.RandomState(7))
+    theirs = python_sampler(*crops, boxes=boxes, random=np.random.RandomState(7), clip_first=False)
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
 def main() -> int:
     parser = harness.parser("sample_box_pairs", __doc__)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="images")
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1, 64, 1024], help="images")
     parser.add_argument("--boxes", type=int, nargs="+", default=[10, 30], help="boxes per image")
     args = parser.parse_args()
     bench = harness.Bench("sample_box_pairs", args)
@@ -99,6 +115,21 @@ def main() -> int:
             bytes=images * (2 * 40 + boxes * 2 * 20),
             items=images * boxes,
             check=lambda c=crops, k=boxes: agree(c, k),
+        )
+        state, same = np.random.RandomState(7), np.random.RandomState(7)
+        bench.case(
+            harness.case_name("replay", images=images, boxes=boxes),
+            {
+                "scrl_fast/native": lambda c=crops, k=boxes, s=state: sample_box_pairs_replay(
+                    *c, view_size=224, boxes_per_image=k, random_state=s
+                ),
+                "numpy/step-by-step": lambda c=crops, k=boxes, s=same: python_sampler(
+                    *c, boxes=k, random=s, clip_first=False
+                ),
+            },
+            bytes=images * (2 * 40 + boxes * 2 * 20),
+            items=images * boxes,
+            check=lambda c=crops, k=boxes: replays(c, k),
         )
     return bench.finish()
 

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness
 import report
+import summary
 import timing
 
 KEYS = [  # what DESIGN promises to tools
@@ -128,3 +129,34 @@ def test_saved_rows_can_be_printed(tmp_path, capsys):
     capsys.readouterr()
     assert report.main([f"{tmp_path}/rows.json"]) == 0
     assert "scrl_fast" in capsys.readouterr().out
+
+
+def test_the_table_says_what_the_rows_say(tmp_path, capsys):
+    rows = [
+        {"case": "resnet50 tensors=164 numbers=9", "provider": provider, "backend": backend, "p50_ms": p50}
+        for provider, backend, p50 in (
+            ("scrl_fast", "native", 10.0),
+            ("torch", "foreach_lerp", 12.0),
+            ("torch", "data_loop", 450.0),
+        )
+    ]
+    about = {"device_name": "a machine", "threads": 2, "versions": {"torch": "2.12"}, "commit": "abc"}
+    rows.append({"case": "environment", **about})
+    (tmp_path / "ema_update_cpu.json").write_text(json.dumps(rows))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    arguments = ["--results", str(tmp_path)]
+    assert summary.main([*arguments, "--check", str(readme)]) == 1
+    assert summary.main([*arguments, "--write", str(readme)]) == 0
+    assert summary.main([*arguments, "--check", str(readme)]) == 0
+    text = readme.read_text()
+    line = "| 10.00 ms | torch/foreach_lerp 12.00 ms; torch/data_loop 450.00 ms | 1.2x; 45x |"
+    assert text.startswith("before\n") and text.endswith("after\n") and line in text
+    assert text.count("\n| ") == 2  # the head and the one line that was measured
+    assert "Medians; a machine, 2 threads, torch 2.12, commit abc." in text
+
+
+def test_the_readme_holds_the_table_of_the_kept_results():
+    if not any(summary.RESULTS.glob("*_cpu.json")):
+        pytest.skip("no results are kept")
+    assert summary.main(["--check", str(Path(__file__).parents[1] / "README.md")]) == 0

@@ -81,7 +81,7 @@ template <class T>
 bool in_packs(const void* data, const Sizes& s, const Strides& stride) {
   if (!in_packs<T>(data, s)) return false;
   const auto whole = [](int64_t elements) { return elements % kPack<T> == 0; };
-  return stride.channel != 1 || (whole(stride.image) && whole(stride.row) && whole(stride.column));
+  return whole(stride.image) && (stride.channel != 1 || (whole(stride.row) && whole(stride.column)));
 }
 
 // Calls run(V) with the channels that a lane takes: a pack of 16 bytes, or one.

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under ten minutes: builds for it, runs the operations' tests on CUDA and Triton, then
+# under compute-sanitizer, then takes every benchmark of the operations. Needs an NVIDIA GPU, a CUDA build of PyTorch,
+# nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest hypothesis beside torch.
+#   benchmarks/gpu_check.sh [FOLDER]      where results and logs go (gpu_check)
+# Goes on after a failure; the last lines say what failed, and so does the exit code.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu_check}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+python=${PYTHON:-python}
+failed=""
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+step() { # step NAME LIMIT_S COMMAND...: its output goes to the log NAME, its end to the screen
+  local name=$1 limit=$2
+  shift 2
+  local left=$((590 - SECONDS))
+  [ $limit -gt $left ] && limit=$left
+  if [ $limit -lt 5 ]; then
+    echo "$name: no time left"
+    failed="$failed $name(no_time)"
+    return 1
+  fi
+  say "$name"
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  tail -n 4 "$out/$name.log"
+  [ $code -eq 0 ] || { failed="$failed $name($code)"; echo "$name failed with $code, see $out/$name.log"; }
+  return $code
+}
+
+"$python" -c 'import torch' 2>/dev/null || { echo "gpu_check: $python has no torch" >&2; exit 2; }
+"$python" - <<'PY' || exit 2
+import sys, torch
+if torch.version.cuda is None:
+    sys.exit(f"gpu_check: torch {torch.__version__} was built without CUDA")
+if not torch.cuda.is_available():
+    sys.exit("gpu_check: PyTorch finds no CUDA device on this machine; nothing to check here")
+print(torch.cuda.get_device_name(), "compute capability", torch.cuda.get_device_capability(), "torch", torch.__version__)
+PY
+
+# The package from this tree and nothing else: packages that this machine lacks are left out, with what needs them.
+capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SCRL_FAST_EXT=require MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+step build 180 "$python" -m pip install --no-build-isolation --no-deps -e . ||
+  step build_in_place 180 "$python" setup.py -q build_ext --inplace || exit 1
+step info 60 "$python" -m scrl_fast.info
+"$python" - <<'PY' || failed="$failed missing_library"
+from scrl_fast import _native
+reasons = {name: _native.load_failure(name) for name in ("_ops", "_cpu", "_cuda", "_host")}
+print({name: reason or "loaded" for name, reason in reasons.items()})
+raise SystemExit(bool(reasons["_cuda"]))
+PY
+
+operations="roi_align roi_align_compiled normalized_mse_loss ema_update lars_step backends optim sample_box_pairs"
+operations="$operations augment_views augment_views_triton"
+tests=""
+for name in $operations; do
+  [ -f "tests/test_$name.py" ] && tests="$tests tests/test_$name.py"
+done
+# shellcheck disable=SC2086
+step tests_of_operations 180 "$python" -m pytest -q -p no:cacheprovider $tests
+# The rest of the suite where its packages are here; a file whose imports are missing is left out and named.
+others=""
+for module in jsonargparse faster_coco_eval torchcodec simplejpeg; do
+  "$python" -c "import $module" 2>/dev/null || echo "$module is missing: what needs it is not checked"
+done
+for name in models trainer step metrics schedules data_transfer; do
+  file=tests/test_$name.py
+  [ -f "$file" ] || continue
+  if "$python" -m pytest -q --collect-only -p no:cacheprovider "$file" >/dev/null 2>&1; then others="$others $file"
+  else echo "left out: $file cannot be imported here"; fi
+done
+# shellcheck disable=SC2086
+[ -n "$others" ] && step tests_of_training 60 "$python" -m pytest -q -x -p no:cacheprovider $others
+
+# Slow, so only some tests: clean memory, empty input, the same bits. Without the allocator's cache, so that the end of
+# every tensor is the end of an allocation.
+sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
+if [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck; do
+    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 --target-processes all \
+      "$python" -m pytest -q -x -p no:cacheprovider \
+      tests/test_roi_align.py tests/test_ema_update.py tests/test_lars_step.py \
+      -k "cuda-native and (own or empty or bits)"
+  done
+else
+  echo "compute-sanitizer is not here: memcheck and racecheck were not run"
+  failed="$failed no_compute_sanitizer"
+fi
+
+export RESULTS="$out/results"
+for dtype in bfloat16 float32; do
+  step "benchmarks_$dtype" 90 benchmarks/run_all.sh --device cuda --dtype "$dtype" --seconds 0.5
+done
+
+say "results are in $out"
+[ -z "$failed" ] && echo "all green" && exit 0
+echo "failed:$failed" >&2
+exit 1
