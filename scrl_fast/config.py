@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from scrl_fast.errors import did_you_mean
-from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_below, refusal, within
+from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_above, from_below, refusal, within
 
 BACKBONE_STRIDES = {
     "resnet10_tiny": 8,
@@ -154,7 +154,7 @@ class BoxesConfig:
             "boxes",
             per_image=at_least(0),
             min_size=at_least(1),
-            iou_threshold=SHARE,
+            iou_threshold=from_above(0, 1),
             jitter=from_below(0, 1),
         )
 
@@ -349,16 +349,17 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
+        stride = BACKBONE_STRIDES.get(self.model.backbone, 1)
+        if self.views.size < stride:  # before the boxes: smaller boxes would not help such views
+            reason = f"must be at least {stride}, the stride of {self.model.backbone}"
+            raise refusal("views.size", self.views.size, reason)
         if self.model.method == "scrl":
             if self.boxes.per_image < 1:
-                raise refusal("boxes.per_image", self.boxes.per_image, "model.method=scrl needs at least 1 box")
+                reason = "model.method=scrl needs at least 1 box; --model.method=byol trains without boxes"
+                raise refusal("boxes.per_image", self.boxes.per_image, reason)
             if self.views.size <= self.boxes.min_size:
                 reason = f"views of views.size={self.views.size} pixels have no room for such boxes; choose less"
                 raise refusal("boxes.min_size", self.boxes.min_size, reason)
-        stride = BACKBONE_STRIDES.get(self.model.backbone, 1)
-        if self.views.size < stride:
-            reason = f"must be at least {stride}, the stride of {self.model.backbone}"
-            raise refusal("views.size", self.views.size, reason)
         if self.init_momentum and self.init in ("", "random"):
             raise ValueError(
                 "init_momentum=True takes the momentum out of the file that --init names, and there is none"

@@ -39,6 +39,11 @@ def from_below(low: float, high: float) -> Range:
     return Range(f"from {low} to below {high}", lambda value: low <= value < high)
 
 
+def from_above(low: float, high: float) -> Range:
+    """More than ``low``, up to ``high``."""
+    return Range(f"above {low} and at most {high}", lambda value: low < value <= high)
+
+
 SHARE = within(0, 1)
 
 

@@ -56,7 +56,8 @@ SECTIONS = {
         ("views.solarize_threshold", 300, "from 0 to 256"),
         ("boxes.per_image", -1, "at least 0"),
         ("boxes.min_size", 0, "at least 1"),
-        ("boxes.iou_threshold", 1.01, "from 0 to 1"),
+        ("boxes.iou_threshold", 0.0, "above 0 and at most 1"),
+        ("boxes.iou_threshold", 1.01, "above 0 and at most 1"),
         ("boxes.jitter", 1.0, "from 0 to below 1"),
         ("model.method", "moco", "one of scrl, byol"),
         ("model.backbone", "resnet51", "did you mean 'resnet50'"),
@@ -129,12 +130,16 @@ def test_whole_numbers_and_lists_are_converted():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"boxes": BoxesConfig(per_image=0)}, "boxes.per_image=0: model.method=scrl needs at least 1 box"),
+        (
+            {"boxes": BoxesConfig(per_image=0)},
+            "boxes.per_image=0: model.method=scrl needs at least 1 box; --model.method=byol trains without boxes",
+        ),
         ({"views": ViewsConfig(size=32)}, "boxes.min_size=32: views of views.size=32 pixels have no room"),
         (
             {"views": ViewsConfig(size=31), "model": ModelConfig(method="byol")},
             "views.size=31: must be at least 32, the stride of resnet50",
         ),
+        ({"views": ViewsConfig(size=16)}, "views.size=16: must be at least 32, the stride of resnet50"),
         ({"resume": "auto", "init": "x.pt"}, "give one"),
         ({"compat": "some"}, "compat=some: must be one of none, kakaobrain"),
     ],

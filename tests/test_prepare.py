@@ -19,7 +19,7 @@ from scrl_fast.trainer import SCRLTrainer
     [
         ({"train.batch_size": 13}, r"train\.batch_size.*13.* 12"),
         ({"train.accumulate": 4}, r"train\.batch_size 4 x train\.accumulate 4 needs 16 .* has 12"),
-        ({"views.size": 7, "boxes.min_size": 6}, r"views\.size=7.*at least 8, the stride of resnet10_tiny"),
+        ({"views.size": 7}, r"views\.size=7.*at least 8, the stride of resnet10_tiny"),
         ({"boxes.min_size": 32}, r"boxes\.min_size=32"),
         ({"boxes.per_image": 0}, r"boxes\.per_image=0"),
         ({"run.dir": "/dev/null/run"}, r"run\.dir .*/dev/null/run.* cannot be written"),
