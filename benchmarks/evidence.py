@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         document = report(args, lines, rows, sys.argv[1:] if argv is None else argv)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
-        draw(args.plot or args.json.with_suffix(".png"), document)
+        if args.measures == MEASURES:
+            draw(args.plot or args.json.with_suffix(".png"), document)
         print(f"written: {args.json}")
     return 0
 

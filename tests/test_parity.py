@@ -1,7 +1,9 @@
 """Ten steps of the trainer equal ten steps of SCRL written plainly, from the paper, in this file.
 
 Nothing of the package is used on the plain side but the batches: networks are torchvision's, laid out as in the
-published implementation (whose parameter names decide what LARS leaves out there), RoIAlign is torchvision's.
+published implementation (whose parameter names decide what LARS leaves out there), RoIAlign is torchvision's. The
+batches themselves are held to the paper in the last tests: pixels made anew by Pillow and torchvision from the drawn
+numbers, boxes measured against every rule of the sampler.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
+from torchvision.transforms.v2 import functional as transforms
 
 from scrl_fast.config import Config
 from scrl_fast.trainer import SCRLTrainer
+from scrl_fast.views import draw_views
 
 STEPS, CLASSES = 10, 3
 
@@ -218,3 +223,110 @@ def test_ten_steps_equal_plain_pytorch(tmp_path, method, compat, dtype, backbone
     for (name, ours), (_, exact) in zip(parts(trainer.model.state()), parts(plain.state()), strict=True):
         assert relative(ours, exact) <= limit, name
         assert relative(start[name], exact) > 3 * limit, f"{name} hardly moved: equality would say little"
+
+
+# ---- what the steps are fed ----
+
+
+def batches_of(folder, count, **views):
+    config = make_config(folder, "scrl", "kakaobrain", torch.float32, "resnet10_tiny")
+    for name, value in views.items():
+        setattr(config.views, name, value)
+    trainer = SCRLTrainer(config, source=Pictures())
+    stream = trainer.batches()
+    yield from ((config, step // trainer.steps_per_epoch, next(stream)[0]) for step in range(count))
+    stream.close()
+
+
+def plain_view(image, row, size):
+    """One view as a reader of the paper would make it with Pillow and torchvision; uint8 `[S, S, 3]`."""
+    y, x, h, w = (int(row[name]) for name in "yxhw")
+    picture = Image.fromarray(image).crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
+    if row["flip"]:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    adjust = [transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation]
+    amounts = [float(row[name]) for name in ("brightness", "contrast", "saturation", "hue")]
+    for which in row["order"] if row["jitter"] else ():
+        picture = [*adjust, transforms.adjust_hue][which](picture, amounts[which])
+    if row["grayscale"]:
+        picture = picture.convert("L").convert("RGB")
+    if row["blur"]:
+        small = int(size / float(row["blur_amount"]))
+        picture = picture.resize((small, small), Image.Resampling.BICUBIC).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+    if row["solarize"]:
+        picture = ImageOps.solarize(picture, 128)
+    return np.asarray(picture)
+
+
+def test_views_are_those_of_pillow_and_torchvision(tmp_path):
+    seen = dict.fromkeys(("flip", "jitter", "grayscale", "blur", "solarize"), 0)
+    for config, epoch, batch in batches_of(tmp_path / "run", 6):
+        views, source = config.views, Pictures()
+        sizes = [source.read(key).shape[:2] for key in batch.keys]
+        table = draw_views(views, sizes, seed=config.train.seed, epoch=epoch, keys=batch.keys.numpy())
+        levels = batch.views * torch.tensor(views.std).view(3, 1, 1) + torch.tensor(views.mean).view(3, 1, 1)
+        levels = (levels * 255).permute(0, 2, 3, 1).numpy()
+        for view in range(2):
+            for i, key in enumerate(batch.keys.tolist()):
+                row = table[view, i]
+                assert [int(row[n]) for n in ("y", "x", "h", "w", "flip")] == batch.crops[view, i].tolist()
+                off = np.abs(levels[view * len(sizes) + i] - plain_view(source.read(key), row, views.size))
+                assert np.quantile(off, 0.99) < 3 and off.mean() < 0.5, f"view {view + 1} of image {key}: {row}"
+                for name in seen:
+                    seen[name] += bool(row[name])
+    assert all(seen.values()), f"too few views to say something of every transform: {seen}"
+
+
+def overlap(crops):
+    """left, top, right, bottom of two crops' intersection in pixels of the image."""
+    (y1, x1, h1, w1, _), (y2, x2, h2, w2, _) = crops
+    return max(x1, x2), max(y1, y2), min(x1 + w1, x2 + w2), min(y1 + h1, y2 + h2)
+
+
+def in_image(box, crop, size):
+    """A view's box in pixels of the image."""
+    y, x, h, w, flip = crop
+    x0, y0, x1, y1 = box
+    if flip:
+        x0, x1 = size - x1, size - x0
+    return np.array([x + x0 * w / size, y + y0 * h / size, x + x1 * w / size, y + y1 * h / size])
+
+
+def iou(a, b):
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    inter = max(width, 0) * max(height, 0)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def test_boxes_keep_every_rule_of_the_sampler(tmp_path):
+    """Both boxes of a pair show one region inside the overlap, on the sampler's integer grid, apart from the others."""
+    pairs = without = crowded = whole = 0
+    for config, _, batch in batches_of(tmp_path / "run", 12, scale=(0.04, 0.6), size=96):
+        size, least, wanted = config.views.size, config.boxes.min_size, config.boxes.per_image
+        first, second = (boxes.double().numpy() for boxes in batch.boxes)
+        assert np.array_equal(first[:, 0] + len(batch.keys), second[:, 0])
+        for i, crops in enumerate(batch.crops.transpose(0, 1).tolist()):
+            left, top, right, bottom = overlap(crops)
+            scale_x, scale_y = (min(size / crop[3] for crop in crops), min(size / crop[2] for crop in crops))
+            width, height = round((right - left) * scale_x), round((bottom - top) * scale_y)  # half to even, as NumPy
+            chosen = first[:, 0] == i
+            fits = right > left and bottom > top and width > least and height > least
+            assert chosen.sum() == (wanted if fits else 0)
+            without += not fits
+            for k in np.flatnonzero(chosen):
+                region, same = in_image(first[k, 1:], crops[0], size), in_image(second[k, 1:], crops[1], size)
+                place = (region - [left, top, left, top]) * [scale_x, scale_y, scale_x, scale_y]
+                corners = np.concatenate([first[k, 1:], second[k, 1:]])
+                if corners.min() > 0 and corners.max() < size:  # else clipped by up to the rounding of the overlap
+                    assert region == pytest.approx(same, abs=1e-3)
+                    assert place == pytest.approx(np.rint(place), abs=1e-2)
+                    whole += 1
+                assert place.min() > -0.01 and place[2] < width + 0.51 and place[3] < height + 0.51
+                assert place[2] - place[0] > least - 0.51 and place[3] - place[1] > least - 0.51
+                earlier = [j for j in np.flatnonzero(chosen) if j < k]
+                crowded += any(iou(first[k, 1:], first[j, 1:]) >= config.boxes.iou_threshold for j in earlier)
+                pairs += 1
+    assert pairs > 50 and whole > 50 and without > 0
+    assert crowded <= 0.05 * pairs  # only a 50th try may keep what overlaps
