@@ -23,6 +23,7 @@ from torch import Tensor
 from scrl_fast.config import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import decode, jpeg_decoder
+from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.ops.augment_views import augment_views, pack_images
 from scrl_fast.views import draw_views
 
@@ -77,6 +78,16 @@ class Ours(Pipeline):
         return decode(jpeg, max_pixels=1 << 24)
 
 
+class OursOnGpu(Ours):
+    """What the loader and a GPU do together: decode, pack into pinned memory, copy, make all views there."""
+
+    def __call__(self) -> Tensor:
+        table = self.table.copy()
+        regions = [cut_to_views(self.decode(jpeg), rows) for jpeg, rows in zip(self.jpegs, table.T, strict=True)]
+        packed = pack_regions(regions, pin_memory=True).to("cuda")
+        return augment_views(packed, table, dtype=torch.bfloat16, **self._options)
+
+
 def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> None:
     jpegs, table = photographs(images), views_of(config, images)
     arguments = (jpegs, table, config)
@@ -87,6 +98,8 @@ def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> N
         "scrl_fast/uint8": Ours(*arguments, dtype=torch.uint8),
         f"scrl_fast/decode only ({jpeg_decoder()})": lambda: [ours.decode(jpeg) for jpeg in jpegs],
     }
+    if bench.device.type == "cuda":
+        providers["scrl_fast/GPU pixels"] = OursOnGpu(*arguments)
     providers |= {name: rival(*arguments) for name, rival in available().items()}
 
     def agree() -> None:  # levels, so that the tolerance is the promised one
@@ -97,6 +110,34 @@ def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> N
 
     name = harness.case_name("jpeg to two views", size=config.size, blur=config.blur)
     bench.case(name, providers, items=images, check=agree)
+
+
+def pixels_on_gpu(bench: harness.Bench, config: ViewsConfig, images: int = 256) -> None:
+    """Decoded images to views in bfloat16, on the GPU; rivals start from images that lie there already."""
+    table = views_of(config, images)
+    decoded = [decode(jpeg, max_pixels=1 << 24) for jpeg in photographs(16)] * (images // 16)
+    pinned = pack_regions(decoded, pin_memory=True)
+    there, tensors = pinned.to("cuda"), [torch.from_numpy(image).permute(2, 0, 1).cuda() for image in decoded]
+    options = {"size": config.size, "mean": config.mean, "std": config.std, "dtype": torch.bfloat16}
+    v2 = TorchvisionV2([], table, config)
+
+    def agree() -> None:
+        ours = augment_views(there, table[:, :16].copy(), **options | {"dtype": torch.uint8}).cpu().int()
+        theirs = augment_views(pinned.numpy(), table[:, :16].copy(), **options | {"dtype": torch.uint8}).int()
+        off = (ours - theirs).abs()
+        assert off.float().mean() <= 1 and (off > 4).float().mean() <= 0.001
+
+    bench.case(
+        harness.case_name("decoded to two views on the GPU", images=images, size=config.size),
+        {
+            "scrl_fast/triton": lambda: augment_views(there, table, **options),
+            "scrl_fast/triton with the copy": lambda: augment_views(pinned.to("cuda"), table, **options),
+            "torchvision/v2": lambda: views(v2, tensors, table),
+        },
+        items=images,
+        dtype="bfloat16",
+        check=agree,
+    )
 
 
 def stages(bench: harness.Bench, config: ViewsConfig, images: int) -> None:
@@ -194,6 +235,8 @@ def main() -> int:
     bench = harness.Bench("input", args)
     config = ViewsConfig(size=args.size)
     whole_pipelines(bench, config, args.images)
+    if bench.device.type == "cuda":
+        pixels_on_gpu(bench, config)
     stages(bench, config, args.images)
     loaders(bench, config, max(64, 4 * args.images) // 16 * 16, args.workers)
     return bench.finish()
