@@ -143,21 +143,27 @@ struct LevelRows {
   }
 };
 
-// Along the rows, `width` (64 at least) results each; the sink gets max(height, L) rows.
+// Along the rows, `width` (64 at least) results each; the sink gets max(height, L) rows. Rows whose lanes fit into the
+// first cache are transposed once for all results, longer ones strip by strip.
 template <int L, int step, class Sink>
 SCRL_INLINE void filter_along(const Source& source, const Axis& axis, int width, Scratch& s, const Sink& sink) {
+  constexpr int kMostLanes = (32 << 10) / (4 * L);
+  const bool whole = source.width * step <= kMostLanes;
   for (int top = 0; top < source.height; top += L) {
     // the last block is moved up to end with the picture; the last row stands for those that a lower picture lacks
     const int from = std::max(0, std::min(top, source.height - L));
     for (int start = 0; start < width; start += 4 * L) {
       const int x = std::min(start, width - 4 * L), last = axis.first[x + 4 * L - 1];
-      const int begin = std::min(axis.first[x], last), end = std::max(axis.first[x], last) + axis.taps;
-      const uint8_t* row[L];
-      for (int i = 0; i < L; ++i) {
-        row[i] = source.corner + std::min(from + i, source.height - 1) * source.stride + begin * step;
-      }
+      const int begin = whole ? 0 : std::min(axis.first[x], last);
+      const int end = whole ? source.width : std::max(axis.first[x], last) + axis.taps;
       float* lanes = at_least(s.lanes, static_cast<int64_t>(std::max((end - begin) * step, 4 * L)) * L);
-      rows_to_lanes<L>(row, (end - begin) * step, lanes);
+      if (start == 0 || !whole) {
+        const uint8_t* row[L];
+        for (int i = 0; i < L; ++i) {
+          row[i] = source.corner + std::min(from + i, source.height - 1) * source.stride + begin * step;
+        }
+        rows_to_lanes<L>(row, (end - begin) * step, lanes);
+      }
       sink.template take<L, step>(lanes, begin, axis, from, x);
     }
   }
