@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import shlex
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast import checkpoint, distributed, pictures, prepare, resume, runlog
+from scrl_fast.compare import compare_with_untrained
 from scrl_fast.config import Config
 from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import World
@@ -361,21 +361,7 @@ class SCRLTrainer:
 
     def evaluate(self) -> dict[str, Any]:
         """RoI linear accuracy of the encoder as it was before training and as it is now, measured the same way."""
-        from scrl_fast.evaluate import demo_roi_linear
-
-        self.log.say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
-        untrained = prepare.build_model(self.config, self.source.num_classes).to(self.device)
-        trained = copy.deepcopy(untrained.online.encoder)  # one whose BatchNorm asks no other process
-        trained.load_state_dict(self.model.online.encoder.state_dict())
-        encoders = {"random": untrained.online.encoder, "trained": trained}
-        results = demo_roi_linear(encoders, self.config, train=self.source)
-        before, after = results["random"], results["trained"]
-        self.log.say(
-            f"linear classifier on frozen features of {after.boxes} boxes, {after.classes} classes: "
-            f"random initialisation {before.accuracy:.1%}, after {self.step} steps {after.accuracy:.1%} "
-            f"({100 * (after.accuracy - before.accuracy):+.1f} points)"
-        )
-        result = {"roi_linear": {name: asdict(each) for name, each in results.items()}}
+        result = compare_with_untrained(self)
         self.log.amend(result)
         return result
 

@@ -1,0 +1,46 @@
+"""The benchmark of the step: its stages add up to the step, and ours agrees with the plain one before any number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import step_bench
+import step_rival
+import timing
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "WARM_UP_CALLS", timing.WARM_UP_CALLS)
+    options = "--device=cpu --backbone=resnet10_tiny --dtype=float32 --batch 2 --workers=1 --seconds=0.1 --repeats=5"
+    files = [f"--json={tmp_path}/rows.json", f"--plot={tmp_path}/stages.png"]
+    monkeypatch.setattr(sys, "argv", ["step_bench.py", *options.split(), *files])
+
+
+def test_stages_shares_and_picture(tmp_path):
+    assert step_bench.main() == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    step = {row["provider"]: row["p50_ms"] for row in rows if row["case"] == "step resnet10_tiny batch=2"}
+    assert set(step) == {"scrl_fast", "floor", "torch"}
+    stages = {row["backend"]: row["p50_ms"] for row in rows if row["case"].startswith("stages ")}
+    assert {*step_bench.BACKBONE, *step_bench.HEADS, "input wait", "RoIAlign forward", "loss", "update"} <= set(stages)
+    assert sum(stages.values()) == pytest.approx(step["scrl_fast"], rel=0.3)
+    (shares,) = [row for row in rows if row["case"].startswith("shares ")]
+    assert 0 < shares["beyond_floor_and_heads"] < 1
+    assert shares["activation_bytes_per_image"] > 0
+    assert (tmp_path / "stages.png").stat().st_size > 1000
+
+
+def test_no_number_where_the_plain_step_disagrees(monkeypatch, capsys):
+    plain = step_rival.PlainStep.loss
+    monkeypatch.setattr(step_rival.PlainStep, "loss", lambda self, boxes: 1.1 * plain(self, boxes))
+    assert step_bench.main() == 1
+    assert "check is red" in capsys.readouterr().out
+    assert torch.is_grad_enabled()
