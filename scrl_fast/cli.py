@@ -30,11 +30,15 @@ Options = TypeVar("Options")
 
 @dataclasses.dataclass
 class Settings:
-    """A part of the options from one place: a nested dict, the place's name, and what there is to say about it."""
+    """A part of the options from one place: a nested dict, the place's name, and what there is to say about it.
+
+    published: by dotted name, the values of the published implementation's options that these were translated from.
+    """
 
     options: dict[str, Any]
     origin: str = ""
     notes: tuple[str, ...] = ()
+    published: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -81,7 +85,8 @@ def parse(argv: Sequence[str], *, prog: str) -> Request:
         parser.print_help()
         raise SystemExit(0)
     files = [read_settings(name) for name in names or [recipes.DEFAULT]]
-    tokens, notes = _checked_tokens(tokens)
+    published = {name: value for file in files for name, value in file.published.items()}
+    tokens, notes = _checked_tokens(tokens, published=published)
     config = build(*files, tokens=tokens, parser=parser)
     return Request(config, [note for file in files for note in file.notes] + notes, print_config)
 
@@ -159,7 +164,7 @@ def read_settings(name: str) -> Settings:
         raise UsageError(f"{path}: must hold options such as 'train: {{epochs: 3}}', not a {type(document).__name__}")
     if compat.is_published(document):
         options, notes = compat.translate(document, str(path))
-        return Settings(options, str(path), notes)
+        return Settings(options, str(path), notes, compat.leaves(document))
     return Settings(document, str(path))
 
 
@@ -225,8 +230,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
     return names, tokens, "--print_config" in argv
 
 
-def _checked_tokens(tokens: Sequence[str], cls: type = Config) -> tuple[list[str], list[str]]:
-    """The tokens with every option known and spelled our way, and notes on what was translated."""
+def _checked_tokens(
+    tokens: Sequence[str], cls: type = Config, *, published: dict[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
+    """The tokens with every option known and spelled our way, and notes on what was translated.
+
+    published: what the files gave of the published implementation's options, by dotted name.
+    """
+    given = dict(published or {})
     result: list[str] = []
     notes: list[str] = []
     translated = cls is Config  # the published implementation's spellings are those of its trainer
@@ -244,7 +255,7 @@ def _checked_tokens(tokens: Sequence[str], cls: type = Config) -> tuple[list[str
                 value = "true" if name in compat.SWITCHES else next(rest, "--")
             if value.startswith("--"):
                 raise UsageError(f"--{spelled} needs a value, as in --{spelled}=...")
-            options, said = compat.translate_flag(name, value)
+            options, said = compat.translate_flag(name, value, given)
             result += [f"--{option}={_shown(new)}" for option, new in options.items()]
             notes += said
         elif name in sections(cls):

@@ -7,12 +7,13 @@ is told to the user. This translates options only: what its code does otherwise 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from scrl_fast.config import RunConfig
 from scrl_fast.errors import UsageError, did_you_mean
 
 QUIRKS_NOTE = (
@@ -26,21 +27,38 @@ class Field:
     """What becomes of one published option.
 
     option: ours, or None where it has no effect here; then ``why`` says the reason.
-    convert: from its value to ours.
+    convert: from its value to ours; raises ValueError for one that makes no sense.
+    remark: said where the conversion changed the value.
     """
 
     option: str | None = None
     why: str = ""
     convert: Callable[[Any], Any] = lambda value: value
+    remark: str = ""
 
 
-def _only(accepted: Any, instead: str) -> Callable[[Any], Any]:
-    def convert(value: Any) -> Any:
-        if value != accepted:
-            raise UsageError(instead.format(value=value))
-        return value
+_WORDS = {
+    **dict.fromkeys((True, 1, "yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys((False, 0, "no", "false", "f", "n", "0"), False),
+}
 
-    return convert
+
+def _switch(value: Any) -> bool:
+    """True or false of the words that its command line takes; text in a YAML file is read the same way."""
+    word = value.lower() if isinstance(value, str) else value
+    if not isinstance(word, (bool, int, str)) or word not in _WORDS:
+        raise ValueError("must be true or false")
+    return _WORDS[word]
+
+
+def _training(value: Any) -> bool:
+    if not _switch(value):
+        raise ValueError("nothing to train; to evaluate use python -m scrl_fast.evaluate")
+    return True
+
+
+def _log_every(steps: Any) -> Any:
+    return RunConfig.log_every if type(steps) is int and 1 <= steps < RunConfig.log_every else steps
 
 
 _LAUNCH = "processes are started by torchrun"
@@ -53,26 +71,23 @@ FIELDS: dict[str, Field] = {
     "network.proj_head.input_size": Field(why="taken from the backbone"),
     "network.proj_head.hidden_size": Field("model.hidden_dim"),
     "network.proj_head.output_size": Field("model.projection_dim"),
-    "network.scrl.enabled": Field("model.method", convert=lambda on: "scrl" if on else "byol"),
+    "network.scrl.enabled": Field("model.method", convert=lambda on: "scrl" if _switch(on) else "byol"),
     "network.scrl.num_patches_per_image": Field("boxes.per_image"),
     "network.scrl.iou_threshold": Field("boxes.iou_threshold"),
-    "network.scrl.box_jittering": Field("boxes.jitter"),  # with the ratio below, or 0 when it is off
-    "network.scrl.jittering_ratio": Field(why="part of box_jittering"),
-    "network.scrl.grid_based_box_gen": Field("boxes.grid"),
+    "network.scrl.box_jittering": Field("boxes.jitter", convert=_switch),  # these two make one of ours: `_jitter`
+    "network.scrl.jittering_ratio": Field("boxes.jitter"),
+    "network.scrl.grid_based_box_gen": Field("boxes.grid", convert=_switch),
     "network.scrl.min_size": Field("boxes.min_size"),
     "network.scrl.pool_size": Field("model.pool_size"),
     "network.scrl.spatial_scale": Field(why="one over the backbone's stride"),
     "network.scrl.sampling_ratio": Field("model.sampling_ratio"),
-    "network.scrl.detectron_aligned": Field("model.aligned"),
+    "network.scrl.detectron_aligned": Field("model.aligned", convert=_switch),
     "dataset.name": Field("data.source"),
     "dataset.root": Field("data.root"),
     "augment.type": Field("views.recipe"),
     "augment.input_size": Field("views.size"),
     "augment.crop_scale": Field("views.scale"),
-    "train.enabled": Field(
-        why="this command trains",
-        convert=_only(True, "train.enabled={value}: nothing to train; to evaluate use python -m scrl_fast.evaluate"),
-    ),
+    "train.enabled": Field(why="this command trains", convert=_training),
     "train.online_eval": Field(why="the online probe learns whenever there are labels"),
     "train.batch_size_train": Field("train.batch_size"),
     "train.batch_size_eval": Field(why="no validation pass during pre-training"),
@@ -80,7 +95,11 @@ FIELDS: dict[str, Field] = {
     "train.warmup_epochs": Field("optim.warmup_epochs"),
     "train.valid_interval": Field(why="no validation pass during pre-training"),
     "train.snapshot_interval": Field(why="a checkpoint each epoch, or every run.checkpoint_every steps"),
-    "train.tb_interval": Field("run.log_every"),
+    "train.tb_interval": Field(
+        "run.log_every",
+        convert=_log_every,
+        remark="each logging point waits for the GPU; --run.log_every=N logs more often",
+    ),
     "train.num_workers": Field("data.workers"),
     "train.m": Field("optim.ema_momentum"),
     "train.optim.lr": Field("optim.lr"),
@@ -98,7 +117,7 @@ FIELDS: dict[str, Field] = {
     # flags of its command line that its YAML files do not hold
     "save_dir": Field("run.dir"),
     "top_dir": Field(why="give the whole folder as run.dir"),
-    "disable_autocast": Field("train.precision", convert=lambda on: "fp32" if on else "auto"),
+    "disable_autocast": Field("train.precision", convert=lambda on: "fp32" if _switch(on) else "auto"),
     "overwrite": Field(why="a run never overwrites another: choose a new run.dir, or --resume=auto"),
     "fake_checkpoint": Field(why="checkpoints are always real"),
     "detect_anomaly": Field(why="non-finite numbers always stop a run, with the step named"),
@@ -119,54 +138,90 @@ def is_published(document: dict[Any, Any]) -> bool:
 def translate(document: dict[Any, Any], origin: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Our options by dotted name, and a line on what became of each field.
 
-    Raises UsageError for a field that the published implementation does not have, naming the nearest one.
+    Raises UsageError for a field that the published implementation does not have, naming the nearest one, for a
+    section that holds no fields, and for a value that makes no sense.
     """
     options: dict[str, Any] = {}
     moved: list[str] = []
     idle: dict[str, list[str]] = {}
-    given = dict(_leaves(document))
+    given = leaves(document)
     for name, value in given.items():
+        if inner := _fields_of(name):
+            raise UsageError(f"{origin}: '{name}' must hold options ({', '.join(inner)}), not {_text(value)}")
         if name not in FIELDS:
             hint = did_you_mean(name, FIELDS)
             raise UsageError(f"{origin}: unknown option '{name}' in a file of the published implementation{hint}")
-        field = FIELDS[name]
         if value is None:
             idle.setdefault("no value given", []).append(name)
             continue
-        new = field.convert(value)
-        if name == "network.scrl.box_jittering":
-            ratio = given.get("network.scrl.jittering_ratio")
-            new = 0.0 if not value else 0.1 if ratio is None else ratio
-        if field.option is None:
-            idle.setdefault(field.why, []).append(name)
+        option, new, said = _ours(name, given, f"{origin}: ")
+        if option is None:
+            idle.setdefault(said, []).append(name)
         else:
-            options[field.option] = new
-            moved.append(f"  {name} = {_text(value)}  ->  {field.option} = {_text(new)}")
+            options[option] = new
+            moved.append(f"  {name} = {_text(value)}  ->  {option} = {_text(new)}{said}")
     notes = [f"{origin}: options of the published implementation, translated:", *moved]
     notes += [f"  no effect ({why}): {', '.join(names)}" for why, names in idle.items()]
     return options, (*notes, f"  {QUIRKS_NOTE}")
 
 
-def translate_flag(name: str, value: str) -> tuple[dict[str, Any], list[str]]:
-    """The same for one flag of its command line, with its value as typed."""
-    field = FIELDS[name]
+def translate_flag(name: str, value: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The same for one flag of its command line, with its value as typed.
+
+    given: values of published options by dotted name, from files and from flags before this one, which is added.
+    """
     try:
-        typed = yaml.safe_load(value)
+        given[name] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--{name}={value}: not a value") from error
-    new = field.convert(typed)
-    if field.option is None:
-        return {}, [f"--{name} has no effect: {field.why}"]
-    return {field.option: new}, [f"--{name}={value}  ->  --{field.option}={_text(new)}"]
+    option, new, said = _ours(name, given, "--")
+    if option is None:
+        return {}, [f"--{name} has no effect: {said}"]
+    return {option: new}, [f"--{name}={value}  ->  --{option}={_text(new)}{said}"]
 
 
-def _leaves(document: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(document: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a published file by dotted name."""
+    values: dict[str, Any] = {}
     for key, value in document.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        values |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def _ours(name: str, given: dict[str, Any], where: str) -> tuple[str | None, Any, str]:
+    """Our option, its value and a remark for one of the given ones; or None, None and why it has no effect."""
+    field, value = FIELDS[name], given[name]
+    new = _converted(name, value, where)
+    if field.option == "boxes.jitter":
+        new = _jitter(given, where)
+        if new is None and name.endswith("jittering_ratio"):
+            return None, None, "box_jittering is off"
+        new = 0.0 if new is None else new
+    if field.option is None:
+        return None, None, field.why
+    return field.option, new, f" ({field.remark})" if field.remark and new != value else ""
+
+
+def _jitter(given: dict[str, Any], where: str) -> Any:
+    """The ratio when box_jittering is on, else None."""
+    on, ratio = given.get("network.scrl.box_jittering"), given.get("network.scrl.jittering_ratio")
+    if on is None or not _converted("network.scrl.box_jittering", on, where):
+        return None
+    return 0.1 if ratio is None else ratio
+
+
+def _converted(name: str, value: Any, where: str) -> Any:
+    try:
+        return FIELDS[name].convert(value)
+    except ValueError as error:
+        raise UsageError(f"{where}{name}={_text(value)}: {error}") from None
+
+
+def _fields_of(section: str) -> list[str]:
+    """What a section of its files holds; empty for a name that is no section."""
+    inside = (name.removeprefix(f"{section}.") for name in FIELDS if name.startswith(f"{section}."))
+    return list(dict.fromkeys(name.partition(".")[0] for name in inside))
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

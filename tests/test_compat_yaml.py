@@ -25,9 +25,10 @@ SCRL_ONLY = {
 
 
 def published(method: str, epochs: int) -> dict:
-    """The fields of its four files, with their values (SPEC sections 4 to 6)."""
+    """The fields of its four files, with their values (SPEC sections 2 to 6; the intervals are the files' own)."""
     short = epochs == 200
-    intervals = {"valid_interval": 5 if short else 10, "snapshot_interval": 20 if short else 100}
+    validation = 5 if short else {"scrl": 100, "byol": 10}[method]
+    intervals = {"valid_interval": validation, "snapshot_interval": 20 if short else 100}
     return {
         "eval": {
             **{"enabled": True, "finetune": False, "max_epochs": 80, "warmup_epochs": 5, "valid_interval": 5},
@@ -69,13 +70,13 @@ def parse(*argv: str) -> cli.Request:
 @pytest.mark.parametrize("epochs", [200, 1000])
 def test_the_four_files_are_our_four_recipes(write, method, epochs):
     document = published(method, epochs)
-    leaves = list(compat._leaves(document))
+    leaves = compat.leaves(document)
     assert len(leaves) == {"scrl": 47, "byol": 37}[method]
     path = write(document)
-    request = parse("--config", path, "--run.log_every=10")
+    request = parse("--config", path)
     assert request.config == load_recipe(f"{method}_{epochs}ep")
     text = "\n".join(request.notes)
-    for name, _ in leaves:
+    for name in leaves:
         assert name in text, f"{name} is not accounted for"
     assert path in request.notes[0] and "--compat=kakaobrain" in request.notes[-1]
     assert request.config.compat == "none"
@@ -97,7 +98,7 @@ def test_each_value_arrives():
             },
             "dataset": {"name": "imagenet", "root": "/images"},
             "augment": {"type": "simple", "input_size": 160, "crop_scale": [0.1, 0.9]},
-            "train": {"max_epochs": 3, "warmup_epochs": 1, "batch_size_train": 8, "num_workers": 4, "tb_interval": 7},
+            "train": {"max_epochs": 3, "warmup_epochs": 1, "batch_size_train": 8, "num_workers": 4, "tb_interval": 25},
         },
         "x.yaml",
     )
@@ -117,27 +118,77 @@ def test_each_value_arrives():
                     "views": {"recipe": "simple", "size": 160, "scale": [0.1, 0.9]},
                     "train": {"epochs": 3, "batch_size": 8},
                     "optim": {"warmup_epochs": 1},
-                    "run": {"log_every": 7},
+                    "run": {"log_every": 25},
                 }
             )
         ).to_dict()
     )
     assert "  network.scrl.box_jittering = true  ->  boxes.jitter = 0.2" in notes
+    assert "  network.scrl.jittering_ratio = 0.2  ->  boxes.jitter = 0.2" in notes
     assert "  no effect (taken from the backbone): network.proj_head.input_size" in notes
 
 
-@pytest.mark.parametrize(
-    ("fields", "jitter"),
-    [
-        ({"box_jittering": True}, 0.1),
-        ({"box_jittering": True, "jittering_ratio": 0.3}, 0.3),
-        ({"box_jittering": False, "jittering_ratio": 0.3}, 0.0),
-        ({"jittering_ratio": 0.3}, 0.0),
-    ],
-)
+JITTER = [
+    ({"box_jittering": True}, 0.1),
+    ({"box_jittering": True, "jittering_ratio": 0.3}, 0.3),
+    ({"jittering_ratio": 0.3, "box_jittering": True}, 0.3),
+    ({"box_jittering": False, "jittering_ratio": 0.3}, 0.0),
+    ({"jittering_ratio": 0.3}, 0.0),
+    ({"box_jittering": "False", "jittering_ratio": 0.3}, 0.0),
+    ({"box_jittering": True, "jittering_ratio": 0.0}, 0.0),
+]
+
+
+@pytest.mark.parametrize(("fields", "jitter"), JITTER)
 def test_jitter_is_two_fields(fields, jitter):
-    options, _ = compat.translate({"network": {"scrl": fields}}, "x")
+    options, notes = compat.translate({"network": {"scrl": fields}}, "x")
     assert options.get("boxes.jitter", 0.0) == jitter
+    off = fields.get("box_jittering") is not True and "jittering_ratio" in fields
+    assert ("  no effect (box_jittering is off): network.scrl.jittering_ratio" in notes) == off
+
+
+@pytest.mark.parametrize(("fields", "jitter"), JITTER)
+def test_jitter_is_two_flags(fields, jitter):
+    request = parse(*(f"--network/scrl/{name}={value}" for name, value in fields.items()))
+    assert request.config.boxes.jitter == jitter
+    off = fields.get("box_jittering") is not True and "jittering_ratio" in fields
+    assert ("--network.scrl.jittering_ratio has no effect: box_jittering is off" in request.notes) == (
+        off or [*fields] == ["jittering_ratio", "box_jittering"]  # off when it came
+    )
+
+
+def test_jitter_flags_go_with_the_fields_of_a_file(write):
+    """The published files hold box_jittering off and its ratio; a flag changes one of the two."""
+    document = published("scrl", 200)
+    document["network"]["scrl"]["jittering_ratio"] = 0.25
+    path = write(document)
+    assert parse("--config", path, "--network/scrl/box_jittering=yes").config.boxes.jitter == 0.25
+    assert parse("--config", path, "--network/scrl/jittering_ratio=0.3").config.boxes.jitter == 0
+    document["network"]["scrl"]["box_jittering"] = True
+    path = write(document)
+    assert parse("--config", path, "--network/scrl/jittering_ratio=0.3").config.boxes.jitter == 0.3
+    assert parse("--config", path, "--network/scrl/box_jittering=0").config.boxes.jitter == 0
+
+
+@pytest.mark.parametrize("word", ["False", "no", "F", "0", 0, False])
+def test_words_are_switches_as_on_its_command_line(word):
+    fields = dict.fromkeys(("enabled", "grid_based_box_gen", "detectron_aligned"), word)
+    options, _ = compat.translate({"network": {"scrl": fields}}, "x")
+    assert options == {"model.method": "byol", "boxes.grid": False, "model.aligned": False}
+    config = parse(f"--network/scrl/enabled={word}", f"--network/scrl/grid_based_box_gen={word}").config
+    assert (config.model.method, config.boxes.grid) == ("byol", False)
+
+
+@pytest.mark.parametrize(("interval", "log_every"), [(1, 10), (9, 10), (10, 10), (11, 11), (500, 500)])
+def test_logging_points_stay_rare(interval, log_every):
+    """Each reads the device and decomposes a matrix, so the published one in each step would cost much."""
+    options, notes = compat.translate({"train": {"tb_interval": interval}}, "x")
+    assert options == {"run.log_every": log_every}
+    request = parse(f"--train/tb_interval={interval}")
+    assert request.config.run.log_every == log_every
+    for text in (notes[1], request.notes[0]):
+        assert ("--run.log_every=N logs more often" in text) == (interval < 10)
+    assert parse("--train/tb_interval=1", "--run.log_every=1").config.run.log_every == 1
 
 
 @pytest.mark.parametrize(
@@ -149,6 +200,16 @@ def test_jitter_is_two_fields(fields, jitter):
         ({"network": {"name": "resnet34x"}}, "model.backbone=resnet34x"),
         ({"augment": {"type": "simclr"}, "train": {"enabled": False}}, "python -m scrl_fast.evaluate"),
         ({"augment": {}, "train": {"max_epochs": "many"}}, "train.epochs=many: must be a whole number"),
+        ({"augment": {}, "train": {"tb_interval": 0}}, "run.log_every=0: must be at least 1"),
+        ({"augment": {}, "train": {"enabled": "no"}}, r"published\.yaml: train\.enabled=no: nothing to train"),
+        ({"augment": {}, "train": None}, r"yaml: 'train' must hold options \(enabled, .*, m, optim\), not null"),
+        ({"augment": {}, "train": {"optim": 3}}, r"'train\.optim' must hold options \(lr, momentum, .*\), not 3"),
+        ({"network": None}, r"'network' must hold options \(name, proj_head, scrl\), not null"),
+        (
+            {"network": {"scrl": {"jittering_ratio": 0.1, "box_jittering": 0.2}}},
+            r"published\.yaml: network\.scrl\.box_jittering=0\.2: must be true or false",
+        ),
+        ({"network": {"scrl": {"enabled": "maybe"}}}, r"network\.scrl\.enabled=maybe: must be true or false"),
     ],
 )
 def test_mistakes_are_errors_here_too(write, document, message):
