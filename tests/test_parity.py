@@ -234,7 +234,9 @@ def batches_of(folder, count, **views):
         setattr(config.views, name, value)
     trainer = SCRLTrainer(config, source=Pictures())
     stream = trainer.batches()
-    yield from ((config, step // trainer.steps_per_epoch, next(stream)[0]) for step in range(count))
+    for step in range(count):
+        yield config, step // trainer.steps_per_epoch, next(stream)[0]
+        trainer.step += 1
     stream.close()
 
 
@@ -245,9 +247,11 @@ def plain_view(image, row, size):
     if row["flip"]:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     adjust = [transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation]
-    amounts = [float(row[name]) for name in ("brightness", "contrast", "saturation", "hue")]
+    amounts = [float(row[name]) for name in ("brightness", "contrast", "saturation")]
     for which in row["order"] if row["jitter"] else ():
-        picture = [*adjust, transforms.adjust_hue][which](picture, amounts[which])
+        if which == 3:
+            continue  # hue rounds differently by way of HSV, and what follows enlarges it: test_augment_views.py has it
+        picture = adjust[which](picture, amounts[which])
     if row["grayscale"]:
         picture = picture.convert("L").convert("RGB")
     if row["blur"]:
@@ -262,7 +266,7 @@ def plain_view(image, row, size):
 
 def test_views_are_those_of_pillow_and_torchvision(tmp_path):
     seen = dict.fromkeys(("flip", "jitter", "grayscale", "blur", "solarize"), 0)
-    for config, epoch, batch in batches_of(tmp_path / "run", 6):
+    for config, epoch, batch in batches_of(tmp_path / "run", 6, hue=0.0):
         views, source = config.views, Pictures()
         sizes = [source.read(key).shape[:2] for key in batch.keys]
         table = draw_views(views, sizes, seed=config.train.seed, epoch=epoch, keys=batch.keys.numpy())
@@ -272,9 +276,8 @@ def test_views_are_those_of_pillow_and_torchvision(tmp_path):
             for i, key in enumerate(batch.keys.tolist()):
                 row = table[view, i]
                 assert [int(row[n]) for n in ("y", "x", "h", "w", "flip")] == batch.crops[view, i].tolist()
-                # hue by way of HSV rounds differently by a level or two, which a contrast after it enlarges
                 off = np.abs(levels[view * len(sizes) + i] - plain_view(source.read(key), row, views.size))
-                assert np.quantile(off, 0.99) < 5 and off.mean() < 1, f"view {view + 1} of image {key}: {row}"
+                assert off.max() < 12 and off.mean() < 0.7, f"view {view + 1} of image {key}: {row}"
                 for name in seen:
                     seen[name] += bool(row[name])
     assert all(seen.values()), f"too few views to say something of every transform: {seen}"
