@@ -63,7 +63,8 @@ def train_step(
     with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         losses = network(images, targets)
         loss = torch.stack([value.float() for value in losses.values()]).sum()
-    row = {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
+    numbers = torch.stack([loss.detach(), *(value.detach().float() for value in losses.values())])
+    row = dict(zip(["loss", *losses], numbers.tolist(), strict=True))
     if not math.isfinite(row["loss"]):  # torchvision's matching waits for the device anyway, so this costs nothing
         bad = [name for name, value in row.items() if not math.isfinite(value) and name != "loss"]
         raise DetectionLossError(f"{', '.join(bad) or 'loss'} is not finite; the update was not made")

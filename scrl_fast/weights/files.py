@@ -40,6 +40,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise WeightsError(f"no weights at {path}")
     if path.suffix == ".safetensors":
         return path, read_safetensors(path)
+    if path.suffix == ".onnx":
+        raise WeightsError(f"{path} is a graph whose norms are folded into its convolutions: give another export")
     if path.suffix == ".pkl" or _is_plain_pickle(path):
         return path, read_pickle(path)
     return path, checkpoint.load(path)

@@ -80,7 +80,7 @@ def write_detectron2(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) 
     model = {name: array for name, array in named if name is not None}
     content = {"model": model, "__author__": "scrl_fast", "matching_heuristics": True}
     with open(path, "wb") as file:
-        pickle.dump(content, file, protocol=2)
+        pickle.dump(content, file, protocol=4)
 
 
 def write_mmdet(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
