@@ -88,15 +88,16 @@ def test_fine_tuning_is_repeatable_whatever_the_workers(scenes):
 
 
 def test_our_roi_align_in_the_detector_is_torchvisions():
-    strides, shapes = [4, 8, 16], [(96, 128), (96, 128)]
-    features = {str(i): torch.randn(2, 5, 96 // s, 128 // s, requires_grad=True) for i, s in enumerate(strides)}
-    features["pool"] = torch.randn(2, 5, 3, 4)
+    strides, shapes = [4, 8, 16], [(384, 512), (384, 512)]
+    features = {str(i): torch.randn(2, 3, 384 // s, 512 // s, requires_grad=True) for i, s in enumerate(strides)}
+    features["pool"] = torch.randn(2, 3, 12, 16)
     generator = torch.Generator().manual_seed(0)
     corners = [torch.rand(n, 2, generator=generator) * 60 for n in (17, 0)]
-    sides = [torch.rand(n, 2, generator=generator) ** 3 * 60 + 1 for n in (17, 0)]
+    sides = [torch.rand(n, 2, generator=generator) * 300 + 1 for n in (17, 0)]
     boxes = [torch.cat([c, c + s], 1) for c, s in zip(corners, sides, strict=True)]
     ours = PyramidRoIAlign(strides, 7, 2, aligned=False)
     theirs = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    assert len(level_of(boxes[0], strides).unique()) == 3
     expected, found = theirs(features, boxes, shapes), ours(features, boxes, shapes)
     torch.testing.assert_close(found, expected)
     leaves = [features[str(i)] for i in range(3)]
