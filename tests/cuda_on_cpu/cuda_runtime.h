@@ -21,11 +21,15 @@
 #define __grid_constant__
 #define __shared__  // `static` says the rest: all fibers of a block share what the function keeps
 
+using std::isfinite;
 using std::max;
 using std::min;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct double2 {
+  double x, y;
 };
 struct Place {
   unsigned x;
@@ -124,6 +128,18 @@ T __shfl_sync(unsigned mask, T value, int lane) {
     __builtin_memcpy(&other, slots + lane, sizeof(T));
     return other;
   });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int offset) {
+  const int lane = static_cast<int>(threadIdx.x) % cuda_on_cpu::kWarp + offset;
+  return __shfl_sync(mask, value, lane < cuda_on_cpu::kWarp ? lane : lane - offset);
+}
+inline bool __syncthreads_or(bool vote) {
+  cuda_on_cpu::slots[threadIdx.x] = vote;
+  __syncthreads();
+  const bool any = std::any_of(cuda_on_cpu::slots.begin(), cuda_on_cpu::slots.end(), [](uint64_t v) { return v != 0; });
+  __syncthreads();
+  return any;
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return cuda_on_cpu::in_warp(mask, uint64_t{vote}, [](const uint64_t* slots) {
