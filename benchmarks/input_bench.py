@@ -238,7 +238,7 @@ def main() -> int:
     if bench.device.type == "cuda":
         pixels_on_gpu(bench, config)
     stages(bench, config, args.images)
-    loaders(bench, config, max(64, 4 * args.images) // 16 * 16, args.workers)
+    loaders(bench, config, max(128, 8 * args.images) // 16 * 16, args.workers)
     return bench.finish()
 
 
