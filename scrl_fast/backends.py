@@ -2,7 +2,8 @@
 
 Automatic choice: native, then triton (on a GPU only), then reference; decided once for each operation and device. The
 argument ``backend=`` of an operation, or the environment variable SCRL_FAST_BACKEND, forces one, and a forced one that
-cannot run raises with the reason instead of falling back.
+cannot run raises with the reason instead of falling back. The variable speaks for all operations, so those that have no
+such form on purpose (box sampling has no Triton) go on as without it.
 """
 
 from __future__ import annotations
@@ -66,11 +67,28 @@ class Operation:
 
 
 def _chosen(name: str, device_type: str, backend: str | None) -> str:
-    forced = backend if backend is not None else os.environ.get("SCRL_FAST_BACKEND") or None
-    return _choose(OPERATIONS[name], device_type, forced)
+    operation = OPERATIONS[name]
+    return _choose(operation, device_type, _forced_by_environment(operation) if backend is None else backend)
 
 
-# torch.compile calls it once and keeps the answer instead of tracing into library loading. This is what
+def _forced_by_environment(operation: Operation) -> str | None:
+    forced = os.environ.get("SCRL_FAST_BACKEND") or None
+    return None if forced in BACKENDS and getattr(operation, forced) is None else forced
+
+
+def check_forced(device_type: str) -> None:
+    """Raises ValueError when SCRL_FAST_BACKEND asks for what cannot run, before anything is allocated.
+
+    device_type: where the networks are. Operations without a form for it are those of the data's side, on the CPU.
+    """
+    for operation in OPERATIONS.values():
+        try:
+            _choose(operation, device_type, _forced_by_environment(operation))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"SCRL_FAST_BACKEND: {error}") from error
+
+
+# torch.compile calls `_chosen` once and keeps the answer instead of tracing into library loading. This is what
 # torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import yaml
 
-from scrl_fast import compat, recipes
+from scrl_fast import compat, recipes, run_folder
 from scrl_fast.config import Config
 from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.ranges import field_types, in_words
@@ -84,11 +84,37 @@ def parse(argv: Sequence[str], *, prog: str) -> Request:
     if "--help" in tokens:
         parser.print_help()
         raise SystemExit(0)
-    files = [read_settings(name) for name in names or [recipes.DEFAULT]]
+    files = [read_settings(name) for name in names]
     published = {name: value for file in files for name, value in file.published.items()}
     tokens, notes = _checked_tokens(tokens, published=published)
+    files = files or [_base_settings(tokens)]
+    if folder := _folder_of_run(names, files, tokens):
+        tokens = [*tokens, f"--run.dir={folder}"]
     config = build(*files, tokens=tokens, parser=parser)
     return Request(config, [note for file in files for note in file.notes] + notes, print_config)
+
+
+def _base_settings(tokens: Sequence[str]) -> Settings:
+    """Without ``--config``: the options of the run that is resumed, else the demo's."""
+    found, origin = run_folder.own_options(*(run_folder.value_of(tokens, name) for name in ("resume", "run.dir")))
+    if found is None:
+        return read_settings(recipes.DEFAULT)
+    settings = read_settings(str(found)) if isinstance(found, Path) else Settings(found, origin)
+    once = {"resume": "", "init": "", "init_momentum": False}  # what the run was started with, not what goes on
+    settings = dataclasses.replace(settings, options=settings.options | once)
+    return dataclasses.replace(settings, notes=(*settings.notes, f"options of the run that goes on: {origin}"))
+
+
+def _folder_of_run(names: Sequence[str], files: Sequence[Settings], tokens: Sequence[str]) -> str:
+    """The run folder where the command line does not say it, and the run has been moved or copied since; or ''."""
+    resume = run_folder.value_of(tokens, "resume")
+    if not resume or run_folder.value_of(tokens, "run.dir"):
+        return ""
+    if resume != "auto" and Path(resume).exists():
+        return str(run_folder.folder_of(resume) or "")
+    section = files[-1].options.get("run")
+    named = section.get("dir") if isinstance(section, dict) else None
+    return run_folder.moved_to(names[-1], str(named)) if names and named else ""
 
 
 def parse_as(
@@ -279,7 +305,8 @@ def _shown(value: Any) -> str:
 
 
 DESCRIPTION = (
-    "Without --config it runs the demo recipe; with it, the defaults below hold for all that the file leaves out. "
+    "Without --config it runs the demo recipe, or with --resume what that run was; with it, the defaults below hold "
+    "for all that the file leaves out. "
     "Options on the command line win over those of files."
 )
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from scrl_fast import distributed, runlog
+from scrl_fast import backends, distributed, run_folder, runlog
 from scrl_fast.config import Config
+from scrl_fast.data.loader import check_enough
 from scrl_fast.distributed import World
 from scrl_fast.models import SCRL
 from scrl_fast.optim import LARS, lars_param_groups
@@ -28,22 +29,17 @@ Options = TypeVar("Options", bound=Any)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def check_run(config: Config, *, images: int, world_size: int = 1) -> None:
-    """Checks what options and data set must agree on, before a network is allocated.
+def check_run(config: Config, *, images: int, world_size: int = 1, device_type: str = "cpu") -> None:
+    """Checks what options, data set and machine must agree on, before a network is allocated.
 
-    images: size of the data set. Raises ValueError naming the option, its value and what to do.
+    images: size of the data set. device_type: of the training device.
+    Raises ValueError naming the option, its value and what to do.
     """
     config.check_ready()
     if config.run.wandb:
         runlog.import_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
-    per_step = config.train.batch_size * config.train.accumulate * world_size
-    if images < per_step:
-        factors = f"train.batch_size {config.train.batch_size}"
-        if config.train.accumulate > 1:
-            factors += f" x train.accumulate {config.train.accumulate}"
-        if world_size > 1:
-            factors += f" x {world_size} processes"
-        raise ValueError(f"{factors} needs {per_step} images a step, but the data set has {images}: choose fewer")
+    check_enough(images, config, world_size)
+    backends.check_forced(device_type)
 
 
 def choose_folder(config: Any, kind: str = "", known: Sequence[str] = ("random",)) -> str:
@@ -61,13 +57,8 @@ def choose_folder(config: Any, kind: str = "", known: Sequence[str] = ("random",
         return config.run.dir
     if config.resume == "auto":
         raise ValueError("resume=auto continues the run in run.dir, which is empty: name the folder with --run.dir")
-    if config.resume:
-        path = Path(config.resume)
-        folder = path if path.is_dir() else path.parent
-        if folder.name == "checkpoints":
-            return str(folder.parent)
-        if path.is_dir():
-            return str(path)
+    if config.resume and (folder := run_folder.folder_of(config.resume)):
+        return str(folder)
     return f"runs/{kind or f'{config.data.source}-{config.model.method}'}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from scrl_fast.run_folder import CHECKPOINTS, CONFIG  # noqa: F401  CONFIG is read from here like its fellows
+
 LOGGER = logging.getLogger("scrl_fast")
-METRICS, LOG, CONFIG, ENVIRONMENT = "metrics.jsonl", "log.txt", "config.yaml", "env.json"
-CHECKPOINTS = "checkpoints"
+METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
 
 
 def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
@@ -33,13 +34,18 @@ def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
             pass
     except OSError as error:
         raise ValueError(f"run.dir {str(folder)!r} cannot be written to: {error.strerror or error}") from error
-    used = [name for name in (METRICS, CHECKPOINTS) if (folder / name).exists()]
+    used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
     if used and not resume:
         raise ValueError(
             f"run.dir {str(folder)!r} already holds a run ({', '.join(used)}): continue it with --resume=auto, "
-            "or choose another folder"
+            "or choose another folder with --run.dir=NEW"
         )
     return folder
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a file has content or a folder files: what failed before its first row and checkpoint was no run yet."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

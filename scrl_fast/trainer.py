@@ -43,14 +43,14 @@ class SCRLTrainer:
     """
 
     def __init__(self, config: Config, *, source: Any = None, world: World | None = None) -> None:
-        config = replace(config)  # checks again what was changed since it was made
+        config = Config.from_dict(config.to_dict())  # checks again: options may have been changed since it was made
         train = config.train
         config.check_ready()
         self.device = distributed.device_of(train.device)
         self.world = distributed.join(self.device) if world is None else world
         self.rank, world_size = self.world.rank, self.world.size
         self.source: Any = make_source(config) if source is None else source
-        prepare.check_run(config, images=len(self.source), world_size=world_size)
+        prepare.check_run(config, images=len(self.source), world_size=world_size, device_type=self.device.type)
         self.threads_asked = train.threads
         self.config = config = prepare.set_threads(prepare.place_run(config, self.world), self.device)
         if self.device.type == "cpu" and train.keep_memory:
@@ -331,7 +331,7 @@ class SCRLTrainer:
         self.log.say(f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}")
         self.log.say(f"run folder: {self.folder}")
         if self.rank == 0:
-            text = replace(config, resume="", init="").to_yaml()
+            text = replace(config, resume="", init="", init_momentum=False).to_yaml()
             (self.folder / runlog.CONFIG).write_text(text, encoding="utf-8")
             runlog.write_environment(self.folder / runlog.ENVIRONMENT)
 

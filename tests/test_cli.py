@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,3 +315,47 @@ def test_other_commands_have_the_same_manner(yaml_file, capsys):
 def test_other_commands_refuse_in_the_same_words(argv, says):
     with pytest.raises((UsageError, ValueError, TypeError), match=re.escape(says)):
         parse_other(*argv)
+
+
+# ---- going on with a run ----
+
+
+def write_run(folder: Path, named: Path | None = None, **train: object) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000002.pt").touch()
+    options = {"optim": {"lr": 0.125}, "train": train, "run": {"dir": str(named or folder)}}
+    (folder / "config.yaml").write_text(cli.dump(options))
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_00000002.pt"])
+def test_resume_without_config_takes_the_options_of_the_run(tmp_path: Path, place: str) -> None:
+    run = write_run(tmp_path / "run", batch_size=7)
+    request = cli.parse([f"--resume={run / place}", "--train.epochs=9"], prog="train")
+    config = request.config
+    assert (config.optim.lr, config.train.batch_size, config.train.epochs) == (0.125, 7, 9)
+    assert (config.run.dir, config.init) == (str(run), "")
+    assert request.notes == [f"options of the run that goes on: {run / 'config.yaml'}"]
+    assert cli.parse(["--resume=auto", f"--run.dir={run}"], prog="train").config.optim.lr == 0.125
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "new", named=tmp_path / "old")
+    file = run / "config.yaml"
+    with_config = [[f"--config={file}", f"--resume={which}"] for which in (run, "auto")]
+    for arguments in ([f"--resume={run}"], *with_config):
+        assert cli.parse(arguments, prog="train").config.run.dir == str(run)
+    assert cli.parse([f"--resume={run}", "--run.dir=other"], prog="train").config.run.dir == "other"
+    # as the base of a new run it is only a file of options
+    assert cli.parse([f"--config={file}"], prog="train").config.run.dir == str(tmp_path / "old")
+
+
+def test_a_checkpoint_alone_brings_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scrl_fast import checkpoint
+
+    path = tmp_path / "copied.pt"
+    path.touch()
+    state = {"config": {"optim": {"lr": 0.25}, "run": {"dir": "there"}, "init": "random"}}
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: state)
+    config = cli.parse([f"--resume={path}"], prog="train").config
+    assert (config.optim.lr, config.run.dir, config.init) == (0.25, "there", "")

@@ -11,14 +11,22 @@ import torch
 from test_trainer import Pictures, make_config, make_trainer
 
 from scrl_fast import prepare
+from scrl_fast.backends import _choose, triton_failure
 from scrl_fast.trainer import SCRLTrainer
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train.batch_size": 13}, r"train\.batch_size.*13.* 12"),
-        ({"train.accumulate": 4}, r"train\.batch_size 4 x train\.accumulate 4 needs 16 .* has 12"),
+        ({"train.batch_size": 13}, r"train\.batch_size=13 .* 12: use --train\.batch_size=12 or less"),
+        (
+            {"train.accumulate": 4},
+            r"train\.batch_size=4 x train\.accumulate=4 needs 16 .* has 12: .*batch_size=3 or less",
+        ),
+        ({"optim.momentum": 1.5}, r"optim\.momentum=1\.5"),  # though it was assigned, not given
+        ({"views.scale": (0.9, 0.2)}, r"views\.scale=.*0\.9"),
+        ({"optim.ema_momentum": 1.2}, r"optim\.ema_momentum=1\.2"),
+        ({"train.epochs": 0}, r"train\.epochs=0"),
         ({"views.size": 7}, r"views\.size=7.*at least 8, the stride of resnet10_tiny"),
         ({"boxes.min_size": 32}, r"boxes\.min_size=32"),
         ({"boxes.per_image": 0}, r"boxes\.per_image=0"),
@@ -42,8 +50,22 @@ def test_mistakes_are_named_before_a_network_is_allocated(tmp_path, monkeypatch,
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"already holds a run"):
+    (tmp_path / "metrics.jsonl").touch()
+    make_trainer(tmp_path)  # what failed before its first row was no run yet
+    (tmp_path / "checkpoints" / "step_00000001.pt").touch()
+    with pytest.raises(ValueError, match=r"already holds a run \(checkpoints\).*--run\.dir=NEW"):
         make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_is_named_at_once(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
+    monkeypatch.setenv("SCRL_FAST_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton_failure.cache_clear(), _choose.cache_clear()
+    with pytest.raises(ValueError, match=rf"SCRL_FAST_BACKEND: .*backend '{backend}'"):
+        make_trainer(tmp_path)
+    triton_failure.cache_clear(), _choose.cache_clear()
 
 
 def test_half_an_announcement_of_several_processes_is_refused(tmp_path, monkeypatch):

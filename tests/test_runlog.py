@@ -153,7 +153,7 @@ def test_folder_is_made_and_a_run_in_it_is_not_overwritten(tmp_path):
     folder = runlog.prepare_folder(tmp_path / "a" / "b", resume=False)
     assert folder.is_dir()
     assert list(folder.iterdir()) == []
-    (folder / "metrics.jsonl").touch()
+    (folder / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"run\.dir .* already holds a run .*--resume=auto"):
         runlog.prepare_folder(folder, resume=False)
     runlog.prepare_folder(folder, resume=True)

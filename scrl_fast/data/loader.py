@@ -297,15 +297,20 @@ def _check(source: Source, config: Config, rank: int, world_size: int) -> None:
     for name, least in (("workers", 0), ("prefetch", 0)):
         if not getattr(config.data, name) >= least:
             raise UsageError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}")
-    batch = config.train.batch_size
-    if not batch > 0:
-        raise UsageError(f"train.batch_size must be positive, got {batch}")
-    share = len(source) // world_size
-    if share < batch:
-        processes = "" if world_size == 1 else f" in each of {world_size} processes"
-        raise UsageError(
-            f"train.batch_size={batch}{processes} needs {batch * world_size} images, but the data has {len(source)}; "
-            f"use --train.batch_size={share} or less"
-            if share
-            else f"{world_size} processes need at least as many images, but the data has {len(source)}"
-        )
+    if not config.train.batch_size > 0:
+        raise UsageError(f"train.batch_size must be positive, got {config.train.batch_size}")
+    check_enough(len(source), config, world_size)
+
+
+def check_enough(images: int, config: Config, world_size: int = 1) -> None:
+    """Raises UsageError, with what would do, unless a data set of so many images fills a step of all processes."""
+    train = config.train
+    fewest = train.accumulate * world_size  # images in a step of the smallest batch
+    if images >= train.batch_size * fewest:
+        return
+    factors = [f"train.batch_size={train.batch_size}"]
+    factors += [f"train.accumulate={train.accumulate}"] if train.accumulate > 1 else []
+    factors += [f"{world_size} processes"] if world_size > 1 else []
+    smaller = f"use --train.batch_size={images // fewest} or less" if images >= fewest else "there must be more images"
+    needed = train.batch_size * fewest
+    raise UsageError(f"{' x '.join(factors)} needs {needed} images a step, but the data set has {images}: {smaller}")
