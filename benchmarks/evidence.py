@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -88,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in args.seeds
         for method in args.methods
     ]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        found = list(pool.map(run_line, lines, [threads] * len(lines)))
+    found = run_lines(lines, args.jobs)
     rows = [row for row in found if row is not None]
     if len(rows) < len(lines):
         print(f"{len(rows)} of {len(lines)} done; call again to go on", flush=True)
@@ -109,6 +108,28 @@ def main(argv: list[str] | None = None) -> int:
             draw(args.plot or args.json.with_suffix(".png"), document)
         print(f"written: {args.json}")
     return 0
+
+
+def run_lines(lines: list[Line], jobs: int) -> list[dict[str, Any] | None]:
+    """Every line's row, so many at once; a signal to this process ends the others too, each after saving."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    if jobs == 1:
+        found: list[dict[str, Any] | None] = []
+        for line in lines:
+            found.append(run_line(line, torch.get_num_threads()))
+            if found[-1] is None:  # stopped: the others would be as well
+                break
+        return found
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; call again to go on from {lines[0].folder.parent}"))
+    try:
+        return list(pool.map(run_line, lines, [threads] * len(lines)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():  # must not outlive this process
+            child.join(10)  # where the signal went to all, it is saving now, and a second one would break that off
+            child.terminate()
+            child.join()
 
 
 def run_line(line: Line, threads: int) -> dict[str, Any] | None:

@@ -41,17 +41,17 @@ class Budget:
     dense_scenes: int = 512
     detector_scenes: int = 512
     detector_steps: int = 160
-    detector_batch: int = 16
-    detector_lr: float = 1e-3
+    detector_batch: int = 8
+    detector_lr: float = 2e-3
 
 
 BUDGETS = {
-    "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4, 8),  # does it run?
+    "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4),  # does it run?
     "tune": Budget(),  # the same under another name, for the seeds that choose learning rates
     "standard": Budget(),  # minutes on two CPU cores
     "long": Budget(
         epochs=200, scenes=8192, batch_size=256, curve_points=8, curve_scenes=2048, test_scenes=4000, dense_scenes=2048,
-        detector_scenes=4096, detector_steps=4000,
+        detector_scenes=4096, detector_steps=4000, detector_batch=16, detector_lr=1e-3,
     ),  # for a GPU
 }  # fmt: skip
 
