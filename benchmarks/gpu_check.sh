@@ -96,6 +96,10 @@ for dtype in bfloat16 float32; do
   step "benchmarks_$dtype" 90 benchmarks/run_all.sh --device cuda --dtype "$dtype" --seconds 0.5
 done
 
+# torchvision's deterministic path: what memory it takes. It compiles itself, so last.
+step deterministic_rival 60 "$python" benchmarks/roi_align_bench.py --device cuda --dtype float32 --deterministic \
+  --batch 128 --boxes 10 --layout nchw --only record --seconds 0.2 --json "$RESULTS/roi_align_deterministic.json"
+
 say "results are in $out"
 [ -z "$failed" ] && echo "all green" && exit 0
 echo "failed:$failed" >&2

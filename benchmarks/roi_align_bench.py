@@ -1,7 +1,7 @@
 """RoIAlign against torchvision's: the pooling of SCRL's box pairs, and of a detector's boxes on a pyramid level.
 
-The map of record is 2048 x 7 x 7 with ten boxes an image and one bin a box: 128 images of it, then fewer images and
-other numbers of boxes, for the cost of each. `pyramid` is a detector's level; `call` shows what a call costs.
+The map of record is 2048 x 7 x 7 with ten boxes an image and one bin a box: 128 images of it (512 on a GPU), then fewer
+images and other numbers of boxes, for the cost of each. `pyramid` is a detector's level; `call` shows what a call costs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def random_boxes(images: int, count: int, side: float, device: torch.device) -> 
     return torch.cat([image, corner, corner + size], 1).to(device)
 
 
-def providers(device: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Ours in every form that runs here, then torchvision; its CPU form knows no bfloat16 and is cast around."""
+def providers(device: str, dtype: torch.dtype, deterministic: bool) -> dict[str, Callable[..., Tensor]]:
+    """Ours in every form that runs here, then torchvision, which knows no 16-bit maps beside float32 boxes and is cast
+    around; deterministic: also the form that it takes on a GPU under PyTorch's switch."""
     operation = backends.OPERATIONS["roi_align"]
     forms = [name for name in ("native", "triton") if not operation.failure(name, device)]
     ours = {f"scrl_fast/{name}": lambda *a, b=name: roi_align(*a, backend=b) for name in forms}
@@ -39,7 +40,10 @@ def providers(device: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor
         return torchvision_roi_align(input.float(), boxes, *options).to(input.dtype)
 
     plain = dtype in (torch.float32, torch.float64)
-    return {**ours, "torchvision": torchvision_roi_align if plain else cast_around}
+    theirs = {"torchvision": torchvision_roi_align if plain else cast_around}
+    if deterministic:
+        theirs["torchvision/deterministic"] = deterministically(theirs["torchvision"])
+    return {**ours, **theirs}
 
 
 def into(out: Tensor, grad: Tensor, rows: Tensor, scale: float, ratio: int) -> Callable[[], object]:
@@ -47,13 +51,11 @@ def into(out: Tensor, grad: Tensor, rows: Tensor, scale: float, ratio: int) -> C
     return lambda: torch.ops.scrl_fast.roi_align_backward_out(grad, rows, scale, ratio, False, out)
 
 
-def deterministic(call: Callable[[], object]) -> Callable[[], object]:
-    """torchvision's own deterministic form, which it takes on a GPU under PyTorch's switch."""
-
-    def run() -> object:
+def deterministically(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*arguments: object) -> Tensor:
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            return call()
+            return call(*arguments)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -71,7 +73,7 @@ def case(
     input = torch.randn(shape, device=bench.device, dtype=bench.dtype, generator=generator)
     input = input.contiguous(memory_format=LAYOUTS[layout])
     wanted = input.clone(memory_format=torch.preserve_format).requires_grad_()
-    forms = providers(bench.device.type, bench.dtype)
+    forms = providers(bench.device.type, bench.dtype, bench.args.deterministic)
     cotangent = torch.randn(boxes, channels, bins, bins, device=bench.device, dtype=bench.dtype, generator=generator)
     options = (bins, scale, ratio, False)
 
@@ -109,23 +111,24 @@ def case(
     reused = torch.empty_like(input)
     if "scrl_fast/native" in forms:
         backward["scrl_fast/native-reused"] = into(reused, cotangent, rows, scale, ratio)
-    if bench.device.type == "cuda":
-        backward["torchvision/deterministic"] = deterministic(backward["torchvision"])
     bench.case(name, backward, bytes=moved, items=boxes, check=gradients_agree)
 
 
 def main() -> int:
     parser = harness.parser("roi_align", __doc__)
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 32, 8], help="images (%(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", help="images (128 32 8; on a GPU 512 128 32)")
     parser.add_argument("--boxes", type=int, nargs="+", default=[10, 3, 30], help="boxes an image (%(default)s); the"
                         " first goes with every batch, the others with the second batch")  # fmt: skip
     parser.add_argument("--channels", type=int, default=2048, help="channels of that map (default: %(default)s)")
     parser.add_argument("--pyramid-boxes", type=int, default=256, help="boxes on the pyramid level (%(default)s)")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats (all)")
+    parser.add_argument("--deterministic", action="store_true", help="also time torchvision's deterministic form, which"
+                        " it has on a GPU only and compiles on first use")  # fmt: skip
     args = parser.parse_args()
     bench = harness.Bench("roi_align", args)
-    sizes = [(images, args.boxes[0]) for images in args.batch]
-    sizes += [(args.batch[:2][-1], boxes) for boxes in args.boxes[1:]]
+    batch = args.batch or ([512, 128, 32] if args.device == "cuda" else [128, 32, 8])
+    sizes = [(images, args.boxes[0]) for images in batch]
+    sizes += [(batch[:2][-1], boxes) for boxes in args.boxes[1:]]
     for layout in args.layout:
         for images, boxes in sizes:
             case(bench, "record", (images, args.channels, 7, 7), images * boxes, 1, layout)
