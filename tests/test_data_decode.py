@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import time
 import zlib
@@ -144,6 +145,40 @@ def test_the_limit_counts_pixels() -> None:
     assert decode(data, max_pixels=40 * 64).shape == (40, 64, 3)
     with pytest.raises(BadImage, match=r"64 x 40 pixels are more than data\.max_pixels=2559"):
         decode(data, max_pixels=40 * 64 - 1)
+
+
+@pytest.mark.filterwarnings("error")  # Pillow warns of more than 89 million pixels
+@pytest.mark.parametrize("side", [9_700, 15_000])  # it refuses more than 179 million
+def test_the_limit_is_ours_alone(side: int) -> None:
+    picture = decode_module.Encoded(png_bomb(side), max_pixels=10**9)
+    assert (picture.width, picture.height) == (side, side)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("limit", [1000, 2000])  # Pillow would refuse twice the first and warn above the second
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+def test_pillows_limit_neither_counts_nor_changes(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = crop(NAMES[0], 40, 64)
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for kind in ("JPEG", "PNG", "BMP", "GIF"):
+        data = encoded(picture, kind)
+        assert decode(data, max_pixels=LIMIT).shape == (40, 64, 3), kind
+        if kind == "JPEG":
+            assert decode_module.Encoded(data, max_pixels=LIMIT).decode(2).shape == (20, 32, 3)
+        with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            Image.open(io.BytesIO(data))  # the user's own pictures stay under the user's limit
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF"])
+def test_a_limit_inside_pillow_says_whose_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(crop(NAMES[0], 40, 64), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    try:
+        assert decode(data, max_pixels=LIMIT).shape == (40, 64, 3)  # Pillow before 13 has none here
+    except BadImage as error:
+        assert re.search(r"2560 pixels.*limit of 2000.*of Pillow.*PIL\.Image\.MAX_IMAGE_PIXELS", str(error))
 
 
 def test_formats_nobody_asked_for_are_not_opened() -> None:

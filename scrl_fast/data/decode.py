@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import io
 import os
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import numpy as np
@@ -70,7 +71,7 @@ class Encoded:
         if not data:
             raise BadImage(name, "the file is empty")
         with _bad_image(name):
-            self._picture = Image.open(io.BytesIO(data), formats=_FORMATS)  # reads the header only
+            self._picture = _open(data)
             width, height = self._picture.size
             if width * height > max_pixels:
                 raise BadImage(name, f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
@@ -110,6 +111,23 @@ class Encoded:
         return pixels
 
 
+def _open(data: bytes) -> Image.Image:
+    """The picture that a file holds, of which only the header is read: `PIL.Image.open` without Pillow's limit.
+
+    That limit is one number for the whole process. Here data.max_pixels decides, so it must not stand in the way, nor
+    can it be lifted for a moment: other threads, the user's among them, would go without it. So it is left alone, and
+    Pillow's registry is asked directly. WebP and TIFF apply it once more by themselves, where they take memory.
+    """
+    for kind in _FORMATS:
+        if kind not in Image.OPEN:
+            Image.init()
+        read_header, accepts = Image.OPEN[kind]
+        if accepts is None or accepts(data[:16]) is True:
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this kind after all
+                return read_header(io.BytesIO(data), "")
+    raise Image.UnidentifiedImageError
+
+
 @contextmanager
 def _bad_image(name: str) -> Iterator[None]:
     """Damaged files make decoders raise OSError, struct.error, zlib.error, IndexError, ...: here all are BadImage."""
@@ -119,6 +137,8 @@ def _bad_image(name: str) -> Iterator[None]:
         raise
     except Image.UnidentifiedImageError:
         raise BadImage(name, "not an image of a known format") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(name, f"{error} (a limit of Pillow for this format: PIL.Image.MAX_IMAGE_PIXELS)") from error
     except Exception as error:
         raise BadImage(name, str(error) or type(error).__name__) from error
 
@@ -187,7 +207,7 @@ def _torchvision() -> JpegDecoder:
 
 
 def _pillow() -> JpegDecoder:
-    return lambda data: np.asarray(Image.open(io.BytesIO(data), formats=_FORMATS).convert("RGB"))
+    return lambda data: np.asarray(_open(data).convert("RGB"))
 
 
 def _shrunk(decoder: str) -> Callable[[bytes, int], Pixels]:
@@ -203,7 +223,7 @@ def _simplejpeg_shrunk(data: bytes, shrink: int) -> Pixels:
 
 
 def _pillow_shrunk(data: bytes, shrink: int) -> Pixels:
-    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    picture = _open(data)
     picture.draft(None, (max(1, picture.width // shrink), max(1, picture.height // shrink)))
     return np.asarray(picture.convert("RGB"))
 
