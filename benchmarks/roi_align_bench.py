@@ -1,7 +1,7 @@
 """RoIAlign against torchvision's: the pooling of SCRL's box pairs, and of a detector's boxes on a pyramid level.
 
 The map of record is 2048 x 7 x 7 with ten boxes an image and one bin a box: 128 images of it (512 on a GPU), then fewer
-images and other numbers of boxes, for the cost of each. `pyramid` is a detector's level; `call` shows what a call costs.
+images and other numbers of boxes, for the cost of each. `pyramid` is a detector's level; `call` shows a call's cost.
 """
 
 from __future__ import annotations
