@@ -6,6 +6,7 @@ import functools
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -50,15 +51,16 @@ def pack_regions(images: Sequence[Any], *, pin_memory: bool = False, gpu: torch.
     sizes = np.array([image.shape[0] * image.shape[1] * 3 for image in images], np.int64)
     offsets = np.cumsum(sizes) - sizes
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
-    buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=gpu, pin_memory=pin_memory and gpu is None)
-    for image, start, size in zip(images, offsets, sizes, strict=True):
-        place = buffer[start : start + size].view(image.shape)
-        if isinstance(image, Tensor) or buffer.is_cuda:
-            place.copy_(image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)))
-        else:
-            place.numpy()[:] = image
-    if gpu is not None and gpu.type == "cuda":
-        torch.cuda.current_stream(gpu).synchronize()  # whoever takes the batch works on another stream
+    with _beside_training(gpu):
+        buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=gpu, pin_memory=pin_memory and gpu is None)
+        for image, start, size in zip(images, offsets, sizes, strict=True):
+            place = buffer[start : start + size].view(image.shape)
+            if isinstance(image, Tensor) or buffer.is_cuda:
+                place.copy_(image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)))
+            else:
+                place.numpy()[:] = image
+        if gpu is not None and gpu.type == "cuda":
+            torch.cuda.current_stream(gpu).synchronize()  # whoever takes the batch works on another stream
     return PackedImages(buffer, offsets, shapes[:, 0].copy(), shapes[:, 1].copy())
 
 
@@ -78,7 +80,8 @@ def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dic
         if encoded.is_upright_baseline_jpeg:
             found[int(key)] = encoded
     try:
-        pixels = _decode([encoded.data for encoded in found.values()], gpu)
+        with _beside_training(gpu):
+            pixels = _decode([encoded.data for encoded in found.values()], gpu)
     except RuntimeError:  # one damaged file fails all
         return {}
     made = {}
@@ -86,6 +89,16 @@ def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dic
         if image.shape == (encoded.height, encoded.width, 3):
             made[key] = Decoded(cast(Any, image), (encoded.height, encoded.width))
     return made
+
+
+def _beside_training(gpu: torch.device | None) -> AbstractContextManager[object]:
+    """Work on a stream of the loader's own: that of training would make threads wait for whole steps."""
+    return nullcontext() if gpu is None or gpu.type != "cuda" else torch.cuda.stream(_stream(gpu))
+
+
+@functools.cache
+def _stream(gpu: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(gpu)
 
 
 def gpu_decoder_failure(device: torch.device) -> str:
