@@ -256,7 +256,8 @@ def is_terminal(stream: TextIO) -> bool:
 def progress_line(row: Mapping[str, Any]) -> str:
     """The numbers a person wants to see pass by."""
     parts = [f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}"]
-    parts.append(f"{row['images_per_s']:.0f} images/s" if row["images_per_s"] else "- images/s")
+    rate = row["images_per_s"]
+    parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s" if rate else "- images/s")
     parts.append(f"data wait {row['data_wait']:.0%}")
     if "feature_std" in row:  # pre-training alone has these
         parts += [f"std {row['feature_std']:.4f}", f"rank {row['rankme']:.1f}"]

@@ -104,6 +104,12 @@ def test_into_a_file_there_are_lines_and_on_a_terminal_a_bar(tmp_path):
     assert "\r" in terminal.getvalue()
 
 
+def test_less_than_one_image_a_second_is_not_nothing():
+    row = ROW | {"step": 1, "epoch": 0.1}
+    assert "0.4 images/s" in runlog.progress_line(row | {"images_per_s": 0.43})
+    assert "  12 images/s" in runlog.progress_line(row | {"images_per_s": 12.4})
+
+
 @pytest.mark.parametrize(("columns", "bar"), [(80, True), (0, False)])
 def test_a_terminal_without_columns_gets_lines(columns, bar):
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
