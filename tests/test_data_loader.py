@@ -212,6 +212,8 @@ def test_ranks_share_the_epoch(world_size: int) -> None:
         for rank, batches in enumerate(ranks):
             assert batch.keys[rank::world_size].tolist() == batches[number].keys.tolist()
             assert torch.equal(batch.crops[:, rank::world_size], batches[number].crops)
+            views = batch.views.unflatten(0, (2, -1))[:, rank::world_size]
+            assert torch.equal(views.flatten(0, 1), batches[number].views)
 
 
 # ---- bad images ----
