@@ -21,6 +21,7 @@ from scrl_fast.errors import UsageError, friendly_errors
 PROG = "python -m scrl_fast.export"
 FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
 ONNX_TOLERANCE = 1e-4
+PRIVATE = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
 
 def export(
@@ -78,6 +79,7 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
         "method": source.metadata.get("method") or config.get("model", {}).get("method", ""),
         "branch": branch,
         "epochs": config.get("train", {}).get("epochs", source.metadata.get("epoch", 0)),
+        "epoch": source.metadata.get("epoch", 0),
         "step": source.metadata.get("step", 0),
         "mean": list(views.get("mean", ViewsConfig.mean)),
         "std": list(views.get("std", ViewsConfig.std)),
@@ -88,12 +90,21 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
         "commit": info.collect()["scrl_fast"]["commit"] or "",
     }
     if config:
-        metadata["config"] = config
+        metadata["config"] = without_places(config)
     if to == "detectron2":
         from scrl_fast.weights.formats import DETECTRON2_NOTE
 
         metadata["notes"] = DETECTRON2_NOTE
     return metadata
+
+
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """The options without paths and accounts of the machine that trained: an export is there to be published."""
+    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    for section, name in PRIVATE:
+        if isinstance(kept.get(section), dict):
+            kept[section].pop(name, None)
+    return {name: value for name, value in kept.items() if name not in ("init", "resume", "json")}
 
 
 def _write(to: str, path: Path, source: Any, encoder: Any, metadata: dict[str, Any], size: int) -> str:

@@ -25,7 +25,7 @@ def trained(backbone, folder, classes=3, momentum=False):
 
     config = load_recipe("demo")
     config.model.backbone, config.model.hidden_dim, config.model.projection_dim = backbone, 8, 4
-    config.model.target_init = "random"
+    config.model.target_init, config.data.root = "random", "/data/of/mine"
     model = build_model(config, classes)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -119,7 +119,10 @@ def test_safetensors_round_trip_with_metadata(tiny, tmp_path):
         assert set(file.keys()) == set(own)
         assert all(torch.equal(file.get_tensor(name), own[name]) for name in own)
     assert metadata["backbone"] == "resnet10_tiny" and json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
-    assert json.loads(metadata["config"])["model"]["method"] == "scrl" and metadata["step"] == "7"
+    config = json.loads(metadata["config"])
+    assert config["model"]["method"] == "scrl" and metadata["step"] == "7" and metadata["epoch"] == "2"
+    assert "/data/of/mine" not in json.dumps(metadata) and "init" not in config and "seed" in config["train"]
+    assert out.stat().st_mode & 0o777 == (tmp_path / "a.safetensors.json").stat().st_mode & 0o777
     beside = json.loads((tmp_path / "a.safetensors.json").read_text())
     assert beside["backbone"] == "resnet10_tiny" and "equal when read back" in beside["checked"]
 

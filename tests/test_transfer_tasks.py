@@ -149,6 +149,23 @@ def test_signal_saves_and_resumes(root, tmp_path):
     assert parse(command).resume == "auto" and transfer("detection", root, tmp_path / "a", "--resume=auto").restore()
 
 
+def test_an_image_that_cannot_be_read_ends_the_run_with_a_checkpoint(root, tmp_path, capsys):
+    shutil.copytree(root, tmp_path / "data")
+    bad = sorted((tmp_path / "data" / "train2017").iterdir())[5]
+    good = bad.read_bytes()
+    bad.write_bytes(b"junk")
+    options = ["--eval.images=1", "--train.steps=11", "--train.batch_size=1", "--eval.every=8"]  # one epoch
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments("detection", tmp_path / "data", tmp_path / "run", *options))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"cannot read {bad}" in said
+    bad.write_bytes(good)
+    assert main(arguments("detection", tmp_path / "data", tmp_path / "run", *options, "--resume=auto")) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 12))
+    assert [row["step"] for row in rows if "detection" in row] == [8, 11]
+
+
 def test_subset_is_the_same_by_seed(root):
     from scrl_fast.transfer.data import read_split, trainable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch import nn
 
 from scrl_fast import checkpoint, distributed, prepare, runlog
 from scrl_fast._version import __version__
+from scrl_fast.data.bad import BadImage
 from scrl_fast.distributed import World
+from scrl_fast.errors import UsageError
 from scrl_fast.resume import changed_options, choose, step_in_name
 from scrl_fast.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig
@@ -118,9 +120,7 @@ class Transfer:
         with closing(Ahead(config.data.workers, config.data.prefetch)) as ahead:
             source = self.examples(ahead)
             while self.step < self.last_step and not self.stopping(stop):
-                with self.clock.waiting():
-                    batch = next(source)
-                self.step_once(batch)
+                self.step_once(self.next_batch(source))
                 self.log.tick()
                 if self.step % config.run.log_every == 0 or self.step in (1, self.last_step):
                     self.report()
@@ -129,6 +129,22 @@ class Transfer:
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.last_step:
                     with stop.at_once():
                         self.measure()
+
+    def next_batch(self, source: Iterator[list[Example]]) -> list[Example]:
+        """The next batch; an image that cannot be read ends the run, after a checkpoint: its objects would be missing.
+
+        Raises UsageError naming the file.
+        """
+        try:
+            with self.clock.waiting():
+                return next(source)
+        except BadImage as error:
+            if self.saved < self.step:
+                self.save()
+            kept = (
+                "the steps so far are saved; put it right and go on with --resume=auto" if self.step else "put it right"
+            )
+            raise UsageError(f"step {self.step + 1}: cannot read {error}; {kept}") from error
 
     def stopping(self, stop: StopRequest) -> bool:
         """Whether to end, in all processes at the same step; then there is a checkpoint of it."""
@@ -139,7 +155,7 @@ class Transfer:
             self.save()
         return asked
 
-    def examples(self, ahead: Ahead) -> Any:
+    def examples(self, ahead: Ahead) -> Iterator[list[Example]]:
         """This process's batches from the present step on."""
         config = self.config
         examples = Examples(

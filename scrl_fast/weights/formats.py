@@ -98,10 +98,10 @@ def write_safetensors(path: Path, encoder: Encoder, metadata: Mapping[str, Any])
 def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """A safetensors file of these tensors."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise WeightsError("safetensors is not installed: pip install safetensors") from error
-    save_file(dict(state), path, metadata=flat_metadata(metadata))
+    path.write_bytes(save(dict(state), metadata=flat_metadata(metadata)))  # its own save_file makes a private file
 
 
 def flat_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
