@@ -118,7 +118,7 @@ def build_model(config: Config, num_classes: int) -> SCRL:
     """The networks with their initial weights, which ``train.seed`` alone decides; a probe where there are classes."""
     torch.manual_seed(config.train.seed)
     model = config.model
-    return SCRL(
+    networks = SCRL(
         model.backbone,
         method=model.method,
         hidden_dim=model.hidden_dim,
@@ -130,6 +130,10 @@ def build_model(config: Config, num_classes: int) -> SCRL:
         target_init="random" if config.compat == "kakaobrain" else model.target_init,
         num_classes=num_classes,
     )
+    stride = networks.online.encoder.stride
+    if config.views.size < stride:  # of timm's encoders it is known only now
+        raise ValueError(f"views.size={config.views.size}: must be at least {stride}, the stride of {model.backbone}")
+    return networks
 
 
 def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:

@@ -12,6 +12,7 @@ from test_trainer import Pictures, make_config, make_trainer
 
 from scrl_fast import prepare
 from scrl_fast.backends import _choose, triton_failure
+from scrl_fast.models.encoders import Encoder
 from scrl_fast.trainer import SCRLTrainer
 
 
@@ -128,3 +129,15 @@ def test_missing_wandb_is_told_before_a_network_is_allocated(tmp_path, monkeypat
     config.run.wandb = "project"
     with pytest.raises(ValueError, match=r"run\.wandb is 'project', but wandb is not installed: pip install wandb"):
         SCRLTrainer(config, source=Pictures())
+
+
+def test_a_view_below_the_stride_of_an_encoder_of_timm_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare.SCRL.__init__.__globals__, "build_encoder", deep_encoder)
+    config = make_config(tmp_path)
+    config.model.backbone, config.views.size, config.boxes.min_size = "timm:deep", 32, 4
+    with pytest.raises(ValueError, match=r"views\.size=32: must be at least 64, the stride of timm:deep"):
+        SCRLTrainer(config, source=Pictures())
+
+
+def deep_encoder(name):
+    return Encoder(name, torch.nn.Identity(), out_channels=4, stride=64)
