@@ -44,8 +44,10 @@ PY
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SCRL_FAST_EXT=require MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-step build 180 "$python" -m pip install --no-build-isolation --no-deps -e . ||
+if ! step build 180 "$python" -m pip install --no-build-isolation --no-deps -e .; then
+  failed="" # without pip, or with an older setuptools than an installation wants
   step build_in_place 180 "$python" setup.py -q build_ext --inplace || exit 1
+fi
 step info 60 "$python" -m scrl_fast.info
 "$python" - <<'PY' || failed="$failed missing_library"
 from scrl_fast import _native
