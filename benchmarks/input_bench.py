@@ -25,6 +25,7 @@ from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import decode, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.prepare import keep_memory
 from scrl_fast.views import draw_views
 
 HEIGHT, WIDTH = 375, 500
@@ -194,7 +195,8 @@ def views(pipeline: Pipeline, images: list[Any], table: np.ndarray) -> list[Tens
 
 
 def loaders(bench: harness.Bench, config: ViewsConfig, images: int, workers: list[int]) -> None:
-    """An epoch of files, batches of 16; our loader draws boxes as well."""
+    """An epoch of files, batches of 16; our loader draws boxes as well. Memory is kept between batches, as in a run."""
+    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, f"{index:04d}.jpg")) for index in range(images)]
         for file, jpeg in zip(files, photographs(images), strict=True):
