@@ -95,7 +95,12 @@ def test_init_is_in_the_backbone_before_the_first_step(root, tmp_path):
 
 @pytest.mark.parametrize("roi_align", ["scrl_fast", "torchvision"])
 def test_resume_is_exact(root, tmp_path, roi_align):
-    more = (f"--model.roi_align={roi_align}", "--train.steps=6", "--eval.images=1")
+    more = (
+        f"--model.roi_align={roi_align}",
+        f"--model.roi_aligned={roi_align == 'scrl_fast'}".lower(),
+        "--train.steps=6",
+        "--eval.images=1",
+    )
     whole = transfer("detection", root, tmp_path / "a", *more, "--data.workers=1")
     whole.fit()
     part = transfer("detection", root, tmp_path / "b", *more, "--train.max_steps=2")
@@ -264,7 +269,7 @@ def test_the_task_comes_first(argv):
 
 
 def test_config_is_checked():
-    with pytest.raises(ValueError, match=r"model\.roi_aligned=True.*roi_align=scrl_fast"):
+    with pytest.raises(ValueError, match=r"model\.roi_aligned=True.*roi_aligned=false"):
         TransferConfig(model=TransferConfig().model.__class__(roi_aligned=True, roi_align="torchvision"))
 
 

@@ -75,10 +75,10 @@ class DetectorConfig:
     """Deviation of red, green, blue that is divided by."""
     roi_align: Literal["torchvision", "scrl_fast"] = "scrl_fast"
     """Whose RoIAlign: ours is deterministic and takes half precision as it is."""
-    roi_sampling_ratio: int = 2
-    """Samples per bin and axis; -1 adapts to the box (detectron2)."""
-    roi_aligned: bool = False
-    """Shift boxes by half a pixel (detectron2's ROIAlignV2; roi_align=scrl_fast only)."""
+    roi_sampling_ratio: int = -1
+    """Samples per bin and axis; -1 adapts to the box, as detectron2 does; torchvision's detectors take 2."""
+    roi_aligned: bool = True
+    """Shift boxes by half a pixel, as detectron2 does; not with roi_align=torchvision."""
     fpn_channels: int = 256
     """Channels of the feature pyramid."""
     head_channels: int = 1024
@@ -120,7 +120,7 @@ class DetectorConfig:
         if self.roi_sampling_ratio != -1 and self.roi_sampling_ratio < 1:
             raise refusal("model.roi_sampling_ratio", self.roi_sampling_ratio, "must be at least 1, or -1 (adapts)")
         if self.roi_aligned and self.roi_align == "torchvision":
-            raise refusal("model.roi_aligned", True, "torchvision's detectors know no such boxes: roi_align=scrl_fast")
+            raise refusal("model.roi_aligned", True, "not with roi_align=torchvision: --model.roi_aligned=false")
 
     def short_sides(self) -> tuple[int, ...]:
         """The sides to choose from in training."""

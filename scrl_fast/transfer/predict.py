@@ -76,7 +76,8 @@ def _detections(index: int, found: dict[str, Tensor], first_label: int) -> Detec
 def _encoded(masks: Tensor) -> list[dict[str, Any]]:
     """Run lengths of soft masks ``[n, 1, H, W]``, a pixel belonging to the object from one half on."""
     tools = mask_tools()
-    return [tools.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy().astype(np.uint8))) for mask in masks]
+    hard = (masks[:, 0] >= 0.5).to(torch.uint8).cpu().numpy()
+    return [tools.encode(np.asfortranarray(mask)) for mask in hard]
 
 
 def average_precision(
