@@ -117,7 +117,8 @@ def roi_align_reference(
     pooled = []
     for chunk in (slice(start, start + step) for start in range(0, count, step)):
         maps = input.index_select(0, index[chunk]).to(rows.dtype)  # [k, C, H, W]
-        pooled.append((wy[chunk, None] @ maps @ wx[chunk, None].mT).to(input.dtype))
+        with torch.autocast(input.device.type, enabled=False):
+            pooled.append((wy[chunk, None] @ maps @ wx[chunk, None].mT).to(input.dtype))
     return torch.where(fine[:, None, None, None], torch.cat(pooled), math.nan)
 
 
