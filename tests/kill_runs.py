@@ -1,7 +1,7 @@
 """Run by test_kill.py: ``python tests/kill_runs.py FOLDER SECONDS``. One import, then a process by fork for each trial.
 
 The same run, resumed each time, is killed at random instants until it has been killed often enough and may finish. It
-writes a checkpoint after every step, so that about half of the kills hit the writing of one.
+writes a checkpoint after every step, so that many of the kills hit the writing of one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,15 +52,29 @@ def main(folder: Path) -> None:
     draw, whole, killed = random.Random(0), folder / "whole", folder / "killed"
     began = time.monotonic()
     assert wait(start(whole, folder / "whole.txt")) == 0
-    seconds = time.monotonic() - began  # of the whole run, on the machine as busy as it is
-    for _ in range(KILLS):
-        child = start(killed, folder / "killed.txt")
-        time.sleep(draw.uniform(0.02, seconds / 8))
+    step = (time.monotonic() - began) / STEPS  # seconds, on the machine as busy as it is
+    for trial in range(KILLS):
+        before, child = newest(killed), start(killed, folder / "killed.txt")
+        if trial % 4:  # three in four after a new checkpoint at least, one while it starts
+            wait_until(lambda before=before: newest(killed) > before)
+        time.sleep(draw.uniform(0, 1.5 * step))
         os.kill(child, signal.SIGKILL)
         wait(child)
     size = max(path.stat().st_size for path in (whole / "checkpoints").glob("*.pt"))
     assert wait(start(killed, folder / "full.txt", limit=size // 2)) == 1
     assert wait(start(killed, folder / "killed.txt")) == 0
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max([0, *(int(path.stem.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*.pt"))])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def wait(child: int) -> int:
