@@ -8,6 +8,8 @@ case `overhead` has as many tensors of one number.
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,13 +38,17 @@ class Numbers(nn.Module):
         return list(self.target), list(self.online)
 
 
+@functools.cache
+def network(backbone: str) -> nn.Module:
+    return Numbers(171) if backbone == "overhead" else SCRL(backbone, num_classes=1000)
+
+
 class State:
     """Parameters, gradients, buffers and targets of one contender."""
 
     def __init__(self, backbone: str, bench: harness.Bench) -> None:
+        model: Any = copy.deepcopy(network(backbone)).to(bench.device, bench.dtype)
         torch.manual_seed(0)
-        model: Any = Numbers(171) if backbone == "overhead" else SCRL(backbone, num_classes=1000)
-        model = model.to(bench.device, bench.dtype)
         if bench.args.layout == "channels_last":
             model = model.to(memory_format=torch.channels_last)
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
