@@ -160,6 +160,9 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
 
 def _numbers_or_tensors(name: str, value: Any, count: int) -> tuple[list[float], list[Tensor | None]]:
     """For each tensor a factor and the tensor that it multiplies, None where the factor is all."""
+    if not isinstance(value, (list, tuple)):
+        factor, tensor = check_scalar(name, value, 0)
+        return [factor] * count, [tensor] * count
     column = _column(name, value, count)
     distinct = {id(number): number for number in column}
     checked = {key: check_scalar(name, number, 0) for key, number in distinct.items()}
