@@ -214,6 +214,7 @@ def loaders(bench: harness.Bench, config: ViewsConfig, images: int, workers: lis
                 batch_size=16,
                 num_workers=count,
                 persistent_workers=count > 0,
+                multiprocessing_context="spawn",  # a fork beside running threads may crash
             )
             loader = Loader(make_source(ours), ours)
             bench.case(
@@ -240,7 +241,7 @@ def main() -> int:
     if bench.device.type == "cuda":
         pixels_on_gpu(bench, config)
     stages(bench, config, args.images)
-    loaders(bench, config, max(128, 8 * args.images) // 16 * 16, args.workers)
+    loaders(bench, config, max(64, 4 * args.images) // 16 * 16, args.workers)
     return bench.finish()
 
 
