@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 import torch
-from evidence_runs import BUDGETS, MEASURES, METHODS, Deadline, Line
+from evidence_runs import BUDGETS, MEASURES, METHODS, STAGES, Deadline, Line
 
 TITLES = {
     "roi_linear": "RoI linear",
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--lr", nargs="+", default=[], metavar="METHOD=LR", help=f"in place of {LR}")
     p.add_argument("--ema", nargs="+", default=[], metavar="METHOD=MOMENTUM", help=f"in place of {EMA}")
-    p.add_argument("--measures", nargs="*", choices=MEASURES, default=list(MEASURES), help="fewer of them, for tuning")
+    p.add_argument("--measures", nargs="*", choices=STAGES, default=list(STAGES), help="fewer of them, for tuning")
     p.add_argument("--device", default=device, choices=("cpu", "cuda"))
     jobs = 1 if device == "cuda" else min(4, os.cpu_count() or 1)
     p.add_argument("--jobs", type=int, default=jobs, help="so many at once, each on its share of cores (%(default)s)")
@@ -55,8 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.rates, args.momenta = _given(p, args.lr, LR), _given(p, args.ema, EMA)
     args.work = args.work or Path(f"runs/evidence-{args.budget}")
-    args.measures = tuple(name for name in MEASURES if name in args.measures)
-    if args.json is None and args.budget in ("standard", "long") and args.measures == MEASURES:
+    args.measures = tuple(name for name in STAGES if name in args.measures)
+    if args.json is None and args.budget in ("standard", "long") and args.measures == STAGES:
         args.json = Path(__file__).parent / "results" / f"evidence_{args.device}.json"
     return args
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         document = report(args, lines, rows, sys.argv[1:] if argv is None else argv)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
-        if args.measures == MEASURES:
+        if set(args.measures) >= set(MEASURES):
             draw(args.plot or args.json.with_suffix(".png"), document)
         print(f"written: {args.json}")
     return 0
@@ -200,7 +200,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for colour, method in zip(("0.5", "C0", "C3"), METHODS, strict=True):
         curves = [each["curve"] for each in document["details"] if each["method"] == method]
-        if not curves:
+        if not all(curves):  # left out by --measures
             continue
         means = [100 * statistics.fmean(p["roi_linear"] for p in points) for points in zip(*curves, strict=False)]
         if method == "random":

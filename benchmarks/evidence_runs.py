@@ -23,8 +23,10 @@ from scrl_fast.evaluate.images import frozen, measure_batchnorm
 from scrl_fast.models import Encoder
 from scrl_fast.trainer import SCRLTrainer
 
+KEPT = 64  # checkpoints of a run: those of the learning curve, and one for every time that it was stopped
 METHODS = ("random", "byol", "scrl")
 MEASURES = ("roi_linear", "dense_retrieval", "image_probe", "detection_ap")
+STAGES = (*MEASURES, "curve")
 IMAGE_PROBE_DIGITS = (32, 64)  # pixels: the one digit of an image-level scene, large like the object of a photograph
 
 
@@ -43,15 +45,17 @@ class Budget:
     detector_steps: int = 160
     detector_batch: int = 8
     detector_lr: float = 2e-3
+    detector_test: int = 400
 
 
 BUDGETS = {
-    "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4),  # does it run?
+    "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4, detector_test=64),  # does it run?
     "tune": Budget(),  # the same under another name, for the seeds that choose learning rates
     "standard": Budget(),  # minutes on two CPU cores
     "long": Budget(
         epochs=200, scenes=8192, batch_size=256, curve_points=8, curve_scenes=2048, test_scenes=4000, dense_scenes=2048,
         detector_scenes=4096, detector_steps=4000, detector_batch=16, detector_lr=1e-3,
+        detector_test=4000,
     ),  # for a GPU
 }  # fmt: skip
 
@@ -72,7 +76,7 @@ class Line:
     folder: Path
     device: str = "auto"
     deadline: float = float("inf")
-    measures: tuple[str, ...] = MEASURES
+    measures: tuple[str, ...] = STAGES
 
     def __post_init__(self) -> None:
         self.path = self.folder / "state.json"
@@ -92,9 +96,7 @@ class Line:
         self.stage("pretrain", self.pretrain)
         for name in self.measures:
             self.stage(name, getattr(self, name))
-        if self.measures == MEASURES:
-            self.stage("curve", self.learning_curve)
-        values = {name: self.state[name]["value"] for name in self.measures}
+        values = {name: self.state[name]["value"] for name in self.measures if name in MEASURES}
         return {"method": self.method, "seed": self.seed, **values}
 
     def stage(self, name: str, work: Any) -> None:
@@ -103,7 +105,9 @@ class Line:
         if time.monotonic() > self.deadline:
             raise Deadline
         started = time.perf_counter()
-        self.state[name] = work()
+        result = work()
+        self.reload()  # another call may have done another stage meanwhile
+        self.state[name] = result
         self.state["seconds"][name] = round(time.perf_counter() - started, 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         durable.write_text(self.path, json.dumps(self.state, indent=1))
@@ -134,14 +138,18 @@ class Line:
         if self.method == "random":
             return {}
         config = self.config()
-        steps = config.data.demo_images // config.train.batch_size * config.train.epochs
-        config.run.checkpoint_every = max(1, steps // self.budget.curve_points)
-        config.run.keep, config.run.log_every = self.budget.curve_points + 1, max(1, steps // 8)
+        config.run.checkpoint_every, config.run.log_every = self.curve_every(), max(1, self.curve_every() // 2)
+        config.run.keep = KEPT
         config.resume = "auto"
         summary = SCRLTrainer(replace(config), source=self.scenes()).fit()
         if summary["interrupted"]:
             raise Deadline
         return {key: summary.get(key) for key in ("step", "loss", "feature_std", "rankme")}
+
+    def curve_every(self) -> int:
+        """Steps between two points of the learning curve."""
+        steps = self.budget.scenes // self.budget.batch_size * self.budget.epochs
+        return max(1, steps // self.budget.curve_points)
 
     def encoder(self, checkpoint: str = "last.pt") -> Encoder:
         """In eval mode, its BatchNorm statistics measured anew on scenes as they are: for every method alike."""
@@ -187,16 +195,17 @@ class Line:
         train = self.scenes("train", budget.detector_scenes)
         options = {"steps": budget.detector_steps, "batch": budget.detector_batch, "lr": budget.detector_lr}
         fine_tune(model, train, seed=self.seed, **options)
-        result = average_precision(model, self.scenes("test"))
+        result = average_precision(model, self.scenes("test", budget.detector_test))
         return {"value": result["ap"], **result}
 
-    def learning_curve(self) -> list[dict[str, Any]]:
+    def curve(self) -> list[dict[str, Any]]:
         """RoI linear accuracy of every checkpoint, on fewer scenes; random weights are a curve of one point."""
         if self.method == "random":
             points = [(0, "")]
         else:
             found = sorted((self.folder / "run" / "checkpoints").glob("step_*.pt"))
-            points = [(int(path.stem.removeprefix("step_")), path.name) for path in found]
+            steps = [(int(path.stem.removeprefix("step_")), path.name) for path in found]
+            points = [(step, name) for step, name in steps if step % self.curve_every() == 0]
         sets = [self.scenes(split, self.budget.curve_scenes) for split in ("train", "test")]
         return [{"step": step, "roi_linear": roi_linear(self.encoder(name), *sets).accuracy} for step, name in points]
 
