@@ -73,7 +73,7 @@ def table(folder: Path = RESULTS, suffix: str = "cpu") -> str:
         ratios = "; ".join(f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" for _, ratio in pairs)
         lines.append(f"| {text} | {duration(ours['p50_ms'])} | {names} | {ratios} |")
         machines[described(next(row for row in rows if row["case"] == "environment"))] = None
-    return "\n".join([*lines, "", f"Medians; {'; '.join(machines)}."])
+    return "\n".join([*lines, "", f"Medians; {'; '.join(machines)}."]) if machines else ""
 
 
 def described(environment: Row) -> str:
