@@ -68,11 +68,11 @@ def arguments(task, root, run, *more):
 def test_task_learns_and_measures(task, root, tmp_path):
     more = ["--train.steps=14", "--optim.decay_at=[14,14]", "--optim.lr=0.02"]
     more += ["--data.subset=0.5"] if task == "coco10" else []
-    assert main(arguments(task, root, tmp_path / "run", f"--json={tmp_path}/result.json", *more)) == 0
+    assert main(arguments(task, root, tmp_path / "run", f"--json={tmp_path}/new/result.json", *more)) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [row["loss"] for row in rows]
     assert [row["step"] for row in rows] == list(range(1, 15)) and sum(losses[-4:]) < 0.97 * sum(losses[:4])
-    document = json.loads((tmp_path / "result.json").read_text())
+    document = json.loads((tmp_path / "new" / "result.json").read_text())
     assert document["task"] == task and set(document["result"]) == RESULTS[task]
     assert all(value == -1 or 0 <= value <= 100 for value in document["result"].values())
     assert document["config"]["train"]["steps"] == 14 and document["checkpoint"].endswith("last.pt")

@@ -79,7 +79,9 @@ def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:
         "checkpoint": summary["checkpoint"],
         "seconds": summary["seconds"],
     }
-    durable.write_text(Path(config.json), json.dumps(document, indent=2) + "\n")
+    path = Path(config.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
