@@ -104,6 +104,33 @@ def test_damage_gives_a_picture_or_bad_image_and_nothing_else(kind: str) -> None
     assert refused
 
 
+def test_a_damaged_png_is_refused_wherever_pillow_refuses_it() -> None:
+    data, rng, refused = encoded(crop(NAMES[0], 40, 64), "PNG"), np.random.default_rng(1), 0
+    for _ in range(50):
+        damaged = bytearray(data)
+        damaged[rng.integers(60, len(data) - 20)] ^= 1 << int(rng.integers(8))
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(damaged)).convert("RGB"))
+        except Exception:
+            refused += 1
+            with pytest.raises(BadImage):
+                decode(bytes(damaged), max_pixels=LIMIT)
+        else:
+            assert np.array_equal(decode(bytes(damaged), max_pixels=LIMIT), expected)
+    assert refused > 25
+
+
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_orientation_in_xmp_is_followed(name: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>{orientation}</tiff:Orientation></x:xmpmeta>'
+    data = encoded(crop(NAMES[0], 40, 64), "JPEG", quality=90, xmp=xmp.encode())
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((40, 64) if orientation == 6 else (64, 40))
+    assert np.array_equal(decode(data, max_pixels=LIMIT), np.asarray(expected))
+
+
 def test_bad_files_carry_path_and_cause(tmp_path: Path) -> None:
     for path in write_bad(tmp_path):
         with pytest.raises(BadImage, match=path.name) as error:

@@ -101,7 +101,8 @@ class Encoded:
                 pixels = _shrunk(decoder)(self.data, shrink)
             elif self._plain_jpeg:
                 pixels = _load(decoder)[0](self.data)
-                orientation = 1 if decoder in _TURNS_BY_ITSELF else orientation
+                turned = decoder in _TURNS_BY_ITSELF and orientation != 1 and _is_in_exif(self._picture)
+                orientation = 1 if turned else orientation
             else:
                 pixels = _rgb(self._picture)
             pixels = _upright(pixels, orientation)
@@ -145,9 +146,19 @@ def _bad_image(name: str) -> Iterator[None]:
 
 def _orientation(picture: Image.Image) -> int:
     try:
-        return picture.getexif().get(_ORIENTATION, 1)
+        # Pillow's own for PNG loads the pixels first, to look for EXIF behind them; a failure there leaves a picture
+        # that seems to load the second time, with whatever came through.
+        return Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF is no reason to lose the picture
         return 1
+
+
+def _is_in_exif(picture: Image.Image) -> bool:
+    """Whether the orientation stands in EXIF; it may also come from XMP, where no decoder looks but Pillow."""
+    exif = Image.Exif()
+    with suppress(Exception):
+        exif.load(picture.info.get("exif", b""))
+    return _ORIENTATION in exif
 
 
 def _rgb(picture: Image.Image) -> Pixels:
