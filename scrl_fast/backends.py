@@ -3,7 +3,7 @@
 Automatic choice: native, then triton (on a GPU only), then reference; decided once for each operation and device. The
 argument ``backend=`` of an operation, or the environment variable SCRL_FAST_BACKEND, forces one, and a forced one that
 cannot run raises with the reason instead of falling back. The variable speaks for all operations, so those that have no
-such form on purpose (box sampling has no Triton) go on as without it.
+such form on purpose (box sampling has no Triton, the pixels no CUDA C++) go on as without it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Operation:
     """The implementations of one operation.
 
     native, triton, reference: callables of one signature; None where DESIGN leaves the blank on purpose.
+    native_on, triton_on: device types for which there is such a form.
     native_failure(device_type), triton_failure(device_type): '' when it can run there, else the reason.
     """
 
@@ -48,14 +49,23 @@ class Operation:
     native_failure: Callable[[str], str] = lambda device_type: ""
     triton: Callable[..., Any] | None = None
     triton_failure: Callable[[str], str] = triton_failure
+    native_on: tuple[str, ...] = ("cpu", "cuda")
+    triton_on: tuple[str, ...] = ("cpu", "cuda")  # on a CPU under its interpreter
+
+    def has_form(self, backend: str, device_type: str) -> bool:
+        """Whether there is such a form, be it able to run here or not."""
+        if backend == "reference":
+            return True
+        devices = self.native_on if backend == "native" else self.triton_on
+        return getattr(self, backend) is not None and device_type in devices
 
     def failure(self, backend: str, device_type: str) -> str:
         """'' when backend runs on device_type, else the reason why not."""
         if backend == "reference":
             return ""
         implementation = self.native if backend == "native" else self.triton
-        if implementation is None:
-            return f"{self.name} has no {backend} form"
+        if not self.has_form(backend, device_type):
+            return f"{self.name} has no {backend} form" + (f" for {device_type}" if implementation else "")
         return self.native_failure(device_type) if backend == "native" else self.triton_failure(device_type)
 
     def resolve(self, device_type: str, backend: str | None = None) -> Callable[..., Any]:
@@ -68,12 +78,14 @@ class Operation:
 
 def _chosen(name: str, device_type: str, backend: str | None) -> str:
     operation = OPERATIONS[name]
-    return _choose(operation, device_type, _forced_by_environment(operation) if backend is None else backend)
+    return _choose(
+        operation, device_type, _forced_by_environment(operation, device_type) if backend is None else backend
+    )
 
 
-def _forced_by_environment(operation: Operation) -> str | None:
+def _forced_by_environment(operation: Operation, device_type: str) -> str | None:
     forced = os.environ.get("SCRL_FAST_BACKEND") or None
-    return None if forced in BACKENDS and getattr(operation, forced) is None else forced
+    return None if forced in BACKENDS and not operation.has_form(forced, device_type) else forced
 
 
 def check_forced(device_type: str) -> None:
@@ -83,7 +95,7 @@ def check_forced(device_type: str) -> None:
     """
     for operation in OPERATIONS.values():
         try:
-            _choose(operation, device_type, _forced_by_environment(operation))
+            _choose(operation, device_type, _forced_by_environment(operation, device_type))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"SCRL_FAST_BACKEND: {error}") from error
 

@@ -110,3 +110,30 @@ def test_a_process_can_be_held_to_the_reference() -> None:
     environment = {**os.environ, "SCRL_FAST_BACKEND": "reference"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["4.0", "False"]
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "chosen"),
+    [
+        ("native", "cpu", "native"),
+        ("native", "cuda", "triton"),
+        ("triton", "cpu", "native"),
+        ("triton", "cuda", "triton"),
+    ],
+)
+def test_the_environment_passes_over_forms_that_are_blank_on_purpose(monkeypatch, forced, device, chosen):
+    pixels = Operation(
+        "pixels",
+        reference=len,
+        native=len,
+        triton=len,
+        triton_failure=lambda _: "",
+        native_on=("cpu",),
+        triton_on=("cuda",),
+    )
+    monkeypatch.setitem(OPERATIONS, "pixels", pixels)
+    monkeypatch.setenv("SCRL_FAST_BACKEND", forced)
+    assert backends._chosen("pixels", device, None) == chosen
+    assert pixels.failure("native", "cuda") == "pixels has no native form for cuda"
+    with pytest.raises(RuntimeError, match="pixels has no native form for cuda"):
+        backends._chosen("pixels", "cuda", "native")

@@ -7,6 +7,7 @@ like is decided before, in a table (`scrl_fast.views.draw_views`), so every impl
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -273,7 +274,7 @@ def _native_augment_views(
 
 
 def _native_failure(device_type: str) -> str:
-    return _native.host_failure("augment_views") if device_type == "cpu" else "the compiled form is one for CPUs"
+    return _native.host_failure("augment_views")
 
 
 _OPERATION = register(
@@ -284,5 +285,7 @@ _OPERATION = register(
         triton=triton_augment_views,
         native_failure=_native_failure,
         triton_failure=triton_failure,
+        native_on=("cpu",),  # the loader's side, also of a run on a GPU
+        triton_on=("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
     )
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _TO_GREY = 4
 _CONTRAST = 1
+_MOST_BYTES = 2**31 - 1
 _STEPS = 5  # four colours and grey
 _NEUTRAL = np.array([1, 1, 1, 0], np.float32)  # brightness, contrast, saturation, hue that change nothing
 
@@ -40,7 +41,8 @@ def triton_augment_views(
     scale, shift = normalization(mean, std)
     threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     half = min(GAUSSIAN_TAPS, 2 * size - 1) // 2
-    make_views(buffer, plan, amounts, out, [*scale.tolist(), *shift.tolist()], threshold, half)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        make_views(buffer, plan, amounts, out, [*scale.tolist(), *shift.tolist()], threshold, half)
 
 
 def make_plan(images: PackedImages, rows: np.ndarray, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -53,6 +55,8 @@ def make_plan(images: PackedImages, rows: np.ndarray, size: int) -> tuple[NDArra
     contrast = np.where((kinds == _CONTRAST) & (place < count[:, None]), place, _STEPS).min(axis=1)
     stride = images.widths[rows["image"]] * 3
     narrow = 3 * size * rows["h"].astype(np.int64)
+    if len(rows) and max((rows["h"] * stride).max(), narrow.max()) > _MOST_BYTES:  # the kernels' places are 32 bits
+        raise ValueError(f"views of regions over {_MOST_BYTES} bytes are not made by the triton form; use native")
     factors = np.where(rows["blur"] == RESIZE_BLUR, rows["blur_amount"], 1.0)
     columns = {
         "corner": images.offsets[rows["image"]] + rows["y"] * stride + rows["x"] * 3,
