@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scrl_fast.config import ViewsConfig
-from scrl_fast.ops.augment_views import RESIZE_BLUR, blurred_side, view_reference
+from scrl_fast.ops.augment_views import RESIZE_BLUR, blurred_side, picture_reference
 
 _ADJUST = ("brightness", "contrast", "saturation", "hue")
 
@@ -55,10 +55,8 @@ class Pillow(Pipeline):
         from torchvision.transforms import functional as F
 
         crop = image.crop((row["x"], row["y"], row["x"] + row["w"], row["y"] + row["h"]))
-        whole = row.copy()
-        whole["y"] = whole["x"] = 0
-        made = view_reference(np.asarray(crop), whole, self.config.size, self.config.solarize_threshold)
-        return F.normalize(F.to_tensor(Image.fromarray(made)), self.config.mean, self.config.std)
+        made = picture_reference(crop, row, self.config.size, self.config.solarize_threshold)
+        return F.normalize(F.to_tensor(made), self.config.mean, self.config.std)
 
 
 class TorchvisionV2(Pipeline):
@@ -241,7 +239,7 @@ _RIVALS: dict[str, Callable[..., Pipeline]] = {
     "pillow/published": Pillow,
     "torchvision/v2": TorchvisionV2,
     "albumentations": Albumentations,
-    "kornia": Kornia,
+    "kornia (its own draws)": Kornia,
     "dali/cpu": Dali,
 }
 

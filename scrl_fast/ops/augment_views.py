@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register, triton_failure
@@ -168,11 +171,17 @@ def normalization(mean: Sequence[float], std: Sequence[float]) -> tuple[NDArray[
 def view_reference(image: NDArray[np.uint8], row: np.void, size: int, solarize_threshold: int) -> NDArray[np.uint8]:
     """One view before normalisation: uint8 `[size, size, 3]`."""
     from PIL import Image
+
+    y, x, h, w = (int(row[name]) for name in "yxhw")
+    return np.asarray(picture_reference(Image.fromarray(image[y : y + h, x : x + w]), row, size, solarize_threshold))
+
+
+def picture_reference(picture: Image.Image, row: np.void, size: int, solarize_threshold: int) -> Image.Image:
+    """What becomes of the crop of a view, Pillow image in and out."""
+    from PIL import Image
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    y, x, h, w = (int(row[name]) for name in "yxhw")
-    picture = Image.fromarray(image[y : y + h, x : x + w])
     picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     if row["flip"]:
         picture = F.horizontal_flip(picture)
@@ -191,7 +200,7 @@ def view_reference(image: NDArray[np.uint8], row: np.void, size: int, solarize_t
         picture = F.gaussian_blur(picture, [taps, taps], [float(row["blur_amount"])] * 2)
     if row["solarize"]:
         picture = F.solarize(picture, solarize_threshold)
-    return np.asarray(picture)
+    return picture
 
 
 def blurred_side(size: int, factor: float) -> int:
