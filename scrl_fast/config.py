@@ -35,9 +35,11 @@ class DataConfig:
     """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar; hf:
     NAME_OR_PATH[:split[:column]]; the demo needs none."""
     workers: int = 2
-    """Threads that read images and make views."""
+    """Threads that read images and make views; 0: the training thread does it between the steps, none ahead."""
     prefetch: int = 2
-    """Batches prepared ahead of the one in training."""
+    """Batches prepared ahead of the one in training, unless workers is 0."""
+    timeout: float = 300.0
+    """Stop when a batch is waited for and no image was finished for so many seconds, unless workers is 0."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of an epoch's images cannot be read (unless 0, ten never stop a run, or half of
     the images if those are fewer)."""
@@ -62,6 +64,7 @@ class DataConfig:
             "data",
             workers=at_least(0),
             prefetch=at_least(1),
+            timeout=above(0),
             max_bad_fraction=SHARE,
             max_pixels=at_least(1),
             demo_images=at_least(1),

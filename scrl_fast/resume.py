@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scrl_fast.trainer import SCRLTrainer
 
 HARMLESS = (
-    *("run.", "eval.", "resume", "init", "data.workers", "data.prefetch"),
+    *("run.", "eval.", "resume", "init", "data.workers", "data.prefetch", "data.timeout"),
     *("train.max_steps", "train.device", "train.keep_memory", "train.checkpoint_activations"),
 )
 """Options that may change between stop and resume without changing what is computed."""

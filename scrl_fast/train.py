@@ -5,6 +5,7 @@ Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or in
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ PROG = "python -m scrl_fast.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    _tell_native_crashes()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     name = "scrl_fast.train" + (f" (process {os.environ.get('RANK')})" if several else "")
     with friendly_errors(name, debug="--debug" in argv) as report:
@@ -45,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise told from error
         distributed.leave()
     return 0
+
+
+def _tell_native_crashes() -> None:
+    """A crash in compiled code shows what every thread was doing, where stderr is a file that can be written then."""
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # no stderr, a notebook's, a closed one
+        return
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
 
 
 if __name__ == "__main__":

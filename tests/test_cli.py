@@ -359,3 +359,15 @@ def test_a_checkpoint_alone_brings_its_options(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: state)
     config = cli.parse([f"--resume={path}"], prog="train").config
     assert (config.optim.lr, config.run.dir, config.init) == (0.25, "there", "")
+
+
+def test_a_crash_in_compiled_code_names_its_place():
+    """Where stderr is a file; a notebook's or a closed one is no reason to fail."""
+    program = (
+        "import faulthandler, sys; from scrl_fast.train import main; {}; main(['--print_config']); "
+        "print(faulthandler.is_enabled())"
+    )
+    for before, expected in (("pass", "True"), ("import io; sys.stderr = io.StringIO()", "False")):
+        command = [sys.executable, "-c", program.format(before)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == expected

@@ -12,6 +12,7 @@ from photos import write_bad, write_formats, write_photos
 
 from scrl_fast.config import Config, DataConfig
 from scrl_fast.data import Batch, DemoScenes, Loader, PackedBatch, gpu, loader, make_source, on_device, views_on_gpu
+from scrl_fast.ops.augment_views import VIEW_DTYPE
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,40 @@ def test_batches_too_large_come_with_their_views(monkeypatch: pytest.MonkeyPatch
         assert_same(ours, theirs)
 
 
+def test_images_held_are_freed_as_soon_as_the_batch_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    pack = loader.pack_regions
+
+    def spy(images: Any, **options: Any) -> Any:
+        made.append(sum(one is not None for one in held.pop()._images) if held else -1)
+        return pack(images, **options)
+
+    held: list[Any] = []
+    keep = loader._Pending._keep
+
+    def watch(self: Any, *rest: Any) -> None:
+        held.append(self)
+        keep(self, *rest)
+
+    monkeypatch.setattr(loader, "pack_regions", spy)
+    monkeypatch.setattr(loader._Pending, "_keep", watch)
+    monkeypatch.setattr(loader, "_MOST_PACKED", 0)
+    monkeypatch.setattr(loader, "_MOST_DECODED", 1)  # image by image
+    batches(DemoScenes(4, 48), config_of(workers=1), packed=True, dtype=torch.uint8)
+    assert made == [0, 0, 0, 0]  # none but the one whose views are being made
+
+
+def test_a_small_region_does_not_keep_its_image() -> None:
+    rows = np.zeros(2, VIEW_DTYPE)
+    rows["y"], rows["x"], rows["h"], rows["w"] = 10, [20, 30], 30, 40
+    image = np.arange(100 * 100 * 3, dtype=np.uint8).reshape(100, 100, 3)
+    region = gpu.cut_to_views(image, rows)
+    assert np.array_equal(region, image[10:40, 20:70]) and not np.shares_memory(region, image)
+    assert rows["x"].tolist() == [0, 10] and rows["y"].tolist() == [0, 0]
+    rows["y"], rows["x"], rows["h"], rows["w"] = 0, [0, 2], 98, 98
+    assert np.shares_memory(gpu.cut_to_views(image, rows), image)  # a copy would save next to nothing
+
+
 # ---- JPEGs decoded there ----
 
 
@@ -83,6 +118,39 @@ def test_decoded_elsewhere_the_pictures_are_the_same(tmp_path: Path) -> None:
     ours = batches(source, config, packed=True, gpu=CPU)
     for made, plain in zip(ours, batches(source, config), strict=True):
         assert_same(made.make("cpu", config.views), plain)
+
+
+def test_decoded_images_of_a_large_batch_are_copied_on_the_stream_that_decoded_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path, 4, 150, 210)
+    config = config_of(tmp_path, scaled_decode=False)
+    source = make_source(config)
+    plain = batches(source, config, dtype=torch.uint8)
+    streams: list[Any] = []
+    beside = gpu._beside_training
+    monkeypatch.setattr(gpu, "_beside_training", lambda device: streams.append(device) or beside(device))
+    monkeypatch.setattr(loader, "_MOST_PACKED", 0)
+    for ours, theirs in zip(batches(source, config, packed=True, gpu=CPU, dtype=torch.uint8), plain, strict=True):
+        assert_same(ours, theirs)
+    assert len(streams) >= 5 and set(streams) == {CPU}
+
+
+def test_why_the_gpu_decodes_nothing_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(files: Any, device: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    write_photos(tmp_path, 8)
+    config = config_of(tmp_path)
+    source = make_source(config)
+    monkeypatch.setattr(gpu, "_decode", fails)
+    monkeypatch.setattr(gpu, "_told", set())
+    with caplog.at_level("WARNING", "scrl_fast"):
+        assert len(batches(source, config, packed=True, gpu=CPU)) == 2
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "data.decode=gpu" in told and told.endswith("OutOfMemoryError: CUDA out of memory.")
 
 
 def test_damaged_files_are_named_and_replaced_as_ever(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from photos import write_bad, write_photos
 
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
+from scrl_fast.data import loader as loader_module
 from scrl_fast.data.bad import BadFiles
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
@@ -186,6 +187,24 @@ def test_batches_of_the_next_epoch_are_made_ahead_but_none_after_the_last() -> N
     assert len(source.reads) == 16
 
 
+def test_only_whole_steps_are_read_and_the_queue_goes_on_into_the_next_epoch() -> None:
+    source = Pictures(31)  # seven batches of four, of which two steps of three are used
+    loader = Loader(source, config_of(train__accumulate=3, train__max_steps=3, data__workers=1))
+    assert len(loader) == 6
+    first = list(loader.epoch(0))
+    assert len(first) == 6
+    deadline = time.monotonic() + 10
+    while len(source.reads) < 4 * 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(source.reads) == 4 * 8  # two ahead, in epoch 1
+    with closing(loader.epoch(1)) as stream:
+        third = [next(stream) for _ in range(3)]  # the last step
+    loader.close()
+    assert len(source.reads) == 4 * 9
+    again = epoch_of(Pictures(31), config_of(train__accumulate=3), epoch=1)
+    assert len(again) == 6 and all(map(same, third, again[:3]))
+
+
 def test_prefetch_bounds_what_is_made() -> None:
     source = Pictures(100)
     loader = Loader(source, config_of(data__prefetch=1))
@@ -312,15 +331,54 @@ def test_an_exception_in_a_worker_surfaces_with_its_cause(workers: int) -> None:
 
 def test_a_read_that_stalls_is_named(tmp_path: Path) -> None:
     source = Pictures(slow=[int(permutation(0, 0, 25)[5])])
-    loader = Loader(source, config_of(), timeout=0.4)
+    loader = Loader(source, config_of(data__timeout=0.4))
     stream = loader.epoch(0)
     next(stream)
     start = time.monotonic()
-    with pytest.raises(LoaderStalled, match=r"batch 1 of epoch 0 did not come within .*picture \d+ for \d+ s"):
+    said = (
+        r"no image was finished for 0\.4 s \(data\.timeout\) while batch 1 of epoch 0 .*picture \d+ for \d+ s"
+        r".*--data\.timeout=0\.8"
+    )
+    with pytest.raises(LoaderStalled, match=said):
         next(stream)
     assert time.monotonic() - start < 3
     source.release.set()
     loader.close()
+
+
+def test_slow_but_steady_reading_is_no_stall() -> None:
+    class Slow(Pictures):
+        def read(self, index: int) -> np.ndarray:
+            time.sleep(0.1)
+            return super().read(index)
+
+    config = config_of(train__batch_size=24, data__workers=1, data__timeout=1.0)  # a batch takes 2.4 s
+    assert len(epoch_of(Slow(24), config)) == 1
+
+
+def test_without_workers_nothing_is_made_ahead() -> None:
+    source = Pictures(24)
+    loader = Loader(source, config_of(data__workers=0, data__prefetch=2))
+    for number, _ in enumerate(loader.epoch(0), 1):
+        assert len(source.reads) == 4 * number
+    loader.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_images_are_not_all_held_at_once(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = epoch_of(SCENES, config_of(train__batch_size=24), dtype=torch.uint8)
+    lots: list[int] = []
+    monkeypatch.setattr(loader_module, "_MOST_DECODED", 5 * 48 * 48 * 3)
+    monkeypatch.setattr(loader_module, "_MOST_PACKED", 0)
+    draw = loader_module.draw_views
+
+    def spy(views: Any, sizes: Any, **options: Any) -> np.ndarray:
+        lots.append(len(sizes))
+        return draw(views, sizes, **options)
+
+    monkeypatch.setattr(loader_module, "draw_views", spy)
+    found = epoch_of(SCENES, config_of(train__batch_size=24, data__workers=1), dtype=torch.uint8, packed=packed)
+    assert max(lots) == 5 and sum(lots[:6]) == 24 and all(map(same, found, plain))
 
 
 def test_threads_end_with_the_loader() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,8 @@ from scrl_fast.data.decode import BadImage, Encoded
 from scrl_fast.data.scaled import Decoded
 from scrl_fast.data.source import EncodedImages, Source
 from scrl_fast.ops.augment_views import PackedImages
+
+_log = logging.getLogger("scrl_fast")
 
 
 def views_on_gpu(data: DataConfig, device: torch.device) -> bool:
@@ -38,21 +41,32 @@ def views_on_gpu(data: DataConfig, device: torch.device) -> bool:
 
 
 def cut_to_views(pixels: Any, rows: np.ndarray) -> Any:
-    """The part of an image `[H, W, 3]` that its views are cut from; their crops move with it, in place."""
+    """The part of an image `[H, W, 3]` that its views are cut from; their crops move with it, in place.
+
+    Of an array, a clearly smaller part is a copy, so that a whole photograph is not kept for a corner of it.
+    """
     y, x = int(rows["y"].min()), int(rows["x"].min())
     bottom, right = int((rows["y"] + rows["h"]).max()), int((rows["x"] + rows["w"]).max())
     rows["y"] -= y
     rows["x"] -= x
-    return pixels[y:bottom, x:right]
+    region = pixels[y:bottom, x:right]
+    return region.copy() if isinstance(region, np.ndarray) and 4 * region.nbytes < 3 * pixels.nbytes else region
 
 
-def pack_regions(images: Sequence[Any], *, pin_memory: bool = False, gpu: torch.device | None = None) -> PackedImages:
-    """Images `[H, W, 3]`, arrays or tensors, side by side in one tensor: pinned if asked for, or on a GPU."""
+def pack_regions(
+    images: Sequence[Any], *, pin_memory: bool = False, gpu: torch.device | None = None, on_host: bool = False
+) -> PackedImages:
+    """Images `[H, W, 3]`, arrays or tensors, side by side in one tensor: pinned if asked for, or on a GPU.
+
+    gpu: where `decode_on_gpu` made some of them; the result lies there too, unless on_host.
+    """
     sizes = np.array([image.shape[0] * image.shape[1] * 3 for image in images], np.int64)
     offsets = np.cumsum(sizes) - sizes
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     with _beside_training(gpu):
-        buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=gpu, pin_memory=pin_memory and gpu is None)
+        place_of_all = None if on_host else gpu
+        pinned = pin_memory and place_of_all is None
+        buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=place_of_all, pin_memory=pinned)
         for image, start, size in zip(images, offsets, sizes, strict=True):
             place = buffer[start : start + size].view(image.shape)
             if isinstance(image, Tensor) or buffer.is_cuda:
@@ -67,7 +81,8 @@ def pack_regions(images: Sequence[Any], *, pin_memory: bool = False, gpu: torch.
 def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dict[int, Decoded]:
     """Those of the images that are plain, upright JPEGs, decoded by the GPU: key -> uint8 `[H, W, 3]` in its memory.
 
-    Others, damaged ones among them, are left to the CPU's decoders, which name what is wrong.
+    Others, damaged ones among them, are left to the CPU's decoders, which name what is wrong. When the GPU decodes none
+    of them, out of memory for example, the first error of each kind is logged.
     """
     if not isinstance(source, EncodedImages):
         return {}
@@ -82,13 +97,27 @@ def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dic
     try:
         with _beside_training(gpu):
             pixels = _decode([encoded.data for encoded in found.values()], gpu)
-    except RuntimeError:  # one damaged file fails all
+    except RuntimeError as error:  # one damaged file fails all
+        _tell_once(type(error), f"{error}".partition("\n")[0])
         return {}
     made = {}
     for (key, encoded), image in zip(found.items(), pixels, strict=True):
         if image.shape == (encoded.height, encoded.width, 3):
             made[key] = Decoded(cast(Any, image), (encoded.height, encoded.width))
     return made
+
+
+_told: set[type] = set()
+
+
+def _tell_once(kind: type, text: str) -> None:
+    if kind not in _told:
+        _told.add(kind)
+        _log.warning(
+            "data.decode=gpu: some images at a time that hold a damaged one, or for which memory lacks, are decoded by "
+            "the CPU; the first such error: %s: %s",
+            *(kind.__name__, text),
+        )
 
 
 def _beside_training(gpu: torch.device | None) -> AbstractContextManager[object]:

@@ -7,8 +7,9 @@ give the same stream, so a checkpoint needs to hold no more of the loader than e
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,27 +30,28 @@ from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views,
 from scrl_fast.philox import permutation, uniforms
 from scrl_fast.views import draw_views
 
-TIMEOUT_SECONDS = 300.0
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
+_MOST_DECODED = 1 << 26  # bytes of decoded images at which a thread makes their views before it reads the next
 _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
 _REPLACEMENT = 0x72657061
 
 
 class LoaderStalled(RuntimeError):
-    """No batch came within the time limit."""
+    """No image was finished within the time limit."""
 
 
 class Loader:
     """Batches of a source as a configuration wants them; `epoch(e)` iterates them.
 
-    config: uses data (workers, prefetch, max_bad_fraction), views, boxes, model.method and of train batch_size, seed,
-    epochs, channels_last. rank, world_size: this process takes every world_size-th image of the epoch's order; what
-    does not fill a batch in every process is left out of that epoch.
+    config: uses data (workers, prefetch, timeout, max_bad_fraction), views, boxes, model.method and, of train,
+    batch_size, accumulate, seed, epochs, max_steps, channels_last. rank, world_size: this process takes every
+    world_size-th image of the epoch's order; what does not fill a step (`accumulate` batches in every process) is left
+    out of that epoch.
     dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
     packed: hand over decoded images, for a GPU to make the views of; batches too large for that come with views.
     gpu: where JPEGs are to be decoded, if packed; None: on the CPU.
-    bad_files_path: bad_files.jsonl. timeout: seconds without a batch after which `epoch` raises LoaderStalled.
-    Raises UsageError if the source has fewer images than one batch of all processes.
+    bad_files_path: bad_files.jsonl.
+    Raises UsageError if the source has fewer images than one step of all processes.
     """
 
     def __init__(
@@ -64,12 +66,11 @@ class Loader:
         packed: bool = False,
         gpu: torch.device | None = None,
         bad_files_path: str | os.PathLike[str] | None = None,
-        timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         _check(source, config, rank, world_size)
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
-        self._dtype, self._pin_memory, self._timeout = dtype, pin_memory, timeout
+        self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         self._workers = Workers(config.data.workers)
@@ -77,8 +78,9 @@ class Loader:
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        """Batches per epoch."""
-        return len(self.source) // self.world_size // self.batch_size
+        """Batches per epoch: whole steps of `train.accumulate`."""
+        accumulate = self.config.train.accumulate
+        return len(self.source) // self.world_size // self.batch_size // accumulate * accumulate
 
     @property
     def bad_files(self) -> dict[str, str]:
@@ -109,13 +111,20 @@ class Loader:
         self._workers.stop()
 
     def _fill_up(self, epoch: int, number: int) -> None:
-        """Keep the wanted batch and the `prefetch` after it in the making, into the next epoch, not past the last."""
+        """Keep the wanted batch and the `prefetch` after it in the making, into the next epoch, not past the last step.
+
+        Without workers the wanted one is made here and now, and none ahead of it.
+        """
         wanted = (epoch, number)
         if self._ahead and self._ahead[0].place != wanted:
             self._drop()
         place = self._after(self._ahead[-1].place) if self._ahead else wanted
-        last = max(self.config.train.epochs - 1, epoch)
-        while len(self._ahead) <= self.config.data.prefetch and place[0] <= last:
+        data, train = self.config.data, self.config.train
+        end = max(train.epochs, epoch + 1) * len(self)
+        if train.max_steps:
+            end = min(end, train.max_steps * train.accumulate)
+        ahead = data.prefetch if data.workers else 0
+        while not self._ahead or (len(self._ahead) <= ahead and place[0] * len(self) + place[1] < end):
             self._ahead.append(self._start(place))
             place = self._after(place)
 
@@ -131,11 +140,13 @@ class Loader:
     def _next(self) -> Batch | PackedBatch:
         pending = self._ahead.popleft()
         epoch, number = pending.place
-        if not pending.work.wait(self._timeout):
+        timeout = self.config.data.timeout
+        if not pending.work.wait(timeout, self._workers.progress):
             pending.work.cancelled = True
             raise LoaderStalled(
-                f"batch {number} of epoch {epoch} did not come within {self._timeout:.0f} s; the workers are reading "
-                f"{self._workers.stalled()}. Is the disk or network share answering?"
+                f"no image was finished for {timeout:g} s (data.timeout) while batch {number} of epoch {epoch} was "
+                f"waited for; the workers are reading {self._workers.stalled()}. Is the disk or network share "
+                f"answering? If it is only slow, use --data.timeout={2 * timeout:g}"
             )
         error = pending.work.error
         if isinstance(error, (UsageError, KeyboardInterrupt)):
@@ -170,6 +181,8 @@ class Loader:
             else:
                 self._bad.good()
                 return image, candidate
+            finally:
+                self._workers.finished()
         raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
 
 
@@ -183,6 +196,7 @@ class _Pending:
         self._images: list[Any] = [None] * count  # packed: pixels that both views are cut from
         self._table = np.zeros((2, count), VIEW_DTYPE)
         self._packed: PackedImages | None = None
+        self._bytes, self._lock = 0, threading.Lock()
         self._crops = np.empty((2, count, 5), np.int64)
         self._labels = np.empty(count, np.int64)
         self._boxes: tuple[Any, Any] | None = None
@@ -202,33 +216,59 @@ class _Pending:
 
     def _make(self, part: int) -> None:
         loader, views = self._loader, self._loader.config.views
-        low, high = part * self._part, min((part + 1) * self._part, len(self._keys))
-        images = self._read(low, high)
-        sizes = [image.size for image in images]
-        table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
-        table, crops = fit_to_shrunk(table, [image.shrink for image in images])
-        self._crops[:, low:high] = crops
-        if self._views is not None:
-            self._make_views(pack_images([image.pixels for image in images]), table, low)
-            return
-        for slot, image in enumerate(images):
-            self._images[low + slot] = cut_to_views(image.pixels, table[:, slot])
-        table["image"] += low
-        self._table[:, low:high] = table
+        first, end = part * self._part, min((part + 1) * self._part, len(self._keys))
+        for low, images in self._read(first, end):
+            high = low + len(images)
+            sizes = [image.size for image in images]
+            table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
+            table, crops = fit_to_shrunk(table, [image.shrink for image in images])
+            self._crops[:, low:high] = crops
+            if not loader._packed:
+                self._make_views(pack_images([image.pixels for image in images]), table, low)
+            else:
+                self._keep(images, table, low)
 
-    def _read(self, low: int, high: int) -> list[Decoded]:
+    def _keep(self, images: list[Decoded], table: np.ndarray, low: int) -> None:
+        """Hold what views are cut from, or make the views if the batch has grown too large for the GPU to do it."""
+        regions = [cut_to_views(image.pixels, table[:, slot]) for slot, image in enumerate(images)]
+        high = low + len(regions)
+        self._table[:, low:high] = table
+        self._table["image"][:, low:high] += low
+        with self._lock:
+            self._bytes += sum(region.nbytes for region in regions)
+            if self._views is None and self._bytes > _MOST_PACKED:
+                self._views = self._empty_views()
+        self._images[low:high] = regions
+        if self._views is not None:
+            self._make_held_views(range(low, high))
+
+    def _make_held_views(self, slots: range) -> None:
+        for slot in slots:
+            if self._images[slot] is not None:
+                image, self._images[slot] = self._images[slot], None
+                rows = self._table[:, slot : slot + 1].copy()
+                rows["image"] = 0
+                self._make_views(pack_regions([image], gpu=self._loader._gpu, on_host=True).numpy(), rows, slot)
+
+    def _read(self, first: int, end: int) -> Iterator[tuple[int, list[Decoded]]]:
+        """Images `first` to `end` with the place of the first of them, in lots that end at `_MOST_DECODED` bytes."""
         loader, epoch = self._loader, self.place[0]
         ready: dict[int, Decoded] = {}
         if loader._gpu is not None:
-            loader._workers.reads(f"{loader.source.name_of(int(self._keys[low]))} and {high - low - 1} others")
-            ready = decode_on_gpu(loader.source, self._keys[low:high], loader._gpu)
-        images = []
-        for slot in range(low, high):
+            loader._workers.reads(f"{loader.source.name_of(int(self._keys[first]))} and {end - first - 1} others")
+            ready = decode_on_gpu(loader.source, self._keys[first:end], loader._gpu)
+            loader._workers.finished()
+        low, images = first, list[Decoded]()
+        for slot in range(first, end):
             key = int(self._keys[slot])
-            image, key = (ready[key], key) if key in ready else loader.read(key, epoch)
+            image, key = (ready.pop(key), key) if key in ready else loader.read(key, epoch)
             images.append(image)
             self._keys[slot], self._labels[slot] = key, loader.source.label(key)
-        return images
+            del image
+            if slot + 1 == end or sum(one.pixels.nbytes for one in images) >= _MOST_DECODED:
+                yield low, images
+                images.clear()  # whoever took them still holds the list
+                low = slot + 1
 
     def _make_views(self, packed: PackedImages, table: np.ndarray, low: int) -> None:
         views = self._loader.config.views
@@ -246,7 +286,7 @@ class _Pending:
 
     def _finish(self) -> None:
         config = self._loader.config
-        if self._views is None:
+        if self._loader._packed:
             self._pack()
         if config.model.method == "byol":
             return
@@ -267,15 +307,10 @@ class _Pending:
         )
 
     def _pack(self) -> None:
-        loader, images = self._loader, self._images
-        if sum(image.nbytes for image in images) <= _MOST_PACKED:
-            self._packed = pack_regions(images, pin_memory=loader._pin_memory, gpu=loader._gpu)
-        else:  # on the GPU they would need more memory than is saved: their views are made here
-            self._views = self._empty_views()
-            for slot, image in enumerate(images):
-                rows = self._table[:, slot : slot + 1].copy()
-                rows["image"] = 0
-                self._make_views(pack_regions([image]).numpy(), rows, slot)
+        if self._views is None:
+            self._packed = pack_regions(self._images, pin_memory=self._loader._pin_memory, gpu=self._loader._gpu)
+        else:  # on the GPU they would need more memory than is saved: also the views of those held so far are made here
+            self._make_held_views(range(len(self._images)))
         self._images = []
 
     def batch(self) -> Batch | PackedBatch:

@@ -39,8 +39,13 @@ class Work:
             self.error = self.error or error
             self._done.set()
 
-    def wait(self, seconds: float) -> bool:
-        return self._done.wait(seconds)
+    def wait(self, seconds: float, progress: Callable[[], float]) -> bool:
+        """Wait until it is done; False once `seconds` went by since the call and since the time `progress()`."""
+        called = time.monotonic()
+        while (left := max(called, progress()) + seconds - time.monotonic()) > 0:
+            if self._done.wait(left):
+                return True
+        return self._done.is_set()
 
 
 class Workers:
@@ -49,6 +54,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self._queue: queue.SimpleQueue[tuple[Work, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[str, float]] = {}
+        self._finished = time.monotonic()
         arguments = (self._queue, self._reading)
         # daemons, so that a read that never returns cannot keep the process alive
         self._threads = [
@@ -69,6 +75,14 @@ class Workers:
     def reads(self, name: str) -> None:
         """Note what the calling thread is about to read, for the message of a stall."""
         self._reading[threading.get_ident()] = name, time.monotonic()
+
+    def finished(self) -> None:
+        """Note that the calling thread has finished an image, whatever came of it."""
+        self._finished = time.monotonic()
+
+    def progress(self) -> float:
+        """The monotonic time at which an image was last finished."""
+        return self._finished
 
     def stalled(self) -> str:
         """What the threads have been reading for how long, the longest first."""
