@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scrl_fast import _native
 from scrl_fast.ops import ema_update_
+from scrl_fast.ops._tensor_lists import call_on_flat
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (3,), (17, 5), (8, 3, 3, 3), (4, 0, 2), (16384,), (40013,)]
@@ -149,6 +150,20 @@ def test_layouts(device: str, backend: str, target_layout: str, source_layout: s
         for ours, alike in zip(inside[:3], plain, strict=True):
             torch.testing.assert_close(ours, alike, rtol=1e-6, atol=1e-7)
         assert all(torch.equal(a, b) for a, b in zip(inside[3:], sources, strict=True)), "a source was written"
+
+
+def test_a_failure_after_writing_is_raised_and_not_run_again() -> None:
+    """Only lists that lie differently are tried twice: the first try has refused them before it wrote."""
+    tried = []
+
+    def fails(targets, sources) -> None:
+        tried.append([t.add_(1) for t in targets])
+        raise RuntimeError("out of memory")
+
+    target, source = torch.zeros(2, 3), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call_on_flat(fails, {"targets": [target]}, {"sources": [source]}, checks_itself=True)
+    assert len(tried) == 1 and torch.equal(target, source)
 
 
 # ---- as PyTorch expects of an operation ----

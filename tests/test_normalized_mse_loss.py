@@ -173,7 +173,7 @@ def test_gradient_only_where_wanted(device: str, backend: str) -> None:
 
 @everywhere
 def test_backward_twice_and_accumulation(device: str, backend: str) -> None:
-    """Where the incoming gradient is 1, what the forward pass made is handed out uncopied: nobody may write into it."""
+    """Where the incoming gradient is 1, what the forward pass made is handed out uncopied, unless the graph stays."""
     online, target = rows(6, 5, device=device), rows(6, 5, device=device, seed=1).detach()
     loss = two_view_loss(online, target, backend=backend)
     loss.backward(retain_graph=True)
@@ -183,6 +183,16 @@ def test_backward_twice_and_accumulation(device: str, backend: str) -> None:
     torch.testing.assert_close(online.grad, 4 * once, rtol=1e-12, atol=0)
     (2 * loss).backward()
     torch.testing.assert_close(online.grad, 6 * once, rtol=1e-12, atol=0)
+
+
+@everywhere
+def test_gradient_may_be_edited_while_the_graph_stays(device: str, backend: str) -> None:
+    online, target = rows(6, 5, device=device), rows(6, 5, device=device, seed=1).detach()
+    loss = two_view_loss(online, target, backend=backend)
+    (first,) = torch.autograd.grad(loss, online, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    assert expected.abs().sum() > 0 and torch.equal(torch.autograd.grad(loss, online)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,14 @@ def check_scalar(
 
 
 @contextmanager
-def one_layout(written: Sequence[list[Any]], read: Sequence[list[Any]]) -> Iterator[None]:
+def one_layout(written: Sequence[list[Any]], read: Sequence[list[Any]]) -> Iterator[bool]:
     """Lets kernels treat tensors as flat memory: inside the context, the tensors at one place of all lists lie alike.
 
     The first list of ``written`` leads. A tensor that lies differently (a contiguous gradient of a channels_last
     weight, a slice with gaps) is replaced in its list by a copy; copies of written tensors are written back at the end.
+    Yields whether there was any such tensor.
     """
-    copies = []
+    copies, differed = [], False
     for i, leader in enumerate(written[0]):
         strides = _dense_strides(leader)
         for tensors in (*written, *read):
@@ -84,9 +85,10 @@ def one_layout(written: Sequence[list[Any]], read: Sequence[list[Any]]) -> Itera
             if tensor is not None and not _has_strides(tensor, strides):
                 tensors[i] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
                 tensors[i].copy_(tensor)
+                differed = True
                 if any(tensors is one for one in written):
                     copies.append((tensor, tensors[i]))
-    yield
+    yield differed
     for tensor, copy in copies:
         tensor.copy_(copy)
 
@@ -121,17 +123,21 @@ def call_on_flat(
     """Runs ``call(*written, *read)``, a compiled operation that treats tensors as flat memory, whatever their layout.
 
     checks_itself: the operation compares the lists before it touches memory. 700 tensors compared in Python cost 0.6 ms
-        a step, in C++ 20 us: then only when it refuses are the lists looked at here, to say what is wrong or to copy
-        what lies differently.
+        a step, in C++ 20 us: then only when it fails are the lists looked at here, to say what is wrong or to copy
+        what lies differently. Lists that fit and lie alike were not refused: it may have failed after it wrote, so it
+        is never run again, and its error is raised as it is.
     """
+    failure = None
     if checks_itself and not torch.compiler.is_compiling():
         try:
             call(*written.values(), *read.values())
             return
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            failure = error
     check_lists(**written, **read)
     flat_written: list[list[Any]] = [list(t) for t in written.values()]
     flat_read: list[list[Any]] = [list(t) for t in read.values()]
-    with one_layout(flat_written, flat_read):
+    with one_layout(flat_written, flat_read) as differed:
+        if failure is not None and not differed:
+            raise failure
         call(*flat_written, *flat_read)

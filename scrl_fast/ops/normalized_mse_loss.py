@@ -178,9 +178,11 @@ def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
     # A plain loss.backward() sends exactly 1: the pass over the data is saved where looking costs no synchronisation.
+    # Not where the graph stays: who writes into the gradient handed out would spoil the next pass over it.
     # Tracers bring subclasses of Tensor, whose values cannot be looked at.
     scalar = not factor.dim()
-    if divisor == 1 and scalar and type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1:
+    plain = divisor == 1 and scalar and type(factor) is Tensor and factor.device.type == "cpu"
+    if plain and not torch._C._autograd._get_current_graph_task_keep_graph() and factor.item() == 1:
         return grad
     factor = factor / divisor if divisor > 1 else factor
     return grad * factor if scalar else (grad * factor.unsqueeze(-1)).to(grad.dtype)
