@@ -5,6 +5,7 @@ import re
 import struct
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from photos import NAMES, crop, write_bad, write_formats
 from PIL import Image, ImageOps
 
 from scrl_fast.data import decode as decode_module
-from scrl_fast.data.decode import BadImage, decode, decoders, read_image
+from scrl_fast.data.decode import BadImage, Encoded, Room, decode, decoders, read_image
+from scrl_fast.ops.augment_views import pack_images
 
 LIMIT = 1_000_000
 JPEG_DECODERS = [name for name, said in decoders().items() if said in ("in use", "works")]
@@ -129,6 +131,32 @@ def test_orientation_in_xmp_is_followed(name: str, orientation: int, monkeypatch
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert expected.size == ((40, 64) if orientation == 6 else (64, 40))
     assert np.array_equal(decode(data, max_pixels=LIMIT), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", JPEG_DECODERS)
+def test_pixels_decoded_into_one_room_need_no_packing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRL_FAST_JPEG", name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [encoded(crop(photo, 30, 44), "JPEG", quality=90) for photo in NAMES[:3]]
+    files.insert(1, files[0][: len(files[0]) // 2])  # refused half way: the next image takes its place
+    room, images = Room(3 * 30 * 44 * 3 + 7), []
+    for data in files:
+        with suppress(BadImage):
+            images.append(Encoded(data, max_pixels=LIMIT).decode(room=room))
+    assert len(images) == 3 and all(image.base is room.memory for image in images)
+    packed = pack_images(images)
+    assert np.shares_memory(packed.buffer, room.memory)
+    whole = [decode(data, max_pixels=LIMIT) for data in files[:1] + files[2:]]
+    assert np.array_equal(packed.buffer, pack_images(whole).buffer)
+    assert packed.offsets.tolist() == [0, 3960, 7920]
+
+    assert np.array_equal(Encoded(files[0], max_pixels=LIMIT).decode(room=room), whole[0])  # full: memory of its own
+    room.clear()
+    turned = encoded(crop(NAMES[0], 30, 44), "JPEG", quality=90, exif=exif)
+    others = [Encoded(data, max_pixels=LIMIT).decode(room=room) for data in (files[2], turned, files[3])]
+    assert np.array_equal(pack_images(others).buffer, np.concatenate([image.reshape(-1) for image in others]))
+    assert not np.shares_memory(pack_images(others[::-2]).buffer, room.memory)  # in another order
 
 
 def test_bad_files_carry_path_and_cause(tmp_path: Path) -> None:

@@ -60,6 +60,29 @@ def decode(data: bytes, *, max_pixels: int, name: str = "image") -> Pixels:
     return Encoded(data, max_pixels=max_pixels, name=name).decode()
 
 
+class Room:
+    """Memory for the pixels of some images, one behind the other, so that packing them afterwards costs no copy.
+
+    size: bytes. What does not fit is decoded into memory of its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory, self._used = np.empty(size, np.uint8), 0
+
+    def clear(self) -> None:
+        """Forget the images; their pixels will be overwritten."""
+        self._used = 0
+
+    def next(self, height: int, width: int) -> Pixels | None:
+        """Where the next image would lie; None when there is no room for it."""
+        end = self._used + height * width * 3
+        return self.memory[self._used : end].reshape(height, width, 3) if end <= self.memory.size else None
+
+    def keep(self, image: Pixels) -> None:
+        """The image that `next` gave has its pixels."""
+        self._used += image.size
+
+
 class Encoded:
     """An image file in memory of which the header is known and no pixel is decoded yet.
 
@@ -91,14 +114,19 @@ class Encoded:
         whole = self._orientation == 1 or self.height % shrink == self.width % shrink == 0  # mirrored, the rest leads
         return self._plain_jpeg and shrink in SHRINKS and whole
 
-    def decode(self, shrink: int = 1) -> Pixels:
-        """RGB, uint8 `[ceil(height / shrink), ceil(width / shrink), 3]`; a JPEG shrunk while decoding costs less."""
+    def decode(self, shrink: int = 1, room: Room | None = None) -> Pixels:
+        """RGB, uint8 `[ceil(height / shrink), ceil(width / shrink), 3]`; a JPEG shrunk while decoding costs less.
+
+        room: where the pixels are to lie, if they fit and the decoder can write there.
+        """
         if not self.can_shrink(shrink):
             raise ValueError(f"shrink must be 1, or one of {SHRINKS} for a JPEG that allows it, got {shrink}")
         orientation, decoder = self._orientation, jpeg_decoder()
         with _bad_image(self.name):
             if self._plain_jpeg and shrink > 1:
                 pixels = _shrunk(decoder)(self.data, shrink)
+            elif self._plain_jpeg and (place := self._place_in(room)) is not None:
+                pixels = _decode_into(place, decoder, self.data)
             elif self._plain_jpeg:
                 pixels = _load(decoder)[0](self.data)
                 turned = decoder in _TURNS_BY_ITSELF and orientation != 1 and _is_in_exif(self._picture)
@@ -109,7 +137,12 @@ class Encoded:
             height, width = -(-self.height // shrink), -(-self.width // shrink)
             if pixels.shape != (height, width, 3):  # views are drawn for the size in the header
                 raise BadImage(self.name, f"{height} x {width} pixels announced, {pixels.shape[:2]} found")
+        if room is not None and pixels.base is room.memory:
+            room.keep(pixels)
         return pixels
+
+    def _place_in(self, room: Room | None) -> Pixels | None:
+        return room.next(self.height, self.width) if room is not None and self._orientation == 1 else None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -219,6 +252,20 @@ def _torchvision() -> JpegDecoder:
 
 def _pillow() -> JpegDecoder:
     return lambda data: np.asarray(_open(data).convert("RGB"))
+
+
+def _decode_into(place: Pixels, decoder: str, data: bytes) -> Pixels:
+    """The pixels in the memory of `place`; only one decoder can write there itself, for the others they are copied."""
+    if decoder == "simplejpeg":
+        import simplejpeg
+
+        pixels = simplejpeg.decode_jpeg(data, buffer=place)
+        return place if pixels.shape == place.shape else pixels
+    pixels = _load(decoder)[0](data)
+    if pixels.shape != place.shape:
+        return pixels
+    place[...] = pixels
+    return place
 
 
 def _shrunk(decoder: str) -> Callable[[bytes, int], Pixels]:

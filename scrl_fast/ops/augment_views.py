@@ -82,14 +82,33 @@ class PackedImages(NamedTuple):
 
 
 def pack_images(images: Sequence[NDArray[np.uint8]]) -> PackedImages:
-    """Copy uint8 `[H, W, 3]` arrays behind one another. Raises ValueError naming the first that is something else."""
+    """uint8 `[H, W, 3]` arrays behind one another: copied, unless they lie so in one flat buffer already.
+
+    Raises ValueError naming the first that is something else.
+    """
     for index, image in enumerate(images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image {index} must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
     sizes = np.array([image.size for image in images], np.int64)
-    buffer = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
+    buffer = _common_buffer(images, int(sizes.sum()))
+    if buffer is None:
+        buffer = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     return PackedImages(buffer, np.cumsum(sizes) - sizes, shapes[:, 0].copy(), shapes[:, 1].copy())
+
+
+def _common_buffer(images: Sequence[NDArray[np.uint8]], size: int) -> NDArray[np.uint8] | None:
+    """The part of a flat buffer that the images fill without gaps, in their order; None where they do not."""
+    base = images[0].base if images else None
+    if not isinstance(base, np.ndarray) or base.ndim != 1 or base.dtype != np.uint8:
+        return None
+    begin = end = images[0].ctypes.data
+    for image in images:
+        if image.base is not base or image.ctypes.data != end or not image.flags.c_contiguous:
+            return None
+        end += image.size
+    start = begin - base.ctypes.data
+    return base[start : start + size]
 
 
 def augment_views(
