@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scrl_fast.config import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
-from scrl_fast.data.decode import decode, jpeg_decoder
+from scrl_fast.data.decode import Encoded, Room, decode, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.ops.augment_views import augment_views, pack_images
 from scrl_fast.prepare import keep_memory
@@ -61,14 +61,16 @@ class Ours(Pipeline):
 
     def __init__(self, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         super().__init__(*args)
-        self._dtype = dtype
+        self._dtype, self._room = dtype, Room(1 << 24)
         self._options = {"size": self.config.size, "mean": self.config.mean, "std": self.config.std, **options}
 
     def __call__(self) -> Tensor:
         shape, layout = (self.table.size, 3, self.config.size, self.config.size), torch.channels_last
         out = torch.empty(shape, dtype=self._dtype, memory_format=layout)
         for first in range(0, len(self.jpegs), self.PART):
-            packed = pack_images([self.decode(jpeg) for jpeg in self.jpegs[first : first + self.PART]])
+            self._room.clear()
+            files = self.jpegs[first : first + self.PART]
+            packed = pack_images([Encoded(jpeg, max_pixels=1 << 24).decode(room=self._room) for jpeg in files])
             for view, rows in enumerate(self.table[:, first : first + self.PART].copy()):
                 rows["image"] -= first
                 start = view * len(self.jpegs) + first

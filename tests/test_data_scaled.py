@@ -184,7 +184,9 @@ def test_the_loader_uses_it_and_its_stream_stays_one(monkeypatch: pytest.MonkeyP
     config.data.max_bad_fraction = 0.5
     shrinks: list[int] = []
     decode = Encoded.decode
-    monkeypatch.setattr(Encoded, "decode", lambda self, shrink=1: shrinks.append(shrink) or decode(self, shrink))
+    monkeypatch.setattr(
+        Encoded, "decode", lambda self, shrink=1, room=None: shrinks.append(shrink) or decode(self, shrink)
+    )
     batches = [batch for epoch in (0, 1) for batch in Loader(source, config).epoch(epoch)]
     assert {1, 4} <= set(shrinks) | {8} and max(shrinks) > 1
     config.data.workers = 2

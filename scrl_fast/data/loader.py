@@ -20,7 +20,7 @@ from torch import Tensor
 from scrl_fast.config import Config
 from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.batch import Batch, PackedBatch, each_of
-from scrl_fast.data.decode import BadImage
+from scrl_fast.data.decode import BadImage, Room
 from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
 from scrl_fast.data.scaled import Decoded, decode_for_views, fit_to_shrunk
 from scrl_fast.data.source import Source
@@ -32,6 +32,7 @@ from scrl_fast.views import draw_views
 
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
 _MOST_DECODED = 1 << 26  # bytes of decoded images at which a thread makes their views before it reads the next
+_ROOM = 1 << 24  # bytes a thread keeps for them: _PART photographs of 500 x 375 and more
 _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
 _REPLACEMENT = 0x72657061
 
@@ -73,6 +74,7 @@ class Loader:
         self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
+        self._rooms = threading.local()
         self._workers = Workers(config.data.workers)
         self._ahead: deque[_Pending] = deque()
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
@@ -167,13 +169,13 @@ class Loader:
         self._workers.submit(pending.work, pending.parts)
         return pending
 
-    def read(self, key: int, epoch: int) -> tuple[Decoded, int]:
+    def read(self, key: int, epoch: int, room: Room | None = None) -> tuple[Decoded, int]:
         """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides; and its key."""
         candidate = key
         for attempt in range(IN_A_ROW):
             try:
                 self._workers.reads(self.source.name_of(candidate))
-                image = decode_for_views(self.source, candidate, self.config, seed=self._seed, epoch=epoch)
+                image = decode_for_views(self.source, candidate, self.config, seed=self._seed, epoch=epoch, room=room)
             except BadImage as bad:
                 self._bad.add(bad, epoch)
                 u = uniforms(self._seed, epoch, [key], attempt + 1, purpose=_REPLACEMENT)[0, attempt]
@@ -184,6 +186,15 @@ class Loader:
             finally:
                 self._workers.finished()
         raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
+
+    def room(self) -> Room | None:
+        """The calling thread's memory for decoded images whose views it makes at once, emptied; None if it does not."""
+        if self._packed:
+            return None
+        if not hasattr(self._rooms, "room"):
+            self._rooms.room = Room(_ROOM)
+        self._rooms.room.clear()
+        return self._rooms.room
 
 
 class _Pending:
@@ -258,16 +269,17 @@ class _Pending:
             loader._workers.reads(f"{loader.source.name_of(int(self._keys[first]))} and {end - first - 1} others")
             ready = decode_on_gpu(loader.source, self._keys[first:end], loader._gpu)
             loader._workers.finished()
-        low, images = first, list[Decoded]()
+        low, images, room = first, list[Decoded](), loader.room()
         for slot in range(first, end):
             key = int(self._keys[slot])
-            image, key = (ready.pop(key), key) if key in ready else loader.read(key, epoch)
+            image, key = (ready.pop(key), key) if key in ready else loader.read(key, epoch, room)
             images.append(image)
             self._keys[slot], self._labels[slot] = key, loader.source.label(key)
             del image
             if slot + 1 == end or sum(one.pixels.nbytes for one in images) >= _MOST_DECODED:
                 yield low, images
                 images.clear()  # whoever took them still holds the list
+                room = loader.room()
                 low = slot + 1
 
     def _make_views(self, packed: PackedImages, table: np.ndarray, low: int) -> None:

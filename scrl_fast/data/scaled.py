@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.config import Config
-from scrl_fast.data.decode import SHRINKS
+from scrl_fast.data.decode import SHRINKS, Room
 from scrl_fast.data.source import EncodedImages, Source
 from scrl_fast.views import crops_of, draw_views
 
@@ -29,8 +29,10 @@ class Decoded(NamedTuple):
     shrink: int = 1
 
 
-def decode_for_views(source: Source, index: int, config: Config, *, seed: int, epoch: int) -> Decoded:
-    """Image `index`, shrunk as far as both of its views in this epoch allow. Raises BadImage."""
+def decode_for_views(
+    source: Source, index: int, config: Config, *, seed: int, epoch: int, room: Room | None = None
+) -> Decoded:
+    """Image `index`, shrunk as far as both of its views in this epoch allow, in `room` if it can lie there."""
     if not (config.data.scaled_decode and isinstance(source, EncodedImages)):
         pixels = source.read(index)
         return Decoded(pixels, pixels.shape[:2])
@@ -41,7 +43,7 @@ def decode_for_views(source: Source, index: int, config: Config, *, seed: int, e
         # a view depends on (seed, epoch, index) only: these are the rows that the batch draws again
         table = draw_views(config.views, [size], seed=seed, epoch=epoch, keys=[index])
         shrink = next((s for s in SHRINKS if encoded.can_shrink(s) and _is_enough(table, s, least)), 1)
-    return Decoded(encoded.decode(shrink), size, shrink)
+    return Decoded(encoded.decode(shrink, room), size, shrink)
 
 
 def fit_to_shrunk(table: np.ndarray, shrinks: Sequence[int]) -> tuple[np.ndarray, NDArray[np.int64]]:
