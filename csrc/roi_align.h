@@ -29,6 +29,9 @@ SCRL_HOST_DEVICE double multiply(double a, double b) {
 #endif
 }
 
+// A bin and axis; more refines nothing, and a box that lies on one spot would be walked for hours.
+constexpr int64_t kMostSamples = 4096;
+
 template <class T>
 SCRL_HOST_DEVICE bool is_finite(T value) {
   return std::fabs(value) <= std::numeric_limits<T>::max();  // false for NaN

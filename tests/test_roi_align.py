@@ -279,6 +279,43 @@ def test_image_index_outside_the_batch(device: str, backend: str, image: float) 
         assert roi_align(input, boxes, 1, backend=backend)[2].isnan().all()
 
 
+@everywhere
+def test_most_samples(device: str, backend: str) -> None:
+    """A box on one spot, which takes every sample, and one that is turned round: as with few samples; and no more."""
+    input, most = feature_map(1, 2, device=device), 80 if interpreted(device, backend) else 4096
+    spot = torch.tensor([[0, 96.0, 96, 96, 96]], device=device).double()
+    exact = roi_align(input, spot, 1, 1 / 32, 1, True, backend="reference")
+    ours = roi_align(input, spot, 1, 1 / 32, most, True, backend=backend)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    turned = torch.tensor([[0, 96.0, 96, 40, 40]], device=device).double()
+    pair = [roi_align(input, b, 1, 1 / 32, most, True, backend=backend) for b in (turned, turned[:, [0, 3, 4, 1, 2]])]
+    torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match=r"sampling_ratio must be at most 4096, or -1 .* got 4097"):
+        roi_align(input, spot, 1, 1 / 32, 4097, True, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["roi_align", "roi_align_triton"])
+def test_operators_refuse_a_walk_without_end(name: str) -> None:
+    """Calls that bypass the public function: nothing would stop 2^31 samples on one spot."""
+    if name == "roi_align" and _native.load_failure("_cpu"):
+        pytest.skip("the compiled library is not here")
+    map, box = torch.zeros(1, 1, 4, 4), torch.tensor([[0, 1.0, 1, 1, 1]])
+    with pytest.raises((RuntimeError, ValueError), match="sampling_ratio must be at most"):
+        getattr(torch.ops.scrl_fast, name)(map, box, 1.0, 1, 1, 1 << 31, True)
+    with pytest.raises((RuntimeError, ValueError), match="sampling_ratio must be at most"):
+        getattr(torch.ops.scrl_fast, f"{name}_backward")(map[..., :1, :1], box, 1.0, 1 << 31, True, [1, 1, 4, 4], False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_operators_refuse_tensors_on_several_devices() -> None:
+    map, box = torch.zeros(1, 1, 4, 4), torch.tensor([[0, 1.0, 1, 1, 1]])
+    for mixed in ((map.cuda(), box), (map, box.cuda())):
+        with pytest.raises(RuntimeError, match="on one GPU"):
+            torch.ops.scrl_fast.roi_align(*mixed, 1.0, 1, 1, -1, True)
+        with pytest.raises(RuntimeError, match="on one GPU"):
+            torch.ops.scrl_fast.roi_align_backward(mixed[0][..., :1, :1], mixed[1], 1.0, -1, True, [1, 1, 4, 4], False)
+
+
 # ---- gradients, tracing ----
 
 
@@ -380,6 +417,8 @@ def test_large_map_needs_no_large_workspace() -> None:
         ({"output_size": (2, 2, 2)}, ValueError, "output_size must be"),
         ({"spatial_scale": math.nan}, ValueError, "spatial_scale must be positive and finite, got nan"),
         ({"spatial_scale": 0}, ValueError, "spatial_scale must be positive and finite, got 0"),
+        ({"sampling_ratio": True}, TypeError, "sampling_ratio must be an integer, got True"),
+        ({"sampling_ratio": 2.0}, TypeError, "sampling_ratio must be an integer, got 2.0"),
         ({"backend": "fast"}, ValueError, "backend 'fast' is unknown"),
     ],
 )

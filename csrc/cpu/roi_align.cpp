@@ -44,6 +44,8 @@ Problem make_problem(const Tensor& map, const Tensor& pooled, const Tensor& boxe
   const ScalarType box_dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(map.dim() == 4, "roi_align: the map must be [N, C, H, W]");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "roi_align: boxes must be [K, 5]");
+  STD_TORCH_CHECK(map.is_cpu() && pooled.is_cpu(), "roi_align: map, boxes and pooled gradient must be on the CPU");
+  STD_TORCH_CHECK(sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most ", kMostSamples);
   STD_TORCH_CHECK(boxes.is_cpu() && boxes.scalar_type() == box_dtype,
                   "roi_align: boxes must be float64 for a float64 map, else float32, on the CPU");
   STD_TORCH_CHECK(pooled.scalar_type() == map.scalar_type(), "roi_align: dtypes of map and pooled gradient differ");

@@ -25,12 +25,19 @@ int as_int(int64_t value) {
   return static_cast<int>(value);
 }
 
+// Asked before anything is made: the device of a tensor that is not on a GPU cannot be made the current one.
+void check_devices(const Tensor& map, const Tensor& pooled, const Tensor& boxes) {
+  const auto device = map.get_device_index();
+  STD_TORCH_CHECK(map.is_cuda() && pooled.is_cuda() && boxes.is_cuda() && pooled.get_device_index() == device &&
+                      boxes.get_device_index() == device,
+                  "roi_align: map, boxes and pooled gradient must be on one GPU");
+}
+
 Sizes sizes_of(const Tensor& map, const Tensor& pooled, const Tensor& boxes) {
   const ScalarType box_dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(map.dim() == 4 && pooled.dim() == 4, "roi_align: the map must be [N, C, H, W], bins [K, C, h, w]");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "roi_align: boxes must be [K, 5]");
-  STD_TORCH_CHECK(boxes.is_cuda() && boxes.scalar_type() == box_dtype,
-                  "roi_align: boxes must be float64 for a float64 map, else float32, on the GPU");
+  STD_TORCH_CHECK(boxes.scalar_type() == box_dtype, "roi_align: boxes must be float64 for a float64 map, else float32");
   STD_TORCH_CHECK(pooled.scalar_type() == map.scalar_type(), "roi_align: dtypes of map and pooled gradient differ");
   STD_TORCH_CHECK(pooled.size(0) == boxes.size(0) && pooled.size(1) == map.size(1),
                   "roi_align: the pooled gradient must be [K, C, h, w]");
@@ -57,6 +64,7 @@ Tensor make_weights(const Tensor& boxes, const Sizes& s, double scale, int64_t s
       reserve(columns * sizeof(Range)),      reserve(s.count * sizeof(int)),         reserve(s.count * sizeof(int)),
       reserve((s.images + 1) * sizeof(int)),
   };
+  STD_TORCH_CHECK(sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most ", kMostSamples);
   Tensor memory = torch::stable::new_empty(boxes, {bytes}, ScalarType::Byte);
   char* begin = static_cast<char*>(memory.mutable_data_ptr());
   w = {reinterpret_cast<R*>(begin + at[0]),     reinterpret_cast<R*>(begin + at[1]),
@@ -203,6 +211,7 @@ void dispatch(ScalarType dtype, const Run& run) {
 
 Tensor roi_align(const Tensor& input, const Tensor& boxes, double scale, int64_t pooled_height, int64_t pooled_width,
                  int64_t sampling_ratio, bool aligned) {
+  check_devices(input, input, boxes);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Tensor rows = torch::stable::contiguous(boxes);
   Tensor out = torch::stable::new_empty(input, {rows.size(0), input.size(1), pooled_height, pooled_width});
@@ -222,6 +231,7 @@ Tensor with_channels_side_by_side(const Tensor& grad) {
 
 void roi_align_backward_out(const Tensor& grad, const Tensor& boxes, double scale, int64_t sampling_ratio, bool aligned,
                             Tensor out) {
+  check_devices(out, grad, boxes);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const Tensor rows = torch::stable::contiguous(boxes), bins = with_channels_side_by_side(grad);
   dispatch(out.scalar_type(), [&](auto t) { backward<decltype(t)>(bins, rows, scale, sampling_ratio, aligned, out); });

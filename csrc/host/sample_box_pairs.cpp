@@ -22,6 +22,8 @@ using Crops = py::array_t<int64_t, py::array::c_style>;
 using Boxes = py::array_t<float>;
 
 constexpr uint32_t kPurpose = 0x626F7873;
+// A counter's first word holds the box in 24 bits, the attempt in 6 and the block in 2.
+static_assert(kLimit + 8 <= int64_t{1} << 24 && kTries <= 64, "boxes or attempts would share random numbers");
 constexpr int64_t kLanes = 8;            // float64 numbers in the widest register
 constexpr int64_t kBoxesPerPiece = 320;  // about 10 us: enough to pay for waking a thread
 

@@ -19,6 +19,7 @@ from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_SAMPLES = 4096  # a bin and axis; csrc/roi_align.h says why
 _LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
 
 
@@ -39,17 +40,19 @@ def roi_align(
     boxes: ``[K, 5]`` rows (image index, x0, y0, x1, y1) in units of input cells / spatial_scale, or one ``[L, 4]`` an
         image. Any order and any float dtype: read as float64 for a float64 map, else as float32. No gradient.
     output_size: bins (height, width), or one number for both. spatial_scale: map cells per unit of the boxes.
-    sampling_ratio: samples a bin and axis; 0 or less takes ceil(bin size), in cells.
+    sampling_ratio: samples a bin and axis, at most 4096; 0 or less takes ceil(bin size), in cells.
     aligned: False clamps boxes to at least one cell; True shifts by half a cell and leaves an empty box empty (zeros).
     A box with a non-finite edge gives a row of NaN and no gradient. So does an image index outside the batch on a GPU,
     where looking at it would wait for the device; on a CPU it raises.
-    The gradient has input's layout. Raises TypeError or ValueError naming the argument before memory is touched.
+    The gradient has input's layout and can be differentiated again. Where inf or NaN comes in for a box, it may spread
+    to cells of the box's image that the box does not read.
+    Raises TypeError or ValueError naming the argument before memory is touched.
     Source: Mask R-CNN, arXiv 1703.06870, section 3; semantics of torchvision.ops.roi_align.
     """
-    size = _check_arguments(input, output_size, spatial_scale)
+    size = _check_arguments(input, output_size, spatial_scale, sampling_ratio)
     rows = _box_rows(input, boxes)
     run = _OPERATION.resolve(input.device.type, backend)
-    return run(input, rows, size, float(spatial_scale), int(sampling_ratio), bool(aligned))
+    return run(input, rows, size, float(spatial_scale), sampling_ratio, bool(aligned))
 
 
 class RoIAlign(nn.Module):
@@ -101,7 +104,7 @@ def roi_align_reference(
     aligned: bool = False,
 ) -> Tensor:
     """`roi_align` in plain PyTorch, differentiable; waits for the device once. Not for maps that hold inf or NaN."""
-    size = _check_arguments(input, output_size, spatial_scale)
+    size = _check_arguments(input, output_size, spatial_scale, sampling_ratio)
     rows = _box_rows(input, boxes)
     check_image_index(rows, input.shape[0])
     count, channels = rows.shape[0], input.shape[1]
@@ -137,7 +140,7 @@ def _axis_weights(
     samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
     first = start[:, None] + torch.arange(bins, device=low.device) * bin_size  # [K, bins]
     # A bin may be far larger than the map: of its samples, at most two a cell apart, only those near the map are made.
-    near = torch.where(samples > 64, (-1 - first) * samples / bin_size - 3, 0).clamp(min=0).floor()
+    near = torch.where((samples > 64) & (bin_size > 0), (-1 - first) * samples / bin_size - 3, 0).clamp(min=0).floor()
     most = int(samples.max()) if sampling_ratio > 0 else int(samples.max().clamp(0, 2 * size + 64))
     i = near[..., None] + torch.arange(most, device=low.device)  # [K, bins, most]
     samples, bin_size = samples[..., None], bin_size[..., None]
@@ -155,7 +158,9 @@ def _axis_weights(
 # ---- checks ----
 
 
-def _check_arguments(input: Tensor, output_size: int | tuple[int, int], spatial_scale: float) -> tuple[int, int]:
+def _check_arguments(
+    input: Tensor, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int
+) -> tuple[int, int]:
     if not isinstance(input, Tensor) or input.dtype not in DTYPES:
         got = input.dtype if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"input must be a float32, float64, bfloat16 or float16 tensor, got {got}")
@@ -166,7 +171,15 @@ def _check_arguments(input: Tensor, output_size: int | tuple[int, int], spatial_
         raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
+    check_sampling_ratio(sampling_ratio)
     return size
+
+
+def check_sampling_ratio(sampling_ratio: int) -> None:
+    if isinstance(sampling_ratio, bool) or not isinstance(sampling_ratio, int):
+        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
+    if sampling_ratio > MOST_SAMPLES:
+        raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}, or -1 (adapts), got {sampling_ratio}")
 
 
 def _box_rows(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
@@ -305,11 +318,13 @@ def _define_triton() -> None:
         import scrl_fast.kernels.roi_align as kernels  # imports triton, only when it runs
 
         check_image_index(boxes, input.shape[0])
+        check_sampling_ratio(options[3])
         return kernels.roi_align(input, boxes, *options)
 
     def launch_backward(grad: Tensor, *options: Any) -> Tensor:
         import scrl_fast.kernels.roi_align as kernels
 
+        check_sampling_ratio(options[2])
         return kernels.roi_align_backward(grad, *options)
 
     name = "scrl_fast::roi_align_triton"
