@@ -8,6 +8,7 @@ implementations have. The network of record is ResNet-50 with its projector, 33.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import harness
 import torch
@@ -38,12 +39,28 @@ def data_loop(targets: list[Tensor], sources: list[Tensor]) -> None:
         target.data = target.data * MOMENTUM + source.data * (1 - MOMENTUM)
 
 
-def agree(targets: list[Tensor], sources: list[Tensor]) -> None:
-    ours, theirs = ([t.clone() for t in targets] for _ in range(2))
-    ema_update_(ours, sources, MOMENTUM)
-    torch._foreach_lerp_(theirs, sources, 1 - MOMENTUM)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+def contenders(t: list[Tensor], s: list[Tensor], device: str) -> dict[str, Callable[[], object]]:
+    operation, helper = backends.OPERATIONS["ema_update_"], get_ema_multi_avg_fn(MOMENTUM)
+    forms = [name for name in ("native", "triton") if not operation.failure(name, device)]
+    forms = [name for name in forms if (name, device) != ("triton", "cpu")]
+    return {f"scrl_fast/{name}": lambda b=name: ema_update_(t, s, MOMENTUM, backend=b) for name in forms} | {
+        "torch/foreach_lerp": lambda: torch._foreach_lerp_(t, s, 1 - MOMENTUM),
+        "torch/swa_utils": lambda: helper(t, s, 1),
+        "torch/data_loop": lambda: data_loop(t, s),
+    }
+
+
+def agree(targets: list[Tensor], sources: list[Tensor], device: str) -> None:
+    """Every provider, against float64."""
+    for name in contenders(targets, sources, device):
+        made = [t.clone() for t in targets]
+        contenders(made, sources, device)[name]()
+        for i, (a, t, s) in enumerate(zip(made, targets, sources, strict=True)):
+            exact = MOMENTUM * t.double() + (1 - MOMENTUM) * s.double()
+            eps = 4 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(
+                a.double(), exact, rtol=eps, atol=eps, msg=lambda m, n=name, i=i: f"{n}, tensor {i}: {m}"
+            )
 
 
 def main() -> int:
@@ -57,27 +74,15 @@ def main() -> int:
         with torch.device("meta"):
             cases[backbone] = [p.shape for p in SCRL(backbone).target.parameters()]
     cases["overhead"] = [torch.Size([1])] * 164
-    operation = backends.OPERATIONS["ema_update_"]
     for label, shapes in cases.items():
         t, s = lists(shapes, bench)
         numbers = sum(x.numel() for x in t)
-        helper = get_ema_multi_avg_fn(MOMENTUM)
-        providers = {
-            f"scrl_fast/{backend}": lambda t=t, s=s, b=backend: ema_update_(t, s, MOMENTUM, backend=b)
-            for backend in ("native", "triton")
-            if not operation.failure(backend, args.device) and (backend, args.device) != ("triton", "cpu")
-        }
-        providers |= {
-            "torch/foreach_lerp": lambda t=t, s=s: torch._foreach_lerp_(t, s, 1 - MOMENTUM),
-            "torch/swa_utils": lambda t=t, s=s, f=helper: f(t, s, 1),
-            "torch/data_loop": lambda t=t, s=s: data_loop(t, s),
-        }
         bench.case(
             harness.case_name(label, tensors=len(t), numbers=numbers),
-            providers,
+            contenders(t, s, args.device),
             bytes=3 * numbers * bench.dtype.itemsize,
             items=numbers,
-            check=lambda t=t, s=s: agree(t, s),
+            check=lambda t=t, s=s: agree(t, s, args.device),
         )
     return bench.finish()
 

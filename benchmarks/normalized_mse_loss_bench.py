@@ -53,11 +53,19 @@ def case(bench: harness.Bench, pairs: int, width: int, backward: bool) -> None:
     providers = losses(bench.device.type)
 
     def agree() -> None:
-        """Every provider that is ours, against float64."""
-        exact = plain(online.detach().double(), target.double())
+        """Every provider, loss and gradient, against float64."""
+        wide = online.detach().double().requires_grad_()
+        exact = plain(wide, target.double())
+        (slope,) = torch.autograd.grad(exact, wide)
+        tolerance = max(1e-5, 4 * torch.finfo(bench.dtype).eps)
         for name, loss in providers.items():
-            if name.startswith("scrl_fast"):
-                torch.testing.assert_close(loss(online, target).double(), exact, rtol=1e-5, atol=1e-6)
+            made = loss(online, target)
+            torch.testing.assert_close(made.double(), exact, rtol=tolerance, atol=tolerance, check_dtype=False)
+            if backward:
+                (grad,) = torch.autograd.grad(made, online)
+                distance = float((grad.double() - slope).norm() / slope.norm())
+                if not distance <= tolerance:
+                    raise AssertionError(f"{name}: gradient is off by {distance:.1e}, more than {tolerance:.1e}")
 
     name = harness.case_name("forward + backward" if backward else "forward", pairs=pairs, width=width)
     passes = 3 if backward else 2  # read both; write the gradient
