@@ -402,8 +402,9 @@ def test_threads_end_with_the_loader() -> None:
 @pytest.mark.parametrize("slow", [0.01, 60])
 def test_interrupt_ends_the_process_at_once(slow: float) -> None:
     program = f"""
-        import time, sys
+        import signal, time, sys
         import numpy as np
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
         from scrl_fast.config import Config
         from scrl_fast.data import Loader
         class Slow:
