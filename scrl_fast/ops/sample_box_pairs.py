@@ -289,6 +289,5 @@ _OPERATION = register(
         reference=sample_box_pairs_reference,
         native=_native_sample_box_pairs,
         native_failure=lambda device_type: _native.host_failure("sample_box_pairs"),
-        triton_failure=lambda device_type: "boxes are drawn on the host, beside the loader",
     )
 )
