@@ -133,6 +133,20 @@ class RunLog:
     Raises ValueError when ``run.wandb`` is set and wandb is missing.
     """
 
+    @classmethod
+    def of(cls, trainer: Any) -> RunLog:
+        """The log of a trainer's run, continued after the step that was restored; process 0 writes it."""
+        run = trainer.config.run
+        return cls(
+            trainer.folder,
+            total_steps=trainer.last_step,
+            step=trainer.step,
+            tensorboard=run.tensorboard,
+            wandb=run.wandb,
+            settings=trainer.config.to_dict(),
+            active=trainer.world.rank == 0,
+        )
+
     def __init__(
         self,
         folder: Path,

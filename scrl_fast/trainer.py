@@ -115,7 +115,7 @@ class SCRLTrainer:
         """
         started = time.perf_counter()
         notes = resume.restore(self)
-        with self.open_log() as self.log, closing(self.loader), StopRequest() as stop:
+        with runlog.RunLog.of(self) as self.log, closing(self.loader), StopRequest() as stop:
             self.introduce(notes)
             self.clock.read()
             with closing(self.batches()) as stream:
@@ -382,16 +382,3 @@ class SCRLTrainer:
         rows = runlog.read_metrics(self.folder / runlog.METRICS) if self.rank == 0 else []
         if rows and not pictures.draw_curves(self.folder / "curves.png", rows):
             self.log.say_once("matplotlib is not installed: no curves.png (pip install matplotlib brings it)")
-
-    def open_log(self) -> runlog.RunLog:
-        """The run's log, continued after the step that was restored."""
-        run = self.config.run
-        return runlog.RunLog(
-            self.folder,
-            total_steps=self.last_step,
-            step=self.step,
-            tensorboard=run.tensorboard,
-            wandb=run.wandb,
-            settings=self.config.to_dict(),
-            active=self.rank == 0,
-        )

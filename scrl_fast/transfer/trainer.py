@@ -106,7 +106,7 @@ class Transfer:
         """
         started = time.perf_counter()
         notes = self.restore()
-        with self.open_log() as self.log, StopRequest() as stop:
+        with runlog.RunLog.of(self) as self.log, StopRequest() as stop:
             self.introduce(notes)
             if not self.config.eval.only:
                 self.train_all(stop)
@@ -339,19 +339,6 @@ class Transfer:
         """What to type to go on from here."""
         arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
         return f"{distributed.launcher()} -m scrl_fast.transfer {shlex.join(arguments)}"
-
-    def open_log(self) -> runlog.RunLog:
-        """The run's log, continued after the step that was restored."""
-        run = self.config.run
-        return runlog.RunLog(
-            self.folder,
-            total_steps=self.last_step,
-            step=self.step,
-            tensorboard=run.tensorboard,
-            wandb=run.wandb,
-            settings=self.config.to_dict(),
-            active=self.world.rank == 0,
-        )
 
 
 def check_categories(train: Any, val: Any) -> None:
