@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from scrl_fast import ops as ops
     from scrl_fast import optim as optim
     from scrl_fast.config import Config as Config
-    from scrl_fast.models import load_encoder as load_encoder
     from scrl_fast.recipes import load_recipe as load_recipe
     from scrl_fast.trainer import SCRLTrainer as SCRLTrainer
+    from scrl_fast.weights import load_encoder as load_encoder
 
 _SUBMODULES = ("models", "ops", "optim")
 _ATTRIBUTES = {
     "Config": "scrl_fast.config",
     "SCRLTrainer": "scrl_fast.trainer",
-    "load_encoder": "scrl_fast.models",
+    "load_encoder": "scrl_fast.weights",
     "load_recipe": "scrl_fast.recipes",
 }
 

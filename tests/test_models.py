@@ -12,8 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from scrl_fast import checkpoint
-from scrl_fast.models import SCRL, build_encoder, encoder_names, load_encoder, projection_head
+from scrl_fast.models import SCRL, build_encoder, encoder_names, projection_head
 
 TINY: dict[str, Any] = {"backbone": "resnet10_tiny", "hidden_dim": 32, "projection_dim": 16}
 
@@ -285,24 +284,6 @@ def test_state_that_does_not_fit():
         tiny(hidden_dim=8).load_state(state, strict=False)
     with pytest.raises(ValueError, match="no part 'target'"):
         tiny().load_state({k: v for k, v in state.items() if k != "target"}, strict=False)
-
-
-@pytest.mark.parametrize("branch", ["online", "target"])
-def test_load_encoder(tmp_path, branch):
-    model = tiny(target_init="random").eval()
-    manager = checkpoint.CheckpointManager(tmp_path)
-    path = manager.save({"model": model.state(), "config": {"model": {"backbone": "resnet10_tiny"}}, "step": 1}, 1)
-    body = load_encoder(path, branch=branch)
-    assert not body.training and isinstance(body, torchvision.models.ResNet)
-    images = views()
-    expected = getattr(model, branch).encoder(images).mean((2, 3))
-    torch.testing.assert_close(body(images), expected)
-
-
-def test_load_encoder_refuses_other_files(tmp_path):
-    path = checkpoint.CheckpointManager(tmp_path).save({"weights": {"a": torch.zeros(1)}}, 1)
-    with pytest.raises(ValueError, match="config"):
-        load_encoder(path)
 
 
 # ---- bad input ----

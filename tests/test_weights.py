@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 
+import scrl_fast
 from scrl_fast import weights
 from scrl_fast.models import SCRL, build_encoder
 from scrl_fast.prepare import build_model, build_optimizer
@@ -210,6 +211,17 @@ def test_our_checkpoint_into_all_networks(tmp_path):
     for branch in ("online", "target"):
         encoder = weights.encoder_of(tmp_path / "a.pt", branch=branch)
         assert encoder.name == "resnet10_tiny" and equal(encoder, getattr(trained, branch).encoder.body.state_dict())
+        body, images = scrl_fast.load_encoder(tmp_path / "a.pt", branch=branch), torch.rand(2, 3, 32, 32)
+        assert not body.training and isinstance(body, torchvision.models.ResNet)
+        torch.testing.assert_close(body(images), encoder.eval()(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["torchvision.pth", "published.pth", "mmdet.pth"])
+def test_a_plain_module_from_any_layout(tmp_path, source, name):
+    torch.save(WRAPPED[name](source), tmp_path / name)
+    body = scrl_fast.load_encoder(tmp_path / name)
+    assert isinstance(body, torchvision.models.ResNet) and not body.training
+    assert all(torch.equal(tensor, source[name]) for name, tensor in body.state_dict().items())
 
 
 def test_encoder_alone_starts_heads_anew(tmp_path, source):

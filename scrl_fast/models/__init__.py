@@ -1,6 +1,6 @@
 """Networks: encoders that give feature maps, the projection heads, and SCRL itself (BYOL is SCRL without boxes)."""
 
-from scrl_fast.models.encoders import Encoder, build_encoder, encoder_names, load_encoder
+from scrl_fast.models.encoders import Encoder, build_encoder, encoder_names
 from scrl_fast.models.heads import projection_head
 from scrl_fast.models.scrl import SCRL, Branch, SCRLOutput
 
@@ -11,6 +11,5 @@ __all__ = [
     "SCRLOutput",
     "build_encoder",
     "encoder_names",
-    "load_encoder",
     "projection_head",
 ]

@@ -7,10 +7,9 @@ torchvision, timm and detection backbones.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,24 +179,3 @@ def _unknown(name: str, known: Any, also: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(encoder_names())}{also}"
     return f"unknown backbone {name!r}; {hint}"
-
-
-def load_encoder(path: str | os.PathLike[str], *, branch: Literal["online", "target"] = "online") -> nn.Module:
-    """Plain torchvision (``fc`` is Identity) or timm module with the weights of one of our checkpoints, in eval mode.
-
-    path: a checkpoint file (``RUN/checkpoints/last.pt``); nothing in it is executed.
-    branch: which of the two networks to take; the online one is what SCRL evaluates.
-    Raises what `scrl_fast.checkpoint.load` raises, ValueError for a checkpoint without model and configuration.
-    """
-    from scrl_fast import checkpoint
-
-    state = checkpoint.load(path)
-    try:
-        name = state["config"]["model"]["backbone"]
-        weights: dict[str, Tensor] = state["model"][branch]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a checkpoint of scrl_fast: it has no {error}") from error
-    prefix = "encoder."
-    encoder = build_encoder(name)
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    return encoder.body.eval()

@@ -6,7 +6,16 @@ matched and refuse when less than the whole encoder does. Nothing in a file is e
 
 from scrl_fast.weights.files import WeightsError
 from scrl_fast.weights.layouts import Weights, read
-from scrl_fast.weights.load import RANDOM, Report, encoder_of, guess_backbone, load_into, load_into_scrl, load_momentum
+from scrl_fast.weights.load import (
+    RANDOM,
+    Report,
+    encoder_of,
+    guess_backbone,
+    load_encoder,
+    load_into,
+    load_into_scrl,
+    load_momentum,
+)
 
 __all__ = [
     "RANDOM",
@@ -15,6 +24,7 @@ __all__ = [
     "WeightsError",
     "encoder_of",
     "guess_backbone",
+    "load_encoder",
     "load_into",
     "load_into_scrl",
     "load_momentum",

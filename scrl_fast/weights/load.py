@@ -203,6 +203,11 @@ def encoder_of(source: Source, *, backbone: str = "", branch: Branch = "online")
     return encoder
 
 
+def load_encoder(source: Source, *, backbone: str = "", branch: Branch = "online") -> nn.Module:
+    """`encoder_of` as the plain torchvision (``fc`` is Identity) or timm module that it is made of, in eval mode."""
+    return encoder_of(source, backbone=backbone, branch=branch).body.eval()
+
+
 def guess_backbone(weights: Weights) -> str:
     """The backbone's name: from what the file says of itself, else the one whose tensors have the same shapes."""
     said = weights.metadata.get("backbone")
