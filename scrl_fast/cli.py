@@ -156,12 +156,15 @@ def build(*files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser |
     """
     parser = parser or _parser("scrl_fast", cls)
     merged: dict[str, Any] = {}
+    parsed = None
     for file in files:
         options = checked(file.options, file.origin, cls)
         # one by one, so that an error can name its file
-        _parsed(parser, options, [], f"{file.origin}: " if file.origin else "", cls)
+        parsed = _parsed(parser, options, [], f"{file.origin}: " if file.origin else "", cls)
         _merge(merged, options)
-    values = parser.instantiate(_parsed(parser, merged, tokens, "--", cls))
+    if len(files) != 1 or tokens:
+        parsed = _parsed(parser, merged, tokens, "--", cls)
+    values = parser.instantiate(parsed)
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -311,6 +314,7 @@ DESCRIPTION = (
 )
 
 
+@functools.cache  # making one takes longer than all that a configuration is parsed for
 def _parser(prog: str, cls: type = Config, description: str = DESCRIPTION) -> ArgumentParser:
     import jsonargparse
 

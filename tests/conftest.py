@@ -150,6 +150,16 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
 
 
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Runs of a module draw no curves.png, which would take longer than all their steps; it has tests of its own."""
+    from scrl_fast import pictures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "draw_curves", lambda *_, **__: True)
+        yield
+
+
 # ---- threads and accuracy ----
 
 

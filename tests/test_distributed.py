@@ -16,6 +16,7 @@ from scrl_fast import distributed, runlog
 from scrl_fast.distributed import World
 from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 HERE = Path(__file__).parent
 
 

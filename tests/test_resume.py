@@ -14,18 +14,19 @@ import pytest
 import torch
 from test_trainer import Pictures, make_config
 
-from scrl_fast import runlog
+from scrl_fast import runlog, train
 from scrl_fast.resume import restore
 from scrl_fast.signals import StopRequest
 from scrl_fast.trainer import SCRLTrainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 UNREPEATABLE = {"images_per_s", "data_wait"}
 STEPS = 9  # 3 epochs of 3
 
 
-def run(folder, *, resume="", stop_at=None, stop_by=signal.SIGTERM, **train):
+def run(folder, *, resume="", stop_at=None, stop_by=signal.SIGTERM, **options):
     """One run, stopped by a signal during the step after `stop_at` steps where that is given."""
-    config = make_config(folder, **({"epochs": 3} | train))
+    config = make_config(folder, **({"epochs": 3} | options))
     config.run.checkpoint_every = 2
     config.resume = resume
     trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
@@ -257,8 +258,8 @@ def test_sigterm_to_the_command_saves_exits_0_and_the_printed_command_resumes(tm
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["step"]
     assert 3 <= step < 320
     assert f"after step {step}" in said
-    words = [sys.executable, *shlex.split(command)[1:], f"--train.max_steps={step + 2}"]
-    again = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
+    python, module, name, *words = shlex.split(command)
+    assert (python, module, name) == ("python", "-m", "scrl_fast.train")
+    assert train.main([*words, f"--train.max_steps={step + 2}"]) == 0
     rows = [json.loads(line)["step"] for line in metrics_file.read_text().splitlines()]
     assert rows == list(range(1, step + 3))

@@ -22,6 +22,8 @@ from scrl_fast.resume import restore
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 class Pictures:
     """Random images, labelled or not."""
