@@ -20,6 +20,8 @@ from scrl_fast.errors import UsageError, friendly_errors
 
 PROG = "python -m scrl_fast.export"
 FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
+SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"}
+"""What those who read a file go by."""
 ONNX_TOLERANCE = 1e-4
 PRIVATE = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
@@ -48,6 +50,7 @@ def export(
     out = Path(out)
     if to not in FORMATS:
         raise UsageError(f"to={to}: must be one of {', '.join(FORMATS)}")
+    check_suffix(to, out)
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists already: choose another name, or --overwrite it")
     if not out.parent.is_dir():
@@ -67,27 +70,40 @@ def export(
     return metadata
 
 
+def check_suffix(to: str, out: Path) -> None:
+    """Raise UsageError for a name that readers of the format, or ours, would take for another format."""
+    wanted = SUFFIXES.get(to)
+    if wanted and out.suffix != wanted:
+        raise UsageError(
+            f"{out}: --to {to} writes a {wanted} file, and those who read it go by that: {out.stem}{wanted}"
+        )
+    if to != "hf" and out.suffix in SUFFIXES.values() and not wanted and (to, out.suffix) != ("timm", ".safetensors"):
+        raise UsageError(f"{out}: --to {to} writes a torch file, which {out.suffix} is not: {out.stem}.pth")
+
+
 def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]:
     """Where the weights come from and what they expect: backbone, method, epochs, commit, normalisation, options."""
     from scrl_fast import info
     from scrl_fast.config import ViewsConfig
 
-    config = source.metadata.get("config") or {}
-    views = config.get("views", {})
+    said = source.metadata
+    config = said.get("config") or {}
+    views = config.get("views") or said
+    version = info.collect()["scrl_fast"]
     metadata: dict[str, Any] = {
         "backbone": backbone,
-        "method": source.metadata.get("method") or config.get("model", {}).get("method", ""),
-        "branch": branch,
-        "epochs": config.get("train", {}).get("epochs", source.metadata.get("epoch", 0)),
-        "epoch": source.metadata.get("epoch", 0),
-        "step": source.metadata.get("step", 0),
+        "method": said.get("method") or config.get("model", {}).get("method", ""),
+        "branch": said.get("branch") or branch,
+        "epochs": config.get("train", {}).get("epochs", said.get("epochs", said.get("epoch", 0))),
+        "epoch": said.get("epoch", 0),
+        "step": said.get("step", 0),
         "mean": list(views.get("mean", ViewsConfig.mean)),
         "std": list(views.get("std", ViewsConfig.std)),
         "color": "RGB",
         "format": to,
         "source_layout": source.layout,
-        "scrl_fast": info.collect()["scrl_fast"]["version"],
-        "commit": info.collect()["scrl_fast"]["commit"] or "",
+        "scrl_fast": version["version"],
+        "commit": said.get("commit") or trained_at(source.path) or version["commit"] or "",
     }
     if config:
         metadata["config"] = without_places(config)
@@ -96,6 +112,17 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
 
         metadata["notes"] = DETECTRON2_NOTE
     return metadata
+
+
+def trained_at(path: str) -> str:
+    """The commit that a run folder's environment file names, for a checkpoint inside such a folder; else nothing."""
+    from scrl_fast.runlog import ENVIRONMENT
+
+    try:
+        found = json.loads((Path(path).resolve().parent.parent / ENVIRONMENT).read_text(encoding="utf-8"))
+        return str(found["scrl_fast"]["commit"] or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def without_places(config: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +139,8 @@ def _write(to: str, path: Path, source: Any, encoder: Any, metadata: dict[str, A
     from scrl_fast.weights import formats
 
     if to == "onnx":
-        return _checked_onnx(formats.write_onnx(path, encoder, metadata, size=size))
+        ran = _checked_onnx(formats.write_onnx(path, encoder, metadata, size=size))
+        return f"{_checked_encoder(path, encoder)}, {ran}"
     if to == "scrl-reference":
         if "projector.net.0.weight" not in source.parts["online"] or "predictor" not in source.parts:
             raise UsageError(f"--to scrl-reference writes all networks, and {source.path} holds the encoder only")
@@ -140,10 +168,10 @@ def _checked_encoder(path: Path, encoder: Any) -> str:
 
     other = weights.encoder_of(path, backbone=encoder.name)
     mine, theirs = encoder.body.state_dict(), other.body.state_dict()
-    same = [name for name in mine if torch.equal(mine[name], theirs[name]) or name.endswith("num_batches_tracked")]
-    if len(same) != len(mine):
-        raise RuntimeError(f"{path} was written wrongly: {sorted(set(mine) - set(same))[:4]} differ when read back")
-    return f"{len(mine)} tensors equal when read back"
+    names = [name for name in mine if not name.endswith("num_batches_tracked")]  # not every format keeps counters
+    if wrong := [name for name in names if not torch.equal(mine[name], theirs[name])]:
+        raise RuntimeError(f"{path} was written wrongly: {wrong[:4]} differ when read back")
+    return f"{len(names)} tensors equal when read back"
 
 
 def _checked_reference(path: Path, source: Any) -> str:

@@ -27,9 +27,9 @@ def trained(backbone, folder, classes=3, momentum=False):
     config.model.backbone, config.model.hidden_dim, config.model.projection_dim = backbone, 8, 4
     config.model.target_init, config.data.root = "random", "/data/of/mine"
     model = build_model(config, classes)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():  # means near 0: features that are all 0 would equal any others
+            buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.uniform_(-0.1, 0.1)
     optimizer = build_optimizer(model, config, 8)
     for group in optimizer.param_groups if momentum else ():
         for parameter in group["params"]:
@@ -56,7 +56,9 @@ def run(checkpoint, to, out, *more):
 
 def features(module, images):
     with torch.no_grad():
-        return module.eval()(images)
+        found = module.eval()(images)
+    assert found.std() > 0
+    return found
 
 
 @pytest.fixture
@@ -146,11 +148,47 @@ def test_detectron2_layout(checkpoint, tmp_path, capsys):
     assert "INPUT.FORMAT=RGB" in capsys.readouterr().out
 
 
-def test_mmdet_names(checkpoint, tmp_path):
-    content = torch.load(run(checkpoint, "mmdet", tmp_path / "r.pth"), weights_only=True)
-    own = checkpoint[1].online.encoder.body.state_dict()
-    assert set(content["state_dict"]) == {f"backbone.{name}" for name in own}
-    assert content["meta"]["method"] == "scrl"
+def blocks(depths, convolutions, shortcuts):
+    """Stage from 1, block from 0, its convolutions, whether it has a projection: what every ResNet is made of."""
+    for stage, depth in enumerate(depths, 1):
+        for block in range(depth):
+            yield stage, block, range(1, convolutions + 1), block == 0 and stage in shortcuts
+
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+FAMILIES = {"resnet18": ((2, 2, 2, 2), 2, (2, 3, 4)), "resnet50": ((3, 4, 6, 3), 3, (1, 2, 3, 4))}
+
+
+def detectron2_names(*family):
+    """As its BasicStem, BasicBlock and BottleneckBlock call them (a norm is a part of its convolution)."""
+    layers = ["stem.conv1"]
+    for stage, block, convolutions, shortcut in blocks(*family):
+        layers += [f"res{stage + 1}.{block}.conv{n}" for n in convolutions]
+        layers += [f"res{stage + 1}.{block}.shortcut"] * shortcut
+    return {f"{layer}.weight" for layer in layers} | {f"{layer}.norm.{leaf}" for layer in layers for leaf in NORM}
+
+
+def mmdet_names(*family):
+    """As its ResNet of style pytorch calls them (norms beside the convolutions, counters included)."""
+    names = {"conv1.weight"} | {f"bn1.{leaf}" for leaf in (*NORM, "num_batches_tracked")}
+    for stage, block, convolutions, shortcut in blocks(*family):
+        pairs = [(f"conv{n}", f"bn{n}") for n in convolutions] + [("downsample.0", "downsample.1")] * shortcut
+        for convolution, norm in pairs:
+            names |= {f"layer{stage}.{block}.{convolution}.weight"}
+            names |= {f"layer{stage}.{block}.{norm}.{leaf}" for leaf in (*NORM, "num_batches_tracked")}
+    return {f"backbone.{name}" for name in names}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_name_that_detectron2_and_mmdet_expect_is_there_and_no_other(tmp_path, name):
+    from scrl_fast.weights import formats
+
+    encoder = build_encoder(name)
+    formats.write_detectron2(tmp_path / "r.pkl", encoder, {})
+    formats.write_mmdet(tmp_path / "r.pth", encoder, {"method": "scrl"})
+    assert set(pickle.loads((tmp_path / "r.pkl").read_bytes())["model"]) == detectron2_names(*FAMILIES[name])
+    content = torch.load(tmp_path / "r.pth", weights_only=True)
+    assert set(content["state_dict"]) == mmdet_names(*FAMILIES[name]) and content["meta"]["method"] == "scrl"
 
 
 def test_published_layout_comes_back_whole(tmp_path):
@@ -212,11 +250,50 @@ def test_onnx_runs_to_1e_4(tiny, tmp_path):
     assert session.get_modelmeta().custom_metadata_map["backbone"] == "resnet10_tiny"
     assert {path.name for path in tmp_path.iterdir()} == {"a.onnx", "a.onnx.json"}
 
+    fresh = build_encoder("resnet10_tiny")
+    report = weights.load_into(fresh, out)
+    own = tiny[1].online.encoder.body.state_dict()
+    assert report.layout == "onnx" and not report.unexpected and set(report.matched) | set(report.missing) == set(own)
+    assert all(torch.equal(fresh.body.state_dict()[name], own[name]) for name in report.matched)
+    assert {name.rpartition(".")[2] for name in report.missing} == {"num_batches_tracked"}
+    assert weights.read(out).metadata["config"]["model"]["method"] == "scrl"
+
+
+def test_onnx_of_others_is_refused_where_norms_are_folded(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx is in the extra 'export'")
+    weight = onnx.numpy_helper.from_array(np.zeros((16, 3, 3, 3), np.float32), "conv1.weight")
+    node = onnx.helper.make_node("Conv", ["x", "conv1.weight"], ["y"])
+    io = [onnx.helper.make_tensor_value_info(name, 1, None) for name in "xy"]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", io[:1], io[1:], [weight])), tmp_path / "a.onnx"
+    )
+    with pytest.raises(UsageError, match=r"bn1\.weight.*[Ww]ere its norms folded"):
+        weights.load_into(build_encoder("resnet10_tiny"), tmp_path / "a.onnx")
+    (tmp_path / "b.onnx").write_bytes(b"junk")
+    with pytest.raises(UsageError, match=r"cannot load .*b\.onnx"):
+        weights.read(tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize("to, name", [("safetensors", "a.safetensors"), ("mmdet", "a.pth"), ("hf", "a")])
+def test_what_a_file_says_of_itself_survives_another_conversion(checkpoint, tmp_path, to, name):
+    said = [export.export(checkpoint[0], to, tmp_path / name, branch="target")]
+    said.append(export.export(tmp_path / name, "hf", tmp_path / "hub"))
+    for metadata in said:
+        del metadata["checked"], metadata["format"], metadata["source_layout"]
+    assert said[0] == said[1] and said[0]["branch"] == "target" and said[0]["epochs"] == 20
+
+
+def test_the_commit_of_the_training_run_is_named(tiny, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "env.json").write_text(json.dumps({"scrl_fast": {"commit": "abc1234"}}))
+    (tmp_path / "run" / "checkpoints" / "last.pt").write_bytes(tiny[0].read_bytes())
+    assert export.export(tmp_path / "run", "safetensors", tmp_path / "a.safetensors")["commit"] == "abc1234"
+
 
 def test_refusals(tiny, checkpoint, tmp_path, capsys):
     for to in ("torchvision", "timm", "detectron2", "mmdet", "scrl-reference"):
         with pytest.raises(UsageError, match=r"has no network like 'resnet10_tiny'"):
-            export.export(tiny[0], to, tmp_path / "x")
+            export.export(tiny[0], to, tmp_path / f"x{export.SUFFIXES.get(to, '.pth')}")
     out = run(checkpoint, "torchvision", tmp_path / "a.pth")
     with pytest.raises(SystemExit) as stopped:
         export.main([str(checkpoint[0]), "--to", "torchvision", str(out)])
@@ -227,6 +304,9 @@ def test_refusals(tiny, checkpoint, tmp_path, capsys):
         export.export(tmp_path / "none.pt", "timm", tmp_path / "y.pth")
     with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist"):
         export.export(checkpoint[0], "timm", tmp_path / "nowhere" / "y.pth")
+    for to, name in (("torchvision", "a.safetensors"), ("detectron2", "a.pth"), ("onnx", "a"), ("timm", "a.pkl")):
+        with pytest.raises(UsageError, match=rf"a\S*: --to {to} writes a"):
+            export.export(checkpoint[0], to, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.pth.json"]
 
 

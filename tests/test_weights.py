@@ -183,9 +183,6 @@ def test_damaged_pickles_are_named(tmp_path, content):
 
 
 def test_a_file_without_tensors_is_named(tmp_path):
-    (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(weights.WeightsError, match=r"a\.onnx is a graph whose norms are folded"):
-        weights.read(tmp_path / "a.onnx")
     torch.save({"epoch": 3}, tmp_path / "a.pth")
     with pytest.raises(weights.WeightsError, match=r"holds no tensors under names \(it holds epoch\)"):
         weights.read(tmp_path / "a.pth")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class WeightsError(UsageError):
 def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The file that ``path`` means and what it holds; safetensors metadata stands under ``__metadata__``.
 
-    path: a file of any kind above; a folder in Hugging Face's style (model.safetensors, config.json); or a run folder.
+    path: a file of any kind above or below; a folder in Hugging Face's style (model.safetensors, config.json); or a
+        run folder.
     Raises WeightsError or CheckpointError naming the path for one that is missing, damaged or holds more than
     tensors and plain values.
     """
@@ -41,7 +43,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if path.suffix == ".safetensors":
         return path, read_safetensors(path)
     if path.suffix == ".onnx":
-        raise WeightsError(f"{path} is a graph whose norms are folded into its convolutions: give another export")
+        return path, read_onnx(path)
     if path.suffix == ".pkl" or _is_plain_pickle(path):
         return path, read_pickle(path)
     return path, checkpoint.load(path)
@@ -56,9 +58,45 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return {**tensors, "__metadata__": dict(file.metadata() or {})}
+            return {**tensors, "__metadata__": unflattened(file.metadata() or {})}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"cannot load {path}: {error}") from error
+
+
+def read_onnx(path: Path) -> dict[str, Any]:
+    """The parameters of an ONNX graph by name, and its metadata under ``__metadata__``.
+
+    `scrl_fast.export` keeps every parameter under its name; other exporters fold norms into convolutions, and such a
+    graph then lacks them.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise WeightsError(f"{path}: onnx is not installed (pip install 'scrl-fast[export]')") from error
+    try:
+        model = onnx.load(str(path))
+        tensors = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
+    except Exception as error:  # protobuf's own, and what its fields stumble over
+        raise WeightsError(f"cannot load {path}: {error or type(error).__name__}") from error
+    return {**tensors, "__metadata__": unflattened({entry.key: entry.value for entry in model.metadata_props})}
+
+
+def flattened(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Text by name, which is all that some formats hold: numbers, lists and dicts as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def unflattened(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `flattened` was given: JSON numbers, lists and dicts are read, any other text stays text."""
+    return {name: _number_or_text(value) for name, value in metadata.items()}
+
+
+def _number_or_text(value: str) -> Any:
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if isinstance(found, (int, float, list, dict)) and not isinstance(found, bool) else value
 
 
 def _hub_config(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
-from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, WeightsError
+from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, WeightsError, flattened
 from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
 from scrl_fast.weights.load import momentum_by_name, parameter_order
 
@@ -87,7 +87,7 @@ def write_mmdet(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> No
     """``backbone.*`` under ``state_dict``: mmdet reads it by init_cfg=dict(type='Pretrained', prefix='backbone.')."""
     check_family(encoder, "mmdet")
     state = {f"backbone.{name}": tensor for name, tensor in contiguous(encoder).items()}
-    torch.save({"meta": flat_metadata(metadata), "state_dict": state}, path)
+    torch.save({"meta": flattened(metadata), "state_dict": state}, path)
 
 
 def write_safetensors(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
@@ -101,12 +101,7 @@ def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: M
         from safetensors.torch import save
     except ImportError as error:
         raise WeightsError("safetensors is not installed: pip install safetensors") from error
-    path.write_bytes(save(dict(state), metadata=flat_metadata(metadata)))  # its own save_file makes a private file
-
-
-def flat_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Text by name: numbers and lists as JSON."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    path.write_bytes(save(dict(state), metadata=flattened(metadata)))  # its own save_file makes a private file
 
 
 def write_reference(path: Path, weights: Weights) -> None:
@@ -155,6 +150,8 @@ def _reference_optimizer(weights: Weights) -> dict[str, Any] | str:
 def write_onnx(path: Path, encoder: Encoder, metadata: Mapping[str, Any], *, size: int) -> float:
     """The encoder as a graph: ``images [batch, 3, height, width]`` to ``features``; batch and sides may vary.
 
+    Its parameters keep their names and norms stay norms (runtimes fold them when they load the graph), so the file can
+    be read back, see `scrl_fast.weights.files.read_onnx`.
     Returns the largest difference to PyTorch that onnxruntime showed, relative to the largest feature; -1 where
     onnxruntime is not installed.
     """
@@ -167,11 +164,11 @@ def write_onnx(path: Path, encoder: Encoder, metadata: Mapping[str, Any], *, siz
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
         encoder, (images,), dynamo=True, input_names=["images"], output_names=["features"], verbose=False,
-        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), optimize=True,
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), optimize=False,
     )  # fmt: skip
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, flat_metadata(metadata))
+    onnx.helper.set_model_props(model, flattened(metadata))
     onnx.save(model, str(path))
     return onnx_difference(path, encoder, images[:1])
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scrl_fast.weights.files import WeightsError, read_file
+from scrl_fast.weights.files import WeightsError, read_file, unflattened
 
 State = dict[str, Tensor]
 
@@ -39,7 +39,7 @@ class Weights:
 
     path: str
     layout: str
-    """scrl_fast, scrl-reference, detectron2, mmdet, or torchvision (which timm and most others share)."""
+    """scrl_fast, scrl-reference, detectron2, mmdet, onnx, or torchvision (which timm and most others share)."""
     parts: dict[str, State]
     """online, target, predictor, probe: those that are there."""
     other: tuple[str, ...] = ()
@@ -64,6 +64,8 @@ def read(path: str | os.PathLike[str]) -> Weights:
     found, document = read_file(path)
     name = str(found)
     metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata.get("config", {}), dict):  # another program's, in its own words
+        del metadata["config"]
     if isinstance(document.get("model"), dict) and "online" in document["model"]:
         return _own(name, document)
     if "online_network_state_dict" in document:
@@ -76,6 +78,10 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
         return _backbone(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
     layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
+    if isinstance(wrapped.get("meta"), dict) and "scrl_fast" in wrapped["meta"]:
+        metadata = unflattened(wrapped["meta"])
+    if found.suffix == ".onnx":
+        layout = "onnx"
     return _backbone(name, layout, state, str, "conv1.weight", metadata)
 
 

@@ -71,12 +71,17 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
 
 
 def _best_names(state: State, own: Mapping[str, Tensor]) -> State:
-    """timm's feature extractors spell ``stages.0`` as ``stages_0`` or put ``model.`` in front: the best spelling."""
+    """The spelling of the file's names that fits most: without a prefix, or as timm's feature extractors have them,
+    who spell ``stages.0`` as ``stages_0`` or put ``model.`` in front.
+    """
     spellings = [
         state,
         {key.replace(".", "_", 1): tensor for key, tensor in state.items()},
         {f"model.{key}": tensor for key, tensor in state.items()},
     ]
+    first = next(iter(own))
+    prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
+    spellings += [{key.removeprefix(prefix): tensor for key, tensor in state.items()} for prefix in sorted(prefixes)]
     return max(spellings, key=lambda names: sum(key in own for key in names))
 
 
@@ -88,7 +93,7 @@ def _refuse_misfits(state: State, own: Mapping[str, Tensor], source: str, name: 
         raise WeightsError(
             f"{source} does not fill the encoder {name}: {len(missing)} of {len(wanted)} tensors are missing "
             f"({_some(missing)}); names in the file that fit nothing: {_some(left) or 'none'}. "
-            "Is it the right backbone?"
+            + ("Were its norms folded into its convolutions?" if "(onnx)" in source else "Is it the right backbone?")
         )
     for key in wanted:
         if state[key].shape != own[key].shape:
