@@ -24,6 +24,7 @@ KEYS = [  # what DESIGN promises to tools
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
     monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # seconds, with all that a test process holds
 
 
 def start(*options: str) -> harness.Bench:
@@ -37,7 +38,7 @@ def nap(milliseconds: float):
 
 def test_rows_and_environment(tmp_path):
     bench = start(f"--json={tmp_path}/deep/rows.json", f"--csv={tmp_path}/rows.csv", "--dtype=bfloat16")
-    bench.case("short n=1", {"scrl_fast/native": nap(1), "rival": nap(4)}, bytes=4_000_000, items=10)
+    bench.case("short n=1", {"scrl_fast/native": nap(1), "rival": nap(20)}, bytes=4_000_000, items=10)
     assert bench.finish() == 0
     *rows, environment = json.loads((tmp_path / "deep/rows.json").read_text())
     assert [list(row) for row in rows] == [KEYS, KEYS]
@@ -49,7 +50,7 @@ def test_rows_and_environment(tmp_path):
         "",
     )
     assert ours["case"] == rival["case"] == "short n=1" and ours["dtype"] == "bfloat16"
-    assert 1 <= ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] < rival["p50_ms"]
+    assert 1 <= ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"] and ours["p50_ms"] < rival["p50_ms"]
     assert ours["gb_per_s"] == pytest.approx(4 / ours["p50_ms"])
     assert ours["items_per_s"] == pytest.approx(10_000 / ours["p50_ms"])
     assert environment["case"] == "environment" and environment["copy_gb_per_s"] > 0
