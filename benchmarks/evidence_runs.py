@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -10,24 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_detector import average_precision, detector, fine_tune
 from numpy.typing import NDArray
 
 import scrl_fast
 from scrl_fast import distributed, durable, prepare
 from scrl_fast.config import Config
 from scrl_fast.data import DemoScenes
+from scrl_fast.data.demo import NUM_DIGITS
 from scrl_fast.evaluate import roi_linear
 from scrl_fast.evaluate.dense import dense_consistency
 from scrl_fast.evaluate.images import frozen, measure_batchnorm
 from scrl_fast.models import Encoder
 from scrl_fast.trainer import SCRLTrainer
+from scrl_fast.transfer import average_precision, build_detector, fine_tune
 
 KEPT = 64  # checkpoints of a run: those of the learning curve, and one for every time that it was stopped
 METHODS = ("random", "byol", "scrl")
 MEASURES = ("roi_linear", "dense_retrieval", "image_probe", "detection_ap")
 STAGES = (*MEASURES, "curve")
-IMAGE_PROBE_DIGITS = (32, 64)  # pixels: the one digit of an image-level scene, large like the object of a photograph
+SIDE = 96  # pixels of a scene
+ONE_DIGIT = {"digits": (1, 1), "digit_size": (32, 64)}  # in a scene, large like the object of a photograph
+OBJECTS: dict[str, dict[str, Any]] = {"many": {}, "one": ONE_DIGIT}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ BUDGETS = {
 }  # fmt: skip
 
 
+DETECTOR = {"fpn_channels": 32, "anchor_scale": 6.0}  # anchors from 12 pixels on; digits have 16 to 32
+
+
 class Deadline(Exception):
     """The time given to this call is used up; the next call goes on."""
 
@@ -77,10 +85,12 @@ class Line:
     device: str = "auto"
     deadline: float = float("inf")
     measures: tuple[str, ...] = STAGES
+    objects: str = "many"
+    """In the scenes of pre-training: two to five digits (many), or one large one."""
 
     def __post_init__(self) -> None:
         self.path = self.folder / "state.json"
-        self.settings = {"budget": asdict(self.budget), "lr": self.lr, "ema": self.ema}
+        self.settings = {"budget": asdict(self.budget), "lr": self.lr, "ema": self.ema, "objects": self.objects}
         self.state: dict[str, Any] = {"settings": self.settings, "curve": [], "seconds": {}}
         self.reload()
 
@@ -122,7 +132,7 @@ class Line:
 
     def config(self) -> Config:
         """The demo recipe with this line's method, length and learning rate; all else is common to the methods."""
-        config = scrl_fast.load_recipe("demo")
+        config = copy.deepcopy(_recipe())
         if self.method != "random":
             config.model.method = self.method
             config.optim.lr, config.optim.ema_momentum = self.lr, self.ema
@@ -141,7 +151,7 @@ class Line:
         config.run.checkpoint_every, config.run.log_every = self.curve_every(), max(1, self.curve_every() // 2)
         config.run.keep = KEPT
         config.resume = "auto"
-        summary = SCRLTrainer(replace(config), source=self.scenes()).fit()
+        summary = SCRLTrainer(replace(config), source=self.scenes(**OBJECTS[self.objects])).fit()
         if summary["interrupted"]:
             raise Deadline
         return {key: summary.get(key) for key in ("step", "loss", "feature_std", "rankme")}
@@ -168,7 +178,7 @@ class Line:
 
     def scenes(self, split: str = "train", count: int = 0, **options: Any) -> DemoScenes:
         count = count or (self.budget.scenes if split == "train" else self.budget.test_scenes)
-        return DemoScenes(count, 96, self.seed, split, **options)  # type: ignore[arg-type]
+        return _scenes(count, self.seed, split, **options)
 
     def roi_linear(self) -> dict[str, Any]:
         result = roi_linear(self.encoder(), self.scenes(), self.scenes("test"))
@@ -182,21 +192,38 @@ class Line:
 
     def image_probe(self) -> dict[str, Any]:
         """The same classifier on the average-pooled feature of whole scenes that hold one large digit."""
-        sets = [
-            WholeImages(self.scenes(split, digits=(1, 1), digit_size=IMAGE_PROBE_DIGITS)) for split in ("train", "test")
-        ]
+        sets = [WholeImages(self.scenes(split, **ONE_DIGIT)) for split in ("train", "test")]
         result = roi_linear(self.encoder(), *sets)
         return {"value": result.accuracy, **asdict(result)}
 
     def detection_ap(self) -> dict[str, Any]:
+        """AP of a detector of `scrl_fast.transfer` fine-tuned from the encoder; all else is the same."""
         config, budget = self.config(), self.budget
-        model = detector(self.encoder(), 96, config.views.mean, config.views.std, self.seed)
-        model.to(distributed.device_of(self.device))
-        train = self.scenes("train", budget.detector_scenes)
-        options = {"steps": budget.detector_steps, "batch": budget.detector_batch, "lr": budget.detector_lr}
-        fine_tune(model, train, seed=self.seed, **options)
-        result = average_precision(model, self.scenes("test", budget.detector_test))
-        return {"value": result["ap"], **result}
+        torch.manual_seed(self.seed)
+        network = build_detector(
+            "retinanet",
+            NUM_DIGITS,
+            backbone=config.model.backbone,
+            init=self.encoder(),
+            short_side=SIDE,
+            mean=config.views.mean,
+            std=config.views.std,
+            **DETECTOR,
+        ).to(distributed.device_of(self.device))
+        fine_tune(
+            network,
+            self.scenes("train", budget.detector_scenes),
+            steps=budget.detector_steps,
+            batch_size=budget.detector_batch,
+            lr=budget.detector_lr,
+            warmup_steps=budget.detector_steps // 8,
+            seed=self.seed,
+            flip=0.0,  # a mirrored digit is none
+            clip_norm=5.0,
+            workers=1,
+        )
+        result = average_precision(network, self.scenes("test", budget.detector_test), batch_size=50, workers=1)
+        return {"value": result["AP"], "ap": result["AP"], "ap50": result["AP50"]}
 
     def curve(self) -> list[dict[str, Any]]:
         """RoI linear accuracy of every checkpoint, on fewer scenes; random weights are a curve of one point."""
@@ -208,6 +235,17 @@ class Line:
             points = [(step, name) for step, name in steps if step % self.curve_every() == 0]
         sets = [self.scenes(split, self.budget.curve_scenes) for split in ("train", "test")]
         return [{"step": step, "roi_linear": roi_linear(self.encoder(name), *sets).accuracy} for step, name in points]
+
+
+@functools.cache
+def _recipe() -> Config:
+    return scrl_fast.load_recipe("demo")  # half a second
+
+
+@functools.lru_cache(maxsize=4)
+def _scenes(count: int, seed: int, split: str, **options: Any) -> DemoScenes:
+    """Several measures look at the same ones."""
+    return DemoScenes(count, SIDE, seed, split, **options)  # type: ignore[arg-type]
 
 
 class WholeImages:

@@ -142,7 +142,7 @@ def find(path: str | os.PathLike[str]) -> Path:
         found = CheckpointManager(folder).newest_good()
         if found is not None:
             return found
-    raise CheckpointError(f"no checkpoint in {path}")
+    raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / 'last.pt'} or step_*.pt there")
 
 
 def load(path: str | os.PathLike[str], *, expect: Sequence[str] = ()) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def test_roi_linear_on_voc(capsys, tmp_path):
     write_voc(tmp_path, "trainval", images=20, seed=1)
     write_voc(tmp_path, "test", images=10, seed=2)
     data = ["--data.source=voc", f"--data.root={tmp_path}", "--pool_size=2"]
-    result = evaluate(capsys, tmp_path, "roi-linear", *TINY, *data)[1]["result"]
+    line, document, _ = evaluate(capsys, tmp_path, "roi-linear", *TINY, *data)
+    result = document["result"]
+    assert result["classes"] == 20 and "18 boxes of 20 classes" in line
     assert result["accuracy"] == 1.0 and result["boxes"] == 18 and len(result["per_class"]) == 20
     assert result["mean_class_accuracy"] == 1.0  # over the two classes that occur
 
@@ -224,6 +226,8 @@ def test_wrong_layouts_name_the_path(capsys, tmp_path, imagenet, run_folder):
     probe = ["linear", f"--checkpoint={run_folder}", "--cache=", "--data.source=imagenet", "--head=probe"]
     said = refused(capsys, *probe, f"--data.root={four}")
     assert "knows 3 classes, but" in said and "has 4" in said
+    none = refused(capsys, "linear", *TINY, "--head=probe")  # before an image is looked at: the demo's take a minute
+    assert "random holds no online probe" in none
     (four / "val/n00000001/val_0_0.JPEG").write_bytes(b"no image")
     said = refused(capsys, *knn, f"--data.root={four}", "--k=[1]", "--workers=0")
     assert "val_0_0.JPEG: not an image" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,15 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
-import evidence_detector
 import evidence_runs
 from evidence_runs import MEASURES, METHODS, Budget, Line
 
-from scrl_fast.data import DemoScenes
-from scrl_fast.data.demo import NUM_DIGITS
 from scrl_fast.models import build_encoder
 
-TINY = Budget(1, 64, 32, 2, 24, 24, 16, 16, 2, 4)
+TINY = Budget(1, 64, 32, 2, 24, 24, 16, 16, 2, 4, detector_test=8)
 
 
 @pytest.fixture(autouse=True)
@@ -71,30 +69,36 @@ def test_every_method_starts_from_the_same_weights(tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_detectors_of_one_seed_differ_by_their_encoder_only():
-    heads = [
-        evidence_detector.detector(build_encoder("resnet10_tiny"), 96, (0.5,) * 3, (0.25,) * 3, 3) for _ in range(2)
-    ]
-    pairs = zip(heads[0].head.parameters(), heads[1].head.parameters(), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert not torch.equal(heads[0].backbone.encoder.body.conv1.weight, heads[1].backbone.encoder.body.conv1.weight)
-    assert all(parameter.requires_grad for parameter in heads[0].parameters())
+def test_detectors_of_one_seed_differ_by_their_encoder_only(tmp_path, monkeypatch):
+    found = {}
+    for method in ("random", "byol", "scrl"):  # an untrained encoder of its own for each, in place of a trained one
+        one = line(method, tmp_path)
+        torch.manual_seed(len(found))
+        encoder = build_encoder("resnet10_tiny")
+        monkeypatch.setattr(one, "encoder", lambda encoder=encoder: encoder)
+        monkeypatch.setattr(evidence_runs, "fine_tune", lambda network, *_, **__: found.setdefault(method, network))  # noqa: B023
+        monkeypatch.setattr(evidence_runs, "average_precision", lambda *_, **__: {"AP": 0.5, "AP50": 0.75})
+        assert one.detection_ap() == {"value": 0.5, "ap": 0.5, "ap50": 0.75}
+        body = found[method].backbone.body
+        assert torch.equal(body.conv1.weight, encoder.body.conv1.weight)
+    states = [network.state_dict() for network in found.values()]
+    for name in states[0]:
+        if "backbone.body." not in name:
+            assert torch.equal(states[0][name], states[1][name]) and torch.equal(states[0][name], states[2][name]), name
 
 
-def test_average_precision_of_known_detections():
-    scenes = DemoScenes(12, 96, split="test")
-    exact = [
-        {"image_id": i + 1, "category_id": label + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 0.9}
-        for i in range(12)
-        for (x0, y0, x1, y1), label in zip(scenes.boxes(i).tolist(), scenes.labels(i).tolist(), strict=True)
-    ]
-    assert evidence_detector.coco_ap(scenes, exact) == {"ap": 1.0, "ap50": 1.0}
-    assert evidence_detector.coco_ap(scenes, []) == {"ap": 0.0, "ap50": 0.0}
-    other = [{**row, "category_id": (row["category_id"] + 4) % NUM_DIGITS + 1} for row in exact]
-    assert evidence_detector.coco_ap(scenes, other)["ap"] < 0.1
-    shifted = [{**row, "bbox": [row["bbox"][0] + 4, *row["bbox"][1:]]} for row in exact]
-    found = evidence_detector.coco_ap(scenes, shifted)
-    assert found["ap"] < 0.7 < found["ap50"]
+def test_tuning_tries_the_same_grid_for_both_methods(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        evidence_runs.Line, "run", lambda line: {"method": line.method, "seed": line.seed, "roi_linear": line.lr / 100}
+    )
+    file = tmp_path / "tuning.json"
+    assert evidence.main(["--tune", "--budget=smoke", f"--work={tmp_path}", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    settings = [{(row["lr"], row["ema"]) for row in rows if row["method"] == method} for method in ("byol", "scrl")]
+    assert settings[0] == settings[1] == set(itertools.product(evidence.GRID["lr"], evidence.GRID["ema"]))
+    assert all(row["seed"] == evidence.TUNING_SEED and row["roi_linear"] == row["lr"] / 100 for row in rows)
+    assert evidence.TUNING_SEED not in evidence.parse([]).seeds
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows) + 1
 
 
 def test_the_table_gives_mean_and_spread():

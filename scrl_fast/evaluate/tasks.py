@@ -49,13 +49,13 @@ def linear(options: o.LinearOptions, subject: Subject, say: Say) -> Outcome:
     train, test = labelled_images(options.data, options.seed)
     if options.head == "train" and len(train) < options.batch_size:
         raise UsageError(f"--batch_size={options.batch_size}: there are {len(train)} training images; choose fewer")
+    layer = probe_of(subject, test.num_classes, _place(test)) if options.head == "probe" else None
     encoder, centre = _prepared(options, subject, train, options.size)
     device = next(encoder.parameters()).device
     cache = FeatureCache(options.cache, say)
     features = _cached(cache, encoder, test, centre).to(device)
     labels = torch.from_numpy(labels_of(test)).to(device)
-    if options.head == "probe":
-        layer = probe_of(subject, test.num_classes, _place(test))
+    if layer is not None:
         top1, top5 = accuracies(lambda rows: layer(rows)[None], features, labels)[0].tolist()
         return Outcome(
             f"online probe on {len(test)} images of {test.num_classes} classes: top-1 {top1:.2%}, top-5 {top5:.2%}",
@@ -200,6 +200,7 @@ def roi_linear_task(options: o.RoiLinearOptions, subject: Subject, say: Say) -> 
         samples.append(BoxSamples(found["features"].to(device), found["labels"], found["images"]))
     result, predicted = classify(*samples)
     names = getattr(test, "classes", [str(label) for label in range(result.classes)])
+    result = replace(result, classes=len(names))  # the highest that occurred, until now
     right = (predicted == samples[1].labels).double()
     per_class = _by_group({n: samples[1].labels == label for label, n in enumerate(names)}, right)
     values: dict[str, Any] = {**asdict(result), "mean_class_accuracy": _mean(per_class), "per_class": per_class}
