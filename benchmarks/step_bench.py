@@ -140,6 +140,7 @@ def configuration(args: argparse.Namespace, batch: int, folder: str) -> Config:
             epochs=100_000,
             device=args.device,
             compile=args.compile,
+            cuda_graphs=args.cuda_graphs,
             checkpoint_activations=args.checkpoint_activations,
             precision={"float32": "fp32", "bfloat16": "bf16"}[args.dtype],
         ),
@@ -167,6 +168,8 @@ def floor_of(trainer: SCRLTrainer, views: Tensor, bf16: bool) -> timing.Call:
     cotangent: list[Tensor] = []
 
     def floor() -> None:
+        if trainer.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
             features = online(views)
             with torch.no_grad():
@@ -258,10 +261,11 @@ def tell(
         )
         bench.rows.append(dict(zip(harness.ROW, values, strict=True)))
     whole = sum(medians.values())
-    known = sum(medians.get(stage, 0.0) for stage in BACKBONE + HEADS)
+    backbone, heads = (sum(medians.get(stage, 0.0) for stage in stages) for stages in (BACKBONE, HEADS))
     by_name = {row["provider"]: row["p50_ms"] for row in rows}
     shares = {
-        "beyond_floor_and_heads": 1 - known / whole,
+        "beyond_floor_and_heads": 1 - (backbone + heads) / whole,
+        "encoders_over_floor": backbone / by_name["floor"] if "floor" in by_name else None,
         "beyond_floor": 1 - by_name["floor"] / by_name["scrl_fast"] if "floor" in by_name else None,
         "plain_over_ours": by_name["torch"] / by_name["scrl_fast"] if "torch" in by_name else None,
         "images_per_s": batch / by_name["scrl_fast"] * 1e3,
@@ -272,6 +276,8 @@ def tell(
     for stage, ms in medians.items():
         print(f"  {stage:24s}{ms:10.2f} ms  {ms / whole:6.1%}")
     print(f"  beyond floor and heads, by stages: {shares['beyond_floor_and_heads']:.1%} of the step")
+    if shares["encoders_over_floor"] is not None:
+        print(f"  the encoders take {shares['encoders_over_floor']:.3f} times as long inside the step as alone")
     if shares["beyond_floor"] is not None:
         print(f"  beyond the floor, heads included, by difference: {shares['beyond_floor']:.1%} of the step")
     if shares["plain_over_ours"] is not None:
@@ -318,8 +324,9 @@ def main() -> int:
     parser.add_argument("--size", type=int, help="of the views in pixels (default: 224, or 64 for resnet10_tiny)")
     parser.add_argument("--workers", type=int, default=16 if cuda else 2, help="threads that make views")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the encoders, the floor's too")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay the encoders as graphs, the floor's too")
     parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.set_defaults(repeats=20, seconds=30.0, cache="warm")
+    parser.set_defaults(repeats=20 if cuda else 5, seconds=30.0, cache="warm")
     args = parser.parse_args()
     if args.dtype not in ("float32", "bfloat16"):
         parser.error("--dtype must be float32 or bfloat16")

@@ -127,7 +127,7 @@ def parse_as(
     Raises UsageError, or SystemExit(0) after printing the help or, for ``--print_config``, the options.
     """
     names, tokens, print_config = _split(argv)
-    parser = _parser(prog, cls, description)
+    parser = _parser(prog, cast(Any, cls), description)
     if "--help" in tokens:
         parser.print_help()
         raise SystemExit(0)

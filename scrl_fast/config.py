@@ -259,6 +259,9 @@ class TrainConfig:
     """Memory layout of images and encoder."""
     compile: bool = False
     """torch.compile for the encoders; for GPUs, on a CPU it is slower."""
+    cuda_graphs: bool = False
+    """Replay the compiled encoders as CUDA graphs (includes compile): pays where starting kernels takes longer than
+    running them, as with small batches; one GPU, without accumulate and checkpoint_activations."""
     checkpoint_activations: bool = False
     """Keep only the block boundaries of the online encoder and compute the rest again in the backward pass: less
     memory, about a third more time in the encoder, the same numbers."""

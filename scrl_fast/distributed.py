@@ -67,6 +67,21 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def rows(self, rows: Tensor, limit: int) -> Tensor:
+        """Rows ``[N, D]`` of all processes, by rank, in every process; N may differ, and be 0.
+
+        limit: how many at most (rounded up to as many from each process).
+        """
+        if not self.several:
+            return rows[:limit]
+        rows = rows[: -(-limit // self.size)]
+        counts = self.sums([len(rows) if rank == self.rank else 0 for rank in range(self.size)])
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def gathered(self, items: Sequence[T]) -> list[T]:
         """All processes' items in process 0, by rank; elsewhere this process's own."""
         if not self.several:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from scrl_fast import backends, distributed, run_folder, runlog
-from scrl_fast.config import Config
+from scrl_fast.config import Config, TrainConfig
 from scrl_fast.data.loader import check_enough
 from scrl_fast.distributed import World
 from scrl_fast.models import SCRL
@@ -39,7 +39,26 @@ def check_run(config: Config, *, images: int, world_size: int = 1, device_type: 
     if config.run.wandb:
         runlog.import_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
     check_enough(images, config, world_size)
+    check_graphs(config.train, world_size, device_type)
     backends.check_forced(device_type)
+
+
+def check_graphs(train: TrainConfig, world_size: int, device_type: str) -> None:
+    """Raises ValueError where ``train.cuda_graphs`` is asked for and cannot be had."""
+    if not train.cuda_graphs:
+        return
+    if device_type != "cuda":
+        raise ValueError(f"train.cuda_graphs=True replays the encoders on a GPU, but this run is on {device_type}")
+    reasons = {
+        f"{world_size} processes, whose exchanges of BatchNorm statistics end a graph": world_size > 1,
+        f"train.accumulate={train.accumulate}, since graphs reuse the memory of the first batch's gradients": (
+            train.accumulate > 1
+        ),
+        "train.checkpoint_activations": train.checkpoint_activations,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"train.cuda_graphs=True does not go with {reason}: leave it out, or use train.compile")
 
 
 def choose_folder(config: Any, kind: str = "", known: Sequence[str] = ("random",)) -> str:
@@ -134,6 +153,16 @@ def build_model(config: Config, num_classes: int) -> SCRL:
     if config.views.size < stride:  # of timm's encoders it is known only now
         raise ValueError(f"views.size={config.views.size}: must be at least {stride}, the stride of {model.backbone}")
     return networks
+
+
+def compile_encoders(model: SCRL, train: TrainConfig) -> None:
+    """torch.compile, and CUDA graphs, for the encoders as far as the options ask for it.
+
+    Only the encoders, whose shapes never change; boxes and heads, whose shapes do, stay as they are.
+    """
+    if train.compile or train.cuda_graphs:
+        for branch in (model.online, model.target):
+            branch.encoder.compile(dynamic=False, **({"mode": "reduce-overhead"} if train.cuda_graphs else {}))
 
 
 def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:

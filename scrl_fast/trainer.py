@@ -20,7 +20,7 @@ from scrl_fast.compare import compare_with_untrained
 from scrl_fast.config import Config
 from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import World
-from scrl_fast.metrics import StepMeter, feature_std, rankme
+from scrl_fast.metrics import StepMeter, as_rows, feature_std, rankme
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.signals import StopRequest
 
@@ -86,9 +86,7 @@ class SCRLTrainer:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = prepare.build_optimizer(self.model, config, self.global_batch)
         self.model.online.encoder.checkpointing = train.checkpoint_activations
-        if train.compile:  # only the encoders, whose shapes never change; boxes and heads stay as they are
-            self.model.online.encoder.compile(dynamic=False)
-            self.model.target.encoder.compile(dynamic=False)
+        prepare.compile_encoders(self.model, train)
 
         self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
 
@@ -186,6 +184,8 @@ class SCRLTrainer:
         """
         torch.manual_seed(prepare.step_seed(self.config.train.seed, self.step, self.rank))
         momentum = self.set_schedule()
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the step before returned may be overwritten
         if self.network is None:
             self.network = self.world.parallel(self.model, self.device, static=len(batches) == 1)
         own_pairs = sum(map(prepare.count_pairs, batches))
@@ -265,12 +265,12 @@ class SCRLTrainer:
         self.pending += rows
 
     def report(self) -> None:
-        """One logging point: the means since the last one, and the collapse monitors of this step."""
+        """One logging point: the means since the last one, and the collapse monitors of this step's last batch."""
         self.read_meter()
         rows, self.pending = self.pending, []
         loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
         assert self.projections is not None
-        monitored = self.projections[:MONITOR_ROWS]
+        monitored = self.world.rows(as_rows(self.projections), MONITOR_ROWS)
         images = self.global_batch * len(rows)
         speed = self.clock.read()
         speed["data_wait"] = self.world.sum_(torch.tensor(speed["data_wait"])).item() / self.world.size

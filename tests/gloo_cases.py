@@ -164,7 +164,15 @@ def message_case(world: World) -> dict:
         world.from_first(refuse)
     except ValueError as error:
         refused = str(error)
-    return {"sums": world.sums([world.rank, 1]), "first": world.from_first(lambda: world.rank), "refused": refused}
+    numbers = torch.arange(3 * SIZE).view(SIZE, 3).float()
+    return {
+        "sums": world.sums([world.rank, 1]),
+        "first": world.from_first(lambda: world.rank),
+        "refused": refused,
+        "rows": world.rows(numbers[world.rank :], 100),  # 4, 3, 2, 1 of them
+        "some rows": world.rows(numbers[world.rank :], 5),  # two from each at most
+        "no rows": world.rows(numbers[:0], 5),
+    }
 
 
 def main(folder: Path, rank: int) -> None:

@@ -104,6 +104,7 @@ def same_weights(ours, theirs):
 
 def rows_of(folder):
     names = ("step", "epoch", "loss", "lr", "ema_momentum", "pairs_per_image", "probe_loss", "probe_accuracy")
+    names += ("feature_std", "rankme")
     return [[row[name] for name in names] for row in runlog.read_metrics(folder / "metrics.jsonl")]
 
 
@@ -164,7 +165,17 @@ def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(gloo):
 
 def test_what_the_first_process_decides_and_refuses_reaches_all(gloo):
     for result in gloo[1]:
-        assert result["messages"] == {"sums": [6, 4], "first": 0, "refused": "all of them are damaged"}
+        messages = result["messages"]
+        assert (messages["sums"], messages["first"]) == ([6, 4], 0)
+        assert messages["refused"] == "all of them are damaged"
+
+
+def test_rows_of_all_processes_come_in_order_as_many_from_each(gloo):
+    for result in gloo[1]:
+        rows, some, none = (result["messages"][name] for name in ("rows", "some rows", "no rows"))
+        assert rows[:, 0].tolist() == [0, 3, 6, 9, 3, 6, 9, 6, 9, 9]
+        assert some[:, 0].tolist() == [0, 3, 3, 6, 6, 9, 9]
+        assert none.shape == (0, 3)
 
 
 def test_devices_of_several_processes(monkeypatch):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import traceback
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scrl_fast import runlog
+from scrl_fast import prepare, runlog
 from scrl_fast.config import Config
 from scrl_fast.resume import restore
 from scrl_fast.schedules import ema_momentum, learning_rate
@@ -328,6 +329,49 @@ def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkey
     assert list(trainer.model.state_dict()) == list(eager.model.state_dict())
     for ours, expected in zip(trainer.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "device", "reason"),
+    [
+        ({}, 1, "cpu", "replays the encoders on a GPU, but this run is on cpu"),
+        ({}, 2, "cuda", "does not go with 2 processes"),
+        ({"accumulate": 2}, 1, "cuda", "does not go with train.accumulate=2"),
+        ({"checkpoint_activations": True}, 1, "cuda", "does not go with train.checkpoint_activations"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(tmp_path, options, processes, device, reason):
+    config = make_config(tmp_path, cuda_graphs=True, **options)
+    with pytest.raises(ValueError, match=rf"^train\.cuda_graphs=True {re.escape(reason)}"):
+        prepare.check_run(config, images=12, world_size=processes, device_type=device)
+
+
+def test_cuda_graphs_are_asked_of_the_compiler_for_encoders_alone_and_begin_anew_every_step(tmp_path, monkeypatch):
+    compiled, begun = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    monkeypatch.setattr(prepare, "check_graphs", lambda *_: None)
+    trainer = make_trainer(tmp_path, cuda_graphs=True)
+    options = {"dynamic": False, "mode": "reduce-overhead"}
+    assert compiled == [(trainer.model.online.encoder, options), (trainer.model.target.encoder, options)]
+    batch = first_batch(trainer)
+    for _ in range(2):
+        trainer.train_step([batch])
+    assert len(begun) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_give_what_eager_encoders_give(tmp_path):
+    states = []
+    for graphs in (False, True):
+        trainer = make_trainer(tmp_path / str(graphs), cuda_graphs=graphs, device="cuda")
+        stream = trainer.batches()
+        for _ in range(6):
+            trainer.train_step(next(stream))
+        stream.close()
+        states.append(trainer.model.state_dict())
+    for eager, graphed in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(graphed, eager, rtol=1e-2, atol=1e-3)
 
 
 def test_checkpointed_activations_keep_less_and_change_nothing(tmp_path):
