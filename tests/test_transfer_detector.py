@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from scrl_fast import weights
 from scrl_fast.data import DemoScenes
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
@@ -44,6 +45,29 @@ def test_weights_land_in_the_backbone(tmp_path, kind):
     assert len(network.init_report.matched) == 120
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("kind, levels", [("faster_rcnn", 5), ("retinanet", 5)])
+def test_a_timm_backbone(tmp_path, scenes, kind, levels):
+    pytest.importorskip("timm", reason="timm is an extra")
+    encoder = build_encoder("timm:test_resnet")
+    torch.save({"state_dict": encoder.body.state_dict()}, tmp_path / "t.pth")
+    network = small(kind, backbone="timm:test_resnet", init=str(tmp_path / "t.pth"))
+    body, own = network.backbone.body.state_dict(), encoder.body.state_dict()
+    assert set(body) == set(own) and all(torch.equal(body[name], own[name]) for name in own)
+    maps = network.backbone(torch.zeros(1, 3, 64, 128))
+    strides = (8, 16, 32, 64, 128) if kind == "retinanet" else (4, 8, 16, 32, 64)
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(-(-64 // s), -(-128 // s)) for s in strides]
+    losses = fine_tune(network, scenes, steps=2, batch_size=4, lr=0.01, workers=1)
+    assert all(loss < 10 for loss in losses)
+    moved = network.backbone.body.state_dict()
+    assert not torch.equal(moved["layer1.0.conv1.weight"], own["layer1.0.conv1.weight"])
+    torch.save(network.state_dict(), tmp_path / "detector.pth")
+    report = weights.load_into(build_encoder("timm:test_resnet"), tmp_path / "detector.pth")
+    assert len(report.matched) == len(own)
+    small(kind, backbone="timm:test_efficientnet", norm="frozen")(
+        [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
+    )["loss_box_reg" if kind == "faster_rcnn" else "bbox_regression"].backward()
 
 
 def test_an_encoder_may_be_given_itself():
@@ -151,6 +175,21 @@ def test_wrong_arguments_are_named(arguments, message):
         build_detector(*arguments)
     with pytest.raises(ValueError, match=r"fpn_channels must be a multiple of 32 .* got 40"):
         small("fcos", fpn_channels=40)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backbone": "timm:test_vit"}, r"model\.backbone=timm:test_vit: its feature maps have strides \[16.*ResNet"),
+        ({"backbone": "timm:swin_tiny_patch4_window7_224"}, r"images differ in size, and Input height \(64\)"),
+        ({"backbone": "timm:test_resnet", "frozen_stages": 1}, r"model\.frozen_stages=1: only torchvision's"),
+        ({"backbone": "timm:test_resnet", "init": "torchvision"}, r"no ImageNet weights of timm:test_resnet"),
+    ],
+)
+def test_what_timm_cannot_do_is_named(options, message):
+    pytest.importorskip("timm", reason="timm is an extra")
+    with pytest.raises(UsageError, match=message):
+        small(**options)
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):

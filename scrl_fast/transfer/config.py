@@ -52,7 +52,7 @@ class DetectorConfig:
     detector: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"] = "faster_rcnn"
     """Which one, on a feature pyramid."""
     backbone: str = "resnet50"
-    """resnet10_tiny, or one of torchvision's ResNet family."""
+    """resnet10_tiny, one of torchvision's ResNet family, or timm:NAME with feature maps of stride 4, 8, 16 and 32."""
     branch: Literal["online", "target"] = "online"
     """Which network of a checkpoint that --init names."""
     norm: Literal["syncbn", "frozen"] = "syncbn"

@@ -12,22 +12,18 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops import MultiScaleRoIAlign
 
 from scrl_fast import weights
-from scrl_fast.errors import UsageError
-from scrl_fast.models import Encoder, build_encoder
+from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.transfer.config import DETECTORS, DetectorConfig
+from scrl_fast.transfer.pyramid import build_pyramid, norm_of_heads
 
-SUPERVISED = "torchvision"
-STEM = ("conv1", "bn1")
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # a box of 224 pixels belongs to stride 16 (FPN, arXiv 1612.03144, eq. 1)
 
 
@@ -47,7 +43,7 @@ def build_detector(
     detector: faster_rcnn, mask_rcnn, keypoint_rcnn, retinanet or fcos.
     classes: without background. Labels in targets and detections count from 1 for the R-CNNs, from 0 for the other two
         (`first_label`).
-    backbone, init, branch: an encoder of `scrl_fast.models.build_encoder` (its ResNet family), and weights for it:
+    backbone, init, branch: an encoder of `scrl_fast.models.build_encoder`, and weights for it:
         "random", "torchvision" (supervised on ImageNet), a path for `scrl_fast.weights.read`, what that gave, or an
         encoder, whose weights are copied.
     config: every other number, by default the published ones; ``options`` are its fields, such as short_side=(96, 96)
@@ -87,98 +83,6 @@ class EvaluationSide(torchvision.models.detection.transform.GeneralizedRCNNTrans
         super().train(mode)
         self.min_size = self.sides if mode else (self.test_side,)
         return self
-
-
-# ---- backbone ----
-
-
-def build_pyramid(config: DetectorConfig, init: Any) -> tuple[BackboneWithFPN, list[int], weights.Report]:
-    """The encoder under a feature pyramid, with the stride of every level of it, and the report of its weights."""
-    encoder = build_encoder(config.backbone)
-    if encoder.name.startswith("timm:"):
-        raise UsageError(f"model.backbone={encoder.name}: transfer takes resnet10_tiny and torchvision's ResNet family")
-    report = initialise(encoder, init, config.branch)
-    body = encoder.body
-    stages = [n for n in ("layer1", "layer2", "layer3", "layer4") if not isinstance(getattr(body, n), nn.Identity)]
-    strides = {name: encoder.stride >> (len(stages) - 1 - i) for i, name in enumerate(stages)}
-    freeze(body, [STEM[0], *stages], config.frozen_stages)
-    if config.norm == "frozen":
-        freeze_norms(body)
-    dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
-    used = stages[1:] if dense else stages
-    channels = [_channels(getattr(body, name)) for name in used]
-    above = LastLevelP6P7(config.fpn_channels, config.fpn_channels) if dense else LastLevelMaxPool()
-    pyramid = BackboneWithFPN(
-        body,
-        {name: str(level) for level, name in enumerate(used)},
-        channels,
-        config.fpn_channels,
-        extra_blocks=above,
-        norm_layer=_norm_of_heads(config),
-    )
-    extra = [strides[used[-1]] << (i + 1) for i in range(2 if dense else 1)]
-    return pyramid, [strides[name] for name in used] + extra, report
-
-
-def initialise(encoder: Encoder, init: Any, branch: str) -> weights.Report:
-    """Weights of ``init`` into the encoder. Raises UsageError when torchvision's cannot be had."""
-    if isinstance(init, Encoder):
-        own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
-        init = weights.Weights(init.name, "an encoder", {"online": own, "target": own})
-    if init != SUPERVISED:
-        return weights.load_into(encoder, init, branch="target" if branch == "target" else "online")
-    try:
-        chosen = torchvision.models.get_model_weights(encoder.name)["IMAGENET1K_V1"]
-        state = chosen.get_state_dict(progress=False, check_hash=True)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"init=torchvision: torchvision has no ImageNet weights of {encoder.name}") from error
-    except OSError as error:
-        raise UsageError(
-            f"init=torchvision: the weights of {encoder.name} cannot be downloaded ({error}); give a file instead"
-        ) from error
-    body = {f"encoder.body.{name}": tensor for name, tensor in state.items()}
-    return weights.load_into(encoder, weights.Weights(str(chosen), "torchvision", {"online": body}))
-
-
-def freeze(body: nn.Module, stages: list[str], count: int) -> None:
-    """No gradient for the first ``count`` of the stem and the stages; their norms keep their statistics.
-
-    torchvision's own ``trainable_backbone_layers`` is ignored where no weights of torchvision's are asked for.
-    """
-    for name in stages[:count]:
-        for part in (name, "bn1") if name == STEM[0] else (name,):
-            getattr(body, part).requires_grad_(False)
-            if part == "bn1":
-                setattr(body, part, _frozen(body.bn1))
-            else:
-                freeze_norms(getattr(body, part))
-
-
-def freeze_norms(module: nn.Module) -> None:
-    """BatchNorm inside the module becomes a fixed affine map."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, _frozen(child))
-        else:
-            freeze_norms(child)
-
-
-def _frozen(norm: Any) -> FrozenBatchNorm2d:
-    if isinstance(norm, FrozenBatchNorm2d):
-        return norm
-    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
-    frozen.load_state_dict(norm.state_dict())
-    return frozen
-
-
-def _channels(stage: nn.Module) -> int:
-    return [module for module in stage.modules() if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d))][
-        -1
-    ].weight.numel()
-
-
-def _norm_of_heads(config: DetectorConfig) -> type[nn.Module] | None:
-    return nn.BatchNorm2d if config.norm_in_heads and config.norm != "frozen" else None
 
 
 # ---- RoIAlign ----
@@ -258,7 +162,7 @@ def _mask_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     return MaskRCNN(
         **_rcnn_options(config, pyramid, strides, classes),
         mask_roi_pool=_pooler(config, strides, 14),
-        mask_head=MaskRCNNHeads(config.fpn_channels, (width,) * 4, 1, norm_layer=_norm_of_heads(config)),
+        mask_head=MaskRCNNHeads(config.fpn_channels, (width,) * 4, 1, norm_layer=norm_of_heads(config)),
         mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
     )
 
@@ -284,7 +188,7 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     octaves = [2 ** (third / 3) for third in range(3)]
     sides = tuple(tuple(round(config.anchor_scale / 2 * stride * o) for o in octaves) for stride in strides)
     anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides))
-    norm = _norm_of_heads(config)
+    norm = norm_of_heads(config)
     head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
     return RetinaNet(
         pyramid,

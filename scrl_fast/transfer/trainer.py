@@ -24,9 +24,10 @@ from scrl_fast.resume import changed_options, choose, step_in_name
 from scrl_fast.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.data import Ahead, Example, Examples, read_split, trainable
-from scrl_fast.transfer.detector import SUPERVISED, build_detector
+from scrl_fast.transfer.detector import build_detector
 from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
 from scrl_fast.transfer.predict import Detections, detect
+from scrl_fast.transfer.pyramid import SUPERVISED
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

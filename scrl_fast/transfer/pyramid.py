@@ -1,0 +1,163 @@
+"""An encoder of ours under a feature pyramid: its weights, what of it stays frozen, which of its maps are used."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from scrl_fast import weights
+from scrl_fast.errors import UsageError
+from scrl_fast.models import Encoder, build_encoder
+from scrl_fast.models.encoders import TimmEncoder
+from scrl_fast.transfer.config import DetectorConfig
+
+SUPERVISED = "torchvision"
+STEM = ("conv1", "bn1")
+TIMM_STRIDES = [4, 8, 16, 32]
+
+
+def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[int], weights.Report]:
+    """The encoder under a feature pyramid, with the stride of every level of it, and the report of its weights.
+
+    Raises UsageError for a backbone of timm that has no such levels, WeightsError for weights that do not fill it.
+    """
+    encoder = build_encoder(config.backbone)
+    report = initialise(encoder, init, config.branch)
+    dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
+    extra = LastLevelP6P7(config.fpn_channels, config.fpn_channels) if dense else LastLevelMaxPool()
+    options = {"extra_blocks": extra, "norm_layer": norm_of_heads(config)}
+    if isinstance(encoder, TimmEncoder):
+        pyramid, strides = _timm_pyramid(encoder, config, int(dense), options)
+    else:
+        pyramid, strides = _torchvision_pyramid(encoder, config, int(dense), options)
+    return pyramid, strides + [strides[-1] << (i + 1) for i in range(2 if dense else 1)], report
+
+
+def _torchvision_pyramid(
+    encoder: Encoder, config: DetectorConfig, skip: int, options: dict[str, Any]
+) -> tuple[nn.Module, list[int]]:
+    body = encoder.body
+    stages = [n for n in ("layer1", "layer2", "layer3", "layer4") if not isinstance(getattr(body, n), nn.Identity)]
+    strides = [encoder.stride >> (len(stages) - 1 - i) for i in range(len(stages))]
+    freeze(body, [STEM[0], *stages], config.frozen_stages)
+    if config.norm == "frozen":
+        freeze_norms(body)
+    channels = [_channels(getattr(body, name)) for name in stages]
+    levels = {name: str(level) for level, name in enumerate(stages[skip:])}
+    return BackboneWithFPN(body, levels, channels[skip:], config.fpn_channels, **options), strides[skip:]
+
+
+def _timm_pyramid(
+    encoder: TimmEncoder, config: DetectorConfig, skip: int, options: dict[str, Any]
+) -> tuple[nn.Module, list[int]]:
+    body: Any = encoder.body
+    strides, channels = body.feature_info.reduction(), body.feature_info.channels()
+    if not set(TIMM_STRIDES) <= set(strides):
+        raise UsageError(
+            f"model.backbone={encoder.name}: its feature maps have strides {strides}, and a feature pyramid needs "
+            f"{TIMM_STRIDES}, as ResNet, RegNet, ResNeSt, EfficientNet or ConvNeXt have them"
+        )
+    _check_any_size(encoder)
+    if config.frozen_stages:
+        raise UsageError(f"model.frozen_stages={config.frozen_stages}: only torchvision's backbones have these stages")
+    if config.norm == "frozen":
+        from timm.utils.model import freeze_batch_norm_2d
+
+        freeze_batch_norm_2d(body)
+    places = [strides.index(stride) for stride in TIMM_STRIDES[skip:]]
+    fpn = FeaturePyramidNetwork([channels[place] for place in places], config.fpn_channels, **options)
+    return TimmPyramid(body, places, fpn, config.fpn_channels), TIMM_STRIDES[skip:]
+
+
+def _check_any_size(encoder: TimmEncoder) -> None:
+    """Raise UsageError for a backbone that takes images of one size only: a detector's differ."""
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, 3, 64, 96))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"model.backbone={encoder.name}: a detector's images differ in size, and {error}") from error
+    finally:
+        encoder.train(training)
+
+
+class TimmPyramid(nn.Module):
+    """`BackboneWithFPN` for the feature maps of a timm model: level ``i`` is made of its map ``places[i]``."""
+
+    def __init__(self, body: nn.Module, places: list[int], fpn: FeaturePyramidNetwork, out_channels: int) -> None:
+        super().__init__()
+        self.body, self.places, self.fpn, self.out_channels = body, places, fpn, out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` to maps by name, the finest first."""
+        maps = self.body(x)
+        return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))
+
+
+def initialise(encoder: Encoder, init: Any, branch: str) -> weights.Report:
+    """Weights of ``init`` into the encoder. Raises UsageError when torchvision's cannot be had."""
+    if isinstance(init, Encoder):
+        own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
+        init = weights.Weights(init.name, "an encoder", {"online": own, "target": own})
+    if init != SUPERVISED:
+        return weights.load_into(encoder, init, branch="target" if branch == "target" else "online")
+    try:
+        chosen = torchvision.models.get_model_weights(encoder.name)["IMAGENET1K_V1"]
+        state = chosen.get_state_dict(progress=False, check_hash=True)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"init=torchvision: torchvision has no ImageNet weights of {encoder.name}") from error
+    except OSError as error:
+        raise UsageError(
+            f"init=torchvision: the weights of {encoder.name} cannot be downloaded ({error}); give a file instead"
+        ) from error
+    body = {f"encoder.body.{name}": tensor for name, tensor in state.items()}
+    return weights.load_into(encoder, weights.Weights(str(chosen), "torchvision", {"online": body}))
+
+
+def freeze(body: nn.Module, stages: list[str], count: int) -> None:
+    """No gradient for the first ``count`` of the stem and the stages; their norms keep their statistics.
+
+    torchvision's own ``trainable_backbone_layers`` is ignored where no weights of torchvision's are asked for.
+    """
+    for name in stages[:count]:
+        for part in (name, "bn1") if name == STEM[0] else (name,):
+            getattr(body, part).requires_grad_(False)
+            if part == "bn1":
+                setattr(body, part, _frozen(body.bn1))
+            else:
+                freeze_norms(getattr(body, part))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """BatchNorm inside the module becomes a fixed affine map."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, _frozen(child))
+        else:
+            freeze_norms(child)
+
+
+def _frozen(norm: Any) -> FrozenBatchNorm2d:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    frozen.load_state_dict(norm.state_dict())
+    return frozen
+
+
+def _channels(stage: nn.Module) -> int:
+    return [module for module in stage.modules() if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d))][
+        -1
+    ].weight.numel()
+
+
+def norm_of_heads(config: DetectorConfig) -> type[nn.Module] | None:
+    """Normalisation in feature pyramid and convolutional heads, if any."""
+    return nn.BatchNorm2d if config.norm_in_heads and config.norm != "frozen" else None
