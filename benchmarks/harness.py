@@ -58,6 +58,19 @@ def case_name(label: str, **parameters: Any) -> str:
     return " ".join([label, *(f"{key}={value}" for key, value in parameters.items())])
 
 
+def environment(name: str, device: str) -> dict[str, Any]:
+    """On what a benchmark ran: the last row of its results."""
+    return {
+        "bench": name,
+        "case": "environment",
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": _commit(),
+    }
+
+
 class Bench:
     """One benchmark run: cases in, rows out.
 
@@ -76,17 +89,8 @@ class Bench:
         self.failures: list[str] = []
         cache = args.cache or ("cold" if args.device == "cuda" else "warm")
         self.timer = Timer(self.device, cold=cache == "cold")
-        self.environment = {
-            "bench": name,
-            "case": "environment",
-            "device": args.device,
-            "device_name": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
-            "threads": torch.get_num_threads(),
-            "cache": cache,
-            "copy_gb_per_s": self.timer.copy_bandwidth(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-            "commit": _commit(),
-        }
+        self.environment = environment(name, args.device)
+        self.environment |= {"cache": cache, "copy_gb_per_s": self.timer.copy_bandwidth()}
         print(report.heading(self.environment), flush=True)
 
     def case(

@@ -20,6 +20,7 @@ import harness
 import numpy as np
 import timing
 import torch
+from memory_bench import kept_bytes
 from sample_box_pairs_bench import random_crops
 from step_rival import PlainStep
 from torch import Tensor, nn
@@ -184,21 +185,8 @@ def floor_of(trainer: SCRLTrainer, views: Tensor, bf16: bool) -> timing.Call:
 
 def activation_bytes(trainer: SCRLTrainer, views: Tensor) -> int:
     """What the online encoder keeps for its backward pass, beside its parameters."""
-    kept: dict[int, int] = {}
-    parameters = {p.data_ptr() for p in trainer.model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(views.device.type, torch.bfloat16, enabled=trainer.bf16),
-    ):
-        trainer.model.online.encoder(views)  # its result, and with it what was kept, lives until here
-    return sum(kept.values())
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=trainer.bf16):
+        return kept_bytes(trainer.model.online.encoder, views)
 
 
 def measure(bench: harness.Bench, batch: int, rival: bool) -> None:

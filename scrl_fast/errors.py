@@ -98,8 +98,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory(error: BaseException) -> str:
     return (
         f"out of memory ({' '.join(str(error).split())[:160] or type(error).__name__}); lower --train.batch_size and "
-        "raise --train.accumulate by the same factor to keep the global batch, or use --train.precision=bf16, a "
-        "smaller --views.size, fewer --boxes.per_image or a smaller --model.backbone"
+        "raise --train.accumulate by the same factor to keep the global batch, or use --train.precision=bf16, "
+        "--train.checkpoint_activations=true, a smaller --views.size, fewer --boxes.per_image or a smaller "
+        "--model.backbone"
     )
 
 

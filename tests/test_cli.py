@@ -178,7 +178,7 @@ def test_exit_codes(trainer, capsys, tmp_path):
         (ValueError("not one of ours"), 1, "ValueError: not one of ours (traceback"),
         (KeyboardInterrupt(), 1, "interrupted\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), 1, "lower --train.batch_size"),
-        (MemoryError(), 1, "lower --train.batch_size"),
+        (MemoryError(), 1, "--train.checkpoint_activations=true"),
     ]:
         trainer.fit = raising(error)
         got, out, err = run(capsys=capsys)

@@ -10,9 +10,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import memory_bench
+import scaling_model
 import step_bench
 import step_rival
 import timing
+
+from scrl_fast.models import build_encoder
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +48,26 @@ def test_no_number_where_the_plain_step_disagrees(monkeypatch, capsys):
     assert step_bench.main() == 1
     assert "check is red" in capsys.readouterr().out
     assert torch.is_grad_enabled()
+
+
+# ---- what the documents say ----
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_activations_are_those_of_the_document_and_of_real_networks():
+    text = (DOCS / "determinism.md").read_text()
+    for name in ("resnet18", "resnet50"):
+        row = memory_bench.activations(name)
+        kept, checkpointed = (row[key] / 1e6 for key in ("bytes_per_image", "checkpointed_bytes_per_image"))
+        assert f"| {name} | {kept:.0f} | {checkpointed:.0f} |" in text
+    encoder = build_encoder("resnet10_tiny")
+    real = memory_bench.kept_bytes(encoder, torch.randn(2, 3, 64, 64))
+    assert real == memory_bench.activations("resnet10_tiny", size=64)["bytes_per_image"] > 2 * 16 * 32 * 32 * 4
+
+
+def test_the_paper_model_is_that_of_the_document():
+    what = scaling_model.exchanged()
+    assert what == scaling_model.Exchanged(gradient_bytes=148_463_776, exchanges=164, statistics_bytes=212_692)
+    lines = scaling_model.table([scaling_model.predict(what, 120.0, *link) for link in scaling_model.LINKS])
+    assert all(line in (DOCS / "distributed.md").read_text() for line in lines)
