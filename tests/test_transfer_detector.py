@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,34 @@ def test_our_roi_align_in_the_detector_is_torchvisions():
 def test_boxes_go_to_the_level_of_their_size():
     boxes = torch.tensor([[0, 0, s, s] for s in (1.0, 111, 112, 223, 224, 448, 2000)])
     assert level_of(boxes, [4, 8, 16, 32]).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("knee", [0.0, 1 / 9, 0.5])
+def test_box_losses_have_the_knee_that_is_asked_for(monkeypatch, knee):
+    network = small(rpn_loss_knee=knee, box_loss_knee=2 * knee)
+    network.train()
+    target = [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
+    given = []
+    monkeypatch.setattr("torch._C._nn.smooth_l1_loss", lambda a, b, r, beta: given.append(beta) or (a - b).sum())
+    monkeypatch.setattr("torch._C._nn.l1_loss", lambda a, b, r: given.append(0.0) or (a - b).sum())
+    network([torch.rand(3, 64, 64)], target)
+    assert given == [knee, 2 * knee]
+    given.clear()
+    with pytest.raises(AssertionError):
+        network([torch.rand(3, 64, 64)], None)
+    torch.nn.functional.smooth_l1_loss(torch.ones(2), torch.zeros(2), beta=0.3)
+    copy.deepcopy(network)([torch.rand(3, 64, 64)], target)
+    assert given == [0.3, knee, 2 * knee]
+
+
+def test_heads_start_with_boxes_and_masks_that_say_nothing():
+    heads = small("mask_rcnn", head_channels=256, mask_channels=64).roi_heads
+    for layer, deviation in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 0.001),
+        (heads.mask_predictor.mask_fcn_logits, 0.001),
+    ):
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.1) and not layer.bias.any()
 
 
 def test_evaluation_has_its_own_side():

@@ -190,6 +190,13 @@ def test_published_defaults(root):
     rates = [config.optim.rate(step, 16) for step in (0, 500, 1000, 59999, 60000, 80000)]
     assert np.allclose(rates, [0.02 * 0.001, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.0002])
     assert config.optim.rate(2000, 8) == pytest.approx(0.01)
+    voc = parse(["voc", f"--data.root={root}"])
+    assert (voc.train.steps, voc.optim.decay_at, voc.optim.warmup_steps) == (18000, (12000, 16000), 100)
+    assert voc.model.short_sides() == tuple(range(480, 801, 32)) and voc.model.box_loss_knee == 0
+    points = parse(["keypoints", f"--data.root={root}"]).model
+    assert points.proposals == (1500, 1000) and (points.rpn_loss_knee, points.box_loss_knee) == (0, 0.5)
+    assert parse(["coco10", f"--data.root={root}", "--model.detector=retinanet"]).optim.lr == 0.01
+    assert parse(["detection", f"--data.root={root}", "--model.detector=fcos", "--optim.lr=0.03"]).optim.lr == 0.03
     city = parse(["cityscapes", f"--data.root={root}"]).optim
     assert np.allclose([city.rate(step, 8) for step in (17999, 18000, 23999)], [0.01, 0.001, 0.001])
     assert config.model.short_sides() == (640, 672, 704, 736, 768, 800) and config.model.frozen_stages == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from scrl_fast import cli, durable
 from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
-from scrl_fast.transfer.config import TASKS, TransferConfig
+from scrl_fast.transfer.config import DETECTOR_SETTINGS, TASKS, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"
 
@@ -42,14 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> TransferConfig:
-    """Options of a task: its own defaults, then files, then the command line. Raises UsageError."""
+    """Options of a task: its own defaults, the detector's, then files, then the command line. Raises UsageError."""
     task = take_task(argv)
-    settings = cli.Settings({"task": task, **TASKS[task]}, f"the defaults of {task}")
+    settings = [cli.Settings({"task": task, **TASKS[task]}, f"the defaults of {task}")]
     description = (
         f"Fine-tune a detector from pre-trained weights and measure it: {task}. The defaults below are those of "
         "detection; --print_config shows the task's own."
     )
-    config = cli.parse_as(TransferConfig, argv, prog=f"{PROG} {task}", description=description, base=[settings])
+    options: dict[str, Any] = {"prog": f"{PROG} {task}", "description": description}
+    if any(argument.startswith(("--config", "--model.detector", "--model=")) for argument in argv):
+        silent = [argument for argument in argv if argument != "--print_config"]
+        detector = cli.parse_as(TransferConfig, silent, base=settings, **options).model.detector
+        settings.append(cli.Settings(DETECTOR_SETTINGS.get(detector, {}), f"the defaults of {detector}"))
+    config = cli.parse_as(TransferConfig, argv, base=settings, **options)
     if config.task != task:
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")
     config.check_ready()

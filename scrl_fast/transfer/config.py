@@ -95,6 +95,11 @@ class DetectorConfig:
     """Proposals of an image after suppression, in training and in evaluation."""
     rois_per_image: int = 512
     """Proposals of an image that the heads are trained on."""
+    rpn_loss_knee: float = 0.0
+    """Errors of a proposal's box below this count squared, above it straight (smooth L1); 0 is plain L1, which
+    detectron2 has; torchvision's detectors have 1/9. RetinaNet's is always L1, FCOS's GIoU."""
+    box_loss_knee: float = 0.0
+    """The same for the box head's."""
     score_threshold: float = 0.05
     """Detections below this score are dropped."""
     nms_threshold: float = 0.5
@@ -111,6 +116,8 @@ class DetectorConfig:
             frozen_stages=within(0, 5),
             std=above(0),
             anchor_scale=above(0),
+            rpn_loss_knee=at_least(0),
+            box_loss_knee=at_least(0),
             score_threshold=SHARE,
             nms_threshold=SHARE,
             **dict.fromkeys(counts + sides, at_least(1)),
@@ -277,21 +284,20 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+# Sources: detectron2's config files at its commit 02b5c4e (docs/transfer.md names the file of each task)
 TASKS: dict[str, dict[str, Any]] = {
     "detection": {},
     "instance": {"model": {"detector": "mask_rcnn"}},
-    # detectron2 trains its keypoint detectors on 1500 proposals
-    "keypoints": {"model": {"detector": "keypoint_rcnn", "proposals": [1500, 1000]}},
-    # a tenth of the images and of the steps: as many epochs as with all of them
+    "keypoints": {"model": {"detector": "keypoint_rcnn", "proposals": [1500, 1000], "box_loss_knee": 0.5}},
+    # a tenth of the images and of the steps: as many epochs as with all of them (no source gives the paper's)
     "coco10": {"data": {"subset": 0.1}, "train": {"steps": 9000}, "optim": {"decay_at": [6000, 8000]}},
-    # 24 thousand steps, as MoCo's recipe for VOC in detectron2 has them
     "voc": {
         "data": {"train": "2007_trainval+2012_trainval", "val": "2007_test"},
         "model": {"short_side": [480, 800]},
-        "train": {"steps": 24000},
-        "optim": {"decay_at": [18000, 22000], "warmup_steps": 100},
+        "train": {"steps": 18000},
+        "optim": {"decay_at": [12000, 16000], "warmup_steps": 100},
     },
-    # detectron2's Cityscapes schedule; the second decay would come when it is over
+    # one decay only: the second would come when it is over
     "cityscapes": {
         "data": {"train": "train", "val": "val"},
         "model": {
@@ -305,3 +311,9 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 """What differs from the defaults above, for each task."""
+
+DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
+    "retinanet": {"optim": {"lr": 0.01}},
+    "fcos": {"optim": {"lr": 0.01}},
+}
+"""What differs from the task's, for detectors that are trained otherwise."""

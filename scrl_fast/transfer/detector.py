@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -132,6 +134,49 @@ def _pooler(config: DetectorConfig, strides: list[int], size: int) -> MultiScale
 # ---- detectors ----
 
 
+class BoxLossKnee(TorchFunctionMode):
+    """Gives every ``smooth_l1_loss`` inside a module's training pass this knee: torchvision's has no argument."""
+
+    def __init__(self, module: nn.Module, knee: float) -> None:
+        super().__init__()
+        self.knee, self.entered = knee, False
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            self.__enter__()
+            self.entered = True
+
+    def _leave(self, *_: Any) -> None:
+        if self.entered:
+            self.entered = False
+            self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.smooth_l1_loss:
+            kwargs = {**kwargs, "beta": self.knee}
+        return func(*args, **kwargs)
+
+
+def _as_published(network: Any, config: DetectorConfig) -> nn.Module:
+    """Box losses as configured, and heads that start as detectron2's: with boxes and masks that predict nothing yet."""
+    BoxLossKnee(network.rpn, config.rpn_loss_knee)
+    BoxLossKnee(network.roi_heads, config.box_loss_knee)
+    heads = network.roi_heads
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.kaiming_uniform_(layer.weight, a=1)
+    starts = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if heads.mask_predictor is not None:
+        starts.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+    for layer, deviation in starts:
+        nn.init.normal_(layer.weight, std=deviation)
+    for layer in (heads.box_head.fc6, heads.box_head.fc7, *(layer for layer, _ in starts)):
+        nn.init.zeros_(layer.bias)
+    return network
+
+
 def _rcnn_options(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int) -> dict[str, Any]:
     anchors = AnchorGenerator(
         tuple((round(config.anchor_scale * stride),) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
@@ -154,27 +199,29 @@ def _rcnn_options(config: DetectorConfig, pyramid: Any, strides: list[int], clas
 
 
 def _faster_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
-    return FasterRCNN(**_rcnn_options(config, pyramid, strides, classes))
+    return _as_published(FasterRCNN(**_rcnn_options(config, pyramid, strides, classes)), config)
 
 
 def _mask_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
     width = config.mask_channels
-    return MaskRCNN(
+    network = MaskRCNN(
         **_rcnn_options(config, pyramid, strides, classes),
         mask_roi_pool=_pooler(config, strides, 14),
         mask_head=MaskRCNNHeads(config.fpn_channels, (width,) * 4, 1, norm_layer=norm_of_heads(config)),
         mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
     )
+    return _as_published(network, config)
 
 
 def _keypoint_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
     width = config.keypoint_channels
-    return KeypointRCNN(
+    network = KeypointRCNN(
         **_rcnn_options(config, pyramid, strides, classes),
         keypoint_roi_pool=_pooler(config, strides, 14),
         keypoint_head=KeypointRCNNHeads(config.fpn_channels, (width,) * 8),
         keypoint_predictor=DenseKeypointPredictor(width, keypoints),
     )
+    return _as_published(network, config)
 
 
 class DenseKeypointPredictor(KeypointRCNNPredictor):
