@@ -26,6 +26,8 @@ import harness
 import torch
 from evidence_runs import BUDGETS, MEASURES, METHODS, OBJECTS, STAGES, Deadline, Line
 
+from scrl_fast.config import Config
+
 TITLES = {
     "roi_linear": "RoI linear",
     "dense_retrieval": "dense retrieval",
@@ -35,7 +37,8 @@ TITLES = {
 # the best of the grid in RoI linear accuracy, on TUNING_SEED: docs/evidence.md
 LR = {"byol": 16.0, "scrl": 16.0}
 EMA = {"byol": 0.9, "scrl": 0.9}
-GRID = {"lr": (8.0, 16.0, 32.0), "ema": (0.9, 0.97, 0.99)}
+# (lr, ema): the learning rate first, then the moving average at the rate that was best for both
+GRID = ((8.0, 0.97), (16.0, 0.97), (32.0, 0.97), (64.0, 0.97), (32.0, 0.9), (32.0, 0.99))
 TUNING_SEED = 100
 TUNING_MEASURES = ("roi_linear", "image_probe")
 
@@ -48,8 +51,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--lr", nargs="+", default=[], metavar="METHOD=LR", help=f"in place of {LR}")
     p.add_argument("--ema", nargs="+", default=[], metavar="METHOD=MOMENTUM", help=f"in place of {EMA}")
-    p.add_argument("--tune", action="store_true", help=f"try every lr and ema of {GRID} for both methods instead")
+    p.add_argument("--tune", action="store_true", help=f"try each (lr, ema) of {GRID} for both methods instead")
     p.add_argument("--objects", choices=OBJECTS, default="many", help="digits in a scene of pre-training")
+    p.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="options of training")
     p.add_argument("--measures", nargs="*", choices=STAGES, default=list(STAGES), help="fewer of them, for tuning")
     p.add_argument("--device", default=device, choices=("cpu", "cuda"))
     jobs = 1 if device == "cuda" else min(4, os.cpu_count() or 1)
@@ -60,6 +64,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--plot", type=Path, help="learning curves (default: beside the JSON file)")
     args = p.parse_args(argv)
     args.rates, args.momenta = _given(p, args.lr, LR), _given(p, args.ema, EMA)
+    args.changes = tuple(_change(p, word) for word in args.set)
+    if args.set and not (args.work and args.json):
+        p.error("--set makes another experiment: give it its own --work and --json")
     kind = "-tuning" if args.tune else "-one" if args.objects == "one" else ""
     args.work = args.work or Path(f"runs/evidence-{args.budget}{kind}")
     args.measures = tuple(name for name in (TUNING_MEASURES if args.tune else STAGES) if name in args.measures)
@@ -77,6 +84,16 @@ def _given(parser: argparse.ArgumentParser, words: list[str], default: dict[str,
             parser.error(f"{word}: METHOD=NUMBER with one of {', '.join(result)}")
         result[method] = float(value)
     return result
+
+
+def _change(parser: argparse.ArgumentParser, word: str) -> tuple[str, Any]:
+    """('boxes.per_image', 1) of boxes.per_image=1; the field must exist."""
+    name, equals, text = word.partition("=")
+    section, _, field = name.partition(".")
+    if not equals or not hasattr(getattr(Config(), section, None), field):
+        parser.error(f"{word}: SECTION.FIELD=VALUE as in boxes.per_image=1, with an option of scrl_fast.train")
+    value = json.loads(text)
+    return name, tuple(value) if isinstance(value, list) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,15 +124,14 @@ def main(argv: list[str] | None = None) -> int:
 def planned(args: argparse.Namespace) -> list[Line]:
     """Every method and seed; for tuning, every setting of the grid on one seed."""
     deadline = time.monotonic() + 60 * args.minutes
-    common = {"deadline": deadline, "measures": args.measures, "objects": args.objects}
+    common = {"deadline": deadline, "measures": args.measures, "objects": args.objects, "changes": args.changes}
     budget = BUDGETS[args.budget]
     if args.tune:
         return [
             Line(
                 method, TUNING_SEED, budget, lr, ema, args.work / f"{method}-lr{lr:g}-ema{ema:g}", args.device, **common
             )
-            for ema in GRID["ema"]
-            for lr in GRID["lr"]
+            for lr, ema in GRID
             for method in args.rates
             if method in args.methods
         ]
@@ -196,11 +212,11 @@ def _measured(rows: list[dict[str, Any]]) -> list[str]:
 
 def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
     """What is saved."""
-    settings = lines[0].settings["budget"] | {"objects": args.objects}
+    settings = lines[0].settings["budget"] | {name: lines[0].settings[name] for name in ("objects", "changes")}
     return {
         "command": shlex.join(["python", "benchmarks/evidence.py", *argv]),
         "budget": args.budget,
-        "settings": settings | (GRID if args.tune else {"lr": args.rates, "ema": args.momenta}),
+        "settings": settings | ({} if args.tune else {"lr": args.rates, "ema": args.momenta}),
         "environment": {
             "device": args.device,
             "device_name": torch.cuda.get_device_name() if args.device == "cuda" else harness._processor(),

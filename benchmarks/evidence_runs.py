@@ -55,7 +55,6 @@ class Budget:
 
 BUDGETS = {
     "smoke": Budget(1, 128, 32, 1, 32, 64, 32, 32, 4, detector_test=64),  # does it run?
-    "tune": Budget(),  # the same under another name, for the seeds that choose learning rates
     "standard": Budget(),  # minutes on two CPU cores
     "long": Budget(
         epochs=200, scenes=8192, batch_size=256, curve_points=8, curve_scenes=2048, test_scenes=4000, dense_scenes=2048,
@@ -87,10 +86,14 @@ class Line:
     measures: tuple[str, ...] = STAGES
     objects: str = "many"
     """In the scenes of pre-training: two to five digits (many), or one large one."""
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Options of training that differ from the demo recipe's: (section.field, value)."""
 
     def __post_init__(self) -> None:
         self.path = self.folder / "state.json"
-        self.settings = {"budget": asdict(self.budget), "lr": self.lr, "ema": self.ema, "objects": self.objects}
+        changes = {name: list(value) if isinstance(value, tuple) else value for name, value in self.changes}
+        self.settings = {"budget": asdict(self.budget), "lr": self.lr, "ema": self.ema}
+        self.settings |= {"objects": self.objects, "changes": changes}
         self.state: dict[str, Any] = {"settings": self.settings, "curve": [], "seconds": {}}
         self.reload()
 
@@ -136,6 +139,9 @@ class Line:
         if self.method != "random":
             config.model.method = self.method
             config.optim.lr, config.optim.ema_momentum = self.lr, self.ema
+            for name, value in self.changes:
+                section, _, field = name.partition(".")
+                setattr(getattr(config, section), field, value)
         config.data.demo_images = self.budget.scenes
         config.train.epochs, config.train.batch_size = self.budget.epochs, self.budget.batch_size
         config.train.seed, config.train.device = self.seed, self.device

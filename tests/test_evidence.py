@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -95,10 +94,22 @@ def test_tuning_tries_the_same_grid_for_both_methods(tmp_path, monkeypatch, caps
     assert evidence.main(["--tune", "--budget=smoke", f"--work={tmp_path}", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())["rows"]
     settings = [{(row["lr"], row["ema"]) for row in rows if row["method"] == method} for method in ("byol", "scrl")]
-    assert settings[0] == settings[1] == set(itertools.product(evidence.GRID["lr"], evidence.GRID["ema"]))
+    assert settings[0] == settings[1] == set(evidence.GRID)
     assert all(row["seed"] == evidence.TUNING_SEED and row["roi_linear"] == row["lr"] / 100 for row in rows)
     assert evidence.TUNING_SEED not in evidence.parse([]).seeds
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows) + 1
+
+
+def test_options_of_training_are_changed_for_both_methods_alike(tmp_path, capsys):
+    where = [f"--work={tmp_path}", f"--json={tmp_path / 'a.json'}"]
+    args = evidence.parse(["--set", "boxes.per_image=1", "views.scale=[0.5, 1]", *where])
+    for each in evidence.planned(args)[1:3]:
+        config = each.config()
+        assert config.boxes.per_image == 1 and config.views.scale == (0.5, 1)
+    for wrong, said in (("boxes.perimage=1", "with an option of"), ("boxes.per_image=1", "its own --work and --json")):
+        with pytest.raises(SystemExit):
+            evidence.parse(["--set", wrong])
+        assert said in capsys.readouterr().err
 
 
 def test_the_table_gives_mean_and_spread():
