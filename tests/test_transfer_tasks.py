@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny_data import write_coco, write_voc
 from tiny_transfer import write_cityscapes, write_keypoints
 
 from scrl_fast import checkpoint
+from scrl_fast.distributed import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
 from scrl_fast.runlog import read_metrics
@@ -170,6 +172,37 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_a_checkpoint(root, tmp_p
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 12))
     assert [row["step"] for row in rows if "detection" in row] == [8, 11]
+
+
+def test_all_processes_hear_of_a_bad_image_and_of_a_signal_at_the_end(root, tmp_path):
+    @dataclass(frozen=True)
+    class Fellow(World):
+        """A world where another process says this, in the step after so many."""
+
+        says: tuple = (0, 0)
+        after: int = 0
+
+        def sums(self, numbers):
+            heard = len(numbers) == 2 and run.step == self.after
+            return [a + b for a, b in zip(numbers, self.says, strict=True)] if heard else super().sums(numbers)
+
+    config = parse(arguments("detection", root, tmp_path / "a", "--train.steps=3"))
+    run = Transfer(config, world=Fellow(says=(0, 1), after=2))
+    with pytest.raises(PeerFailed, match="data of another process"):
+        run.fit()
+    assert run.saved == 2 and (tmp_path / "a" / "checkpoints" / "step_00000002.pt").exists()
+    run = Transfer(
+        parse(arguments("detection", root, tmp_path / "b", "--train.steps=2")), world=Fellow(says=(1, 0), after=2)
+    )
+    summary = run.fit()  # at the last step: nobody must be left alone in the measurement
+    assert summary["interrupted"] == "a signal to another process" and "result" not in summary
+
+
+def test_a_checkpoint_of_another_detector_is_named(root, tmp_path):
+    transfer("detection", root, tmp_path / "a", "--train.steps=1", "--eval.images=1").fit()
+    other = transfer("instance", root, tmp_path / "b", f"--resume={tmp_path}/a/checkpoints/last.pt")
+    with pytest.raises(ValueError, match=r"of faster_rcnn with resnet10_tiny: \d+ tensors .*mask_head.*config\.yaml"):
+        other.restore()
 
 
 def test_subset_is_the_same_by_seed(root):

@@ -120,8 +120,8 @@ class Transfer:
         self.clock.read()
         with closing(Ahead(config.data.workers, config.data.prefetch)) as ahead:
             source = self.examples(ahead)
-            while self.step < self.last_step and not self.stopping(stop):
-                self.step_once(self.next_batch(source))
+            while (batch := self.next_batch(source, stop)) is not None:
+                self.step_once(batch)
                 self.log.tick()
                 if self.step % config.run.log_every == 0 or self.step in (1, self.last_step):
                     self.report()
@@ -131,30 +131,32 @@ class Transfer:
                     with stop.at_once():
                         self.measure()
 
-    def next_batch(self, source: Iterator[list[Example]]) -> list[Example]:
-        """The next batch; an image that cannot be read ends the run, after a checkpoint: its objects would be missing.
+    def next_batch(self, source: Iterator[list[Example]], stop: StopRequest) -> list[Example] | None:
+        """The next batch; None at the end, or when a process was asked to stop. Then there is a checkpoint of the step.
 
-        Raises UsageError naming the file.
+        An image that cannot be read ends the run, after a checkpoint: its objects would be missing. All processes hear
+        of either in one message a step. Raises UsageError naming the file, PeerFailed where another process has it.
         """
+        failure: BadImage | None = None
+        batch: list[Example] | None = None
         try:
             with self.clock.waiting():
-                return next(source)
+                batch = next(source) if self.step < self.last_step else None
         except BadImage as error:
-            if self.saved < self.step:
-                self.save()
-            kept = (
-                "the steps so far are saved; put it right and go on with --resume=auto" if self.step else "put it right"
-            )
-            raise UsageError(f"step {self.step + 1}: cannot read {error}; {kept}") from error
-
-    def stopping(self, stop: StopRequest) -> bool:
-        """Whether to end, in all processes at the same step; then there is a checkpoint of it."""
-        asked = self.world.sums([int(bool(stop))])[0] > 0
+            failure = error
+        asked, failed = self.world.sums([int(bool(stop)), int(failure is not None)])
         if asked and not stop:
             stop.signal_name = "a signal to another process"
-        if asked and self.saved < self.step:
+        if (asked or failed) and self.saved < self.step:
             self.save()
-        return asked
+        if failure is not None:
+            kept = "the steps so far are saved; put it right and go on with --resume=auto"
+            raise UsageError(
+                f"step {self.step + 1}: cannot read {failure}; {kept if self.step else 'put it right'}"
+            ) from failure
+        if failed:
+            raise distributed.PeerFailed("stopped because the data of another process failed")
+        return None if asked else batch
 
     def examples(self, ahead: Ahead) -> Iterator[list[Example]]:
         """This process's batches from the present step on."""
@@ -255,10 +257,8 @@ class Transfer:
                 f"resume={config.resume}: run.dir {str(self.folder)!r} holds a newer checkpoint, {newest.name}; to "
                 "branch off from an older one, give the new run its own --run.dir"
             )
-        try:
-            self.network.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"resume={path} is no checkpoint of this detector: {error}") from error
+        self.check_detector(path, state)
+        self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
         self.step = self.saved = state["step"]
@@ -267,6 +267,19 @@ class Transfer:
         if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
+
+    def check_detector(self, path: Path, state: dict[str, Any]) -> None:
+        """Raise ValueError for a checkpoint of another network, naming a few tensors in which they differ."""
+        own, found = self.network.state_dict(), state["model"]
+        wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
+        if wrong := wrong + [name for name in found if name not in own]:
+            model = state["config"].get("model", {})
+            said = " with ".join(str(model[key]) for key in ("detector", "backbone") if key in model)
+            raise ValueError(
+                f"resume={path} is no checkpoint of this detector but of {said or 'another network'}: {len(wrong)} "
+                f"tensors are missing, left over or of another shape, {', '.join(wrong[:3])}, ...; give the options it "
+                "was trained with (its run folder has them in config.yaml)"
+            )
 
     def measure(self) -> dict[str, float]:
         """The task's metric on the validation split, in points (0 to 100), and into the log."""
