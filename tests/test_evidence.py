@@ -14,6 +14,7 @@ import evidence
 import evidence_runs
 from evidence_runs import MEASURES, METHODS, Budget, Line
 
+from scrl_fast.evaluate import regions
 from scrl_fast.models import build_encoder
 
 TINY = Budget(1, 64, 32, 2, 24, 24, 16, 16, 2, 4, detector_test=8)
@@ -22,6 +23,7 @@ TINY = Budget(1, 64, 32, 2, 24, 24, 16, 16, 2, 4, detector_test=8)
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     monkeypatch.setitem(evidence_runs.BUDGETS, "smoke", TINY)
+    monkeypatch.setattr(regions, "LBFGS_STEPS", 5)  # accuracies are not the question here
     monkeypatch.setattr(evidence, "run_lines", lambda lines, jobs: [evidence.run_line(line, 1) for line in lines])
 
 

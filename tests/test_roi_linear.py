@@ -12,7 +12,7 @@ from torch import nn
 
 from scrl_fast.config import Config
 from scrl_fast.data import DemoScenes
-from scrl_fast.evaluate import demo_roi_linear, roi_linear
+from scrl_fast.evaluate import demo_roi_linear, regions, roi_linear
 from scrl_fast.evaluate.regions import BoxSamples, _fit
 from scrl_fast.models import Encoder, build_encoder
 
@@ -159,7 +159,8 @@ def test_classifier_agrees_with_scikit_learn():
     torch.testing.assert_close(ours[:-1].T, torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-4)
 
 
-def test_demo_protocol_runs_on_the_configured_scenes():
+def test_demo_protocol_runs_on_the_configured_scenes(monkeypatch):
+    monkeypatch.setattr(regions, "LBFGS_STEPS", 5)  # which answer is not the question here
     config = Config()
     config.data.demo_images, config.data.demo_size, config.eval.scenes = 24, 48, 12
     torch.manual_seed(0)
