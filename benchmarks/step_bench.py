@@ -3,7 +3,8 @@
 Ours is the trainer's own step, fed by the trainer's own loader (decoded images in memory, views made ahead by threads
 while the step runs). The floor is online encoder forward and backward and target encoder forward, nothing else. The
 rival is the step that a reader of the paper would write in plain PyTorch; its views are ready, making them is not in
-its time. Stages are taken inside our timed steps. Beyond floor and heads: what is neither encoder nor head.
+its time, and on a CPU it has a process, and so a malloc, of its own. Stages are taken inside our timed steps. Beyond
+floor and heads: what is neither encoder nor head.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import timing
 import torch
 from memory_bench import kept_bytes
 from sample_box_pairs_bench import random_crops
-from step_rival import PlainStep
+from step_rival import PlainProcess, PlainStep
 from torch import Tensor, nn
 
 from scrl_fast.config import (
@@ -199,6 +200,7 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
         views = ready.views
         model, stages = trainer.model, Stages(bench.device)
         plain = PlainStep(model, views.float(), random_crops(batch)) if rival else None
+        timed = PlainProcess(args.backbone, batch, views.shape[-1]) if rival and args.device == "cpu" else plain
         kept = activation_bytes(trainer, views) // batch
         floor = floor_of(trainer, views, trainer.bf16)
         floor_trainer_parts = (model.online.encoder, model.target.encoder)
@@ -213,8 +215,8 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
             )
 
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
-        if plain is not None:
-            providers["torch/plain step"] = plain
+        if timed is not None:
+            providers["torch/plain step"] = timed
         case = harness.case_name(f"step {args.backbone}", batch=batch)
 
         def check() -> None:
@@ -223,6 +225,11 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
             assert model.online.encoder.part is floor_trainer_parts[0]
 
         rows = bench.case(case, providers, items=batch, check=check)
+        if isinstance(timed, PlainProcess):
+            for row in rows:
+                if row["provider"] == "torch":
+                    row["peak_bytes"] = timed.peak_bytes()
+            timed.close()
         if rows:
             tell(bench, args.backbone, batch, rows, stages, kept)
         trainer.loader.close()
@@ -249,11 +256,11 @@ def tell(
         )
         bench.rows.append(dict(zip(harness.ROW, values, strict=True)))
     whole = sum(medians.values())
-    backbone, heads = (sum(medians.get(stage, 0.0) for stage in stages) for stages in (BACKBONE, HEADS))
+    encoders, heads = (sum(medians.get(stage, 0.0) for stage in parts) for parts in (BACKBONE, HEADS))
     by_name = {row["provider"]: row["p50_ms"] for row in rows}
     shares = {
-        "beyond_floor_and_heads": 1 - (backbone + heads) / whole,
-        "encoders_over_floor": backbone / by_name["floor"] if "floor" in by_name else None,
+        "beyond_floor_and_heads": 1 - (encoders + heads) / whole,
+        "encoders_over_floor": encoders / by_name["floor"] if "floor" in by_name else None,
         "beyond_floor": 1 - by_name["floor"] / by_name["scrl_fast"] if "floor" in by_name else None,
         "plain_over_ours": by_name["torch"] / by_name["scrl_fast"] if "torch" in by_name else None,
         "images_per_s": batch / by_name["scrl_fast"] * 1e3,

@@ -1,15 +1,22 @@
-"""The training step as a reader of the paper would write it, in plain PyTorch and torchvision."""
+"""The training step as a reader of the paper would write it, in plain PyTorch and torchvision.
+
+On a CPU it is timed in a process of its own (`PlainProcess`), whose malloc is as it comes: ours keeps freed memory,
+which would speed up whatever else runs in its process.
+"""
 
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from lars_step_bench import adapt_one_by_one, average_one_by_one
-from sample_box_pairs_bench import python_sampler
+from sample_box_pairs_bench import python_sampler, random_crops
+from timing import Timer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -64,3 +71,57 @@ class PlainStep:
         self.scaler.update()
         average_one_by_one(self.state)
         return loss.item()
+
+
+class PlainProcess:
+    """`PlainStep` on random weights and views in a process of its own; a call is one step, and waits for its end.
+
+    size: of the views in pixels. The process begins with the first call, with as many CPU threads as this one.
+    """
+
+    def __init__(self, backbone: str, batch: int, size: int) -> None:
+        self.command = [sys.executable, __file__, backbone, str(batch), str(size)]
+        self.process: Any = None
+
+    def __call__(self) -> None:
+        self._ask("step")
+
+    def peak_bytes(self) -> int | None:
+        """Memory that a step takes beyond what is there before it; None where it cannot be known."""
+        return int(self._ask("peak")) or None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+    def _ask(self, what: str) -> str:
+        if self.process is None:
+            command = [*self.command, str(torch.get_num_threads())]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+            self._answer()
+        self.process.stdin.write(f"{what}\n")
+        return self._answer()
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of the plain step ended with {self.process.wait()}")
+        return line
+
+
+def serve(backbone: str, batch: int, size: int, threads: int) -> None:
+    """What that process does: a line in, a step, a line out."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    step = PlainStep(SCRL(backbone), torch.randn(2 * batch, 3, size, size), random_crops(batch))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer = Timer(torch.device("cpu"), cold=False).peak_bytes(step) if line.strip() == "peak" else step()
+        print(answer or 0, flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

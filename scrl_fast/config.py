@@ -258,7 +258,7 @@ class TrainConfig:
     channels_last: bool = True
     """Memory layout of images and encoder."""
     compile: bool = False
-    """torch.compile for the encoders; for GPUs, on a CPU it is slower."""
+    """torch.compile for the encoders; for GPUs, on a CPU it is slower. Not with checkpoint_activations."""
     cuda_graphs: bool = False
     """Replay the compiled encoders as CUDA graphs (includes compile): pays where starting kernels takes longer than
     running them, as with small batches; one GPU, without accumulate and checkpoint_activations."""

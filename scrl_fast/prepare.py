@@ -39,12 +39,18 @@ def check_run(config: Config, *, images: int, world_size: int = 1, device_type: 
     if config.run.wandb:
         runlog.import_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
     check_enough(images, config, world_size)
-    check_graphs(config.train, world_size, device_type)
+    check_compiled(config.train, world_size, device_type)
     backends.check_forced(device_type)
 
 
-def check_graphs(train: TrainConfig, world_size: int, device_type: str) -> None:
-    """Raises ValueError where ``train.cuda_graphs`` is asked for and cannot be had."""
+def check_compiled(train: TrainConfig, world_size: int, device_type: str) -> None:
+    """Raises ValueError where ``train.compile`` or ``train.cuda_graphs`` is asked for and cannot be had."""
+    if train.checkpoint_activations and (train.compile or train.cuda_graphs):
+        what = "train.compile" if train.compile else "train.cuda_graphs"
+        raise ValueError(
+            f"{what}=True does not go with train.checkpoint_activations, which the compiler cannot follow: leave one "
+            "out, or take a smaller train.batch_size and more train.accumulate"
+        )
     if not train.cuda_graphs:
         return
     if device_type != "cuda":
@@ -54,7 +60,6 @@ def check_graphs(train: TrainConfig, world_size: int, device_type: str) -> None:
         f"train.accumulate={train.accumulate}, since graphs reuse the memory of the first batch's gradients": (
             train.accumulate > 1
         ),
-        "train.checkpoint_activations": train.checkpoint_activations,
     }
     for reason, applies in reasons.items():
         if applies:

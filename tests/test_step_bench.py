@@ -32,7 +32,9 @@ def test_stages_shares_and_picture(tmp_path):
     assert step_bench.main() == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     step = {row["provider"]: row["p50_ms"] for row in rows if row["case"] == "step resnet10_tiny batch=2"}
-    assert set(step) == {"scrl_fast", "floor", "torch"}
+    assert set(step) == {"scrl_fast", "floor", "torch"} and step["torch"] > 0
+    (peak,) = {row["peak_bytes"] for row in rows if row.get("backend") == "plain step"}
+    assert peak > 1e6  # of the process that the plain step has of its own
     stages = {row["backend"]: row["p50_ms"] for row in rows if row["case"].startswith("stages ")}
     assert {*step_bench.BACKBONE, *step_bench.HEADS, "input wait", "RoIAlign forward", "loss", "update"} <= set(stages)
     assert sum(stages.values()) == pytest.approx(step["scrl_fast"], rel=0.3)

@@ -338,11 +338,12 @@ def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkey
         ({}, 2, "cuda", "does not go with 2 processes"),
         ({"accumulate": 2}, 1, "cuda", "does not go with train.accumulate=2"),
         ({"checkpoint_activations": True}, 1, "cuda", "does not go with train.checkpoint_activations"),
+        ({"checkpoint_activations": True, "compile": True}, 1, "cpu", "does not go with train.checkpoint_activations"),
     ],
 )
-def test_cuda_graphs_are_refused_where_they_cannot_be(tmp_path, options, processes, device, reason):
-    config = make_config(tmp_path, cuda_graphs=True, **options)
-    with pytest.raises(ValueError, match=rf"^train\.cuda_graphs=True {re.escape(reason)}"):
+def test_compiling_is_refused_where_it_cannot_be(tmp_path, options, processes, device, reason):
+    config = make_config(tmp_path, **({"cuda_graphs": True} if "compile" not in options else {}), **options)
+    with pytest.raises(ValueError, match=rf"^train\.(cuda_graphs|compile)=True {re.escape(reason)}"):
         prepare.check_run(config, images=12, world_size=processes, device_type=device)
 
 
@@ -350,7 +351,7 @@ def test_cuda_graphs_are_asked_of_the_compiler_for_encoders_alone_and_begin_anew
     compiled, begun = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
-    monkeypatch.setattr(prepare, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_compiled", lambda *_: None)
     trainer = make_trainer(tmp_path, cuda_graphs=True)
     options = {"dynamic": False, "mode": "reduce-overhead"}
     assert compiled == [(trainer.model.online.encoder, options), (trainer.model.target.encoder, options)]
