@@ -26,7 +26,7 @@ from scrl_fast.models import build_encoder
 from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.prepare import keep_memory
 
-ROUNDS, FILL_BYTES = 5, 51_380_224  # 32 maps of 2048 x 14 x 14 in float32
+ROUNDS, FILL_BYTES = 3, 51_380_224  # 32 maps of 2048 x 14 x 14 in float32
 CHILD = "--child"
 
 

@@ -82,9 +82,12 @@ def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) ->
     if not present:
         return True
     columns = 2
-    figure = Figure(figsize=(10, 2.2 * -(-len(present) // columns)), layout="constrained")
+    rows_of_panels = -(-len(present) // columns)
+    height = 2.2 * rows_of_panels
+    figure = Figure(figsize=(10, height))  # margins in inches: a layout that looks for them itself draws twice
     FigureCanvasAgg(figure)
-    panels = figure.subplots(-(-len(present) // columns), columns, squeeze=False).flat
+    figure.subplots_adjust(0.07, 0.45 / height, 0.98, 1 - 0.3 / height, wspace=0.18, hspace=0.45)
+    panels = figure.subplots(rows_of_panels, columns, squeeze=False).flat
     for name, axes in zip(present, panels, strict=False):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.plot(*zip(*points, strict=True), linewidth=1.2)

@@ -117,8 +117,8 @@ def set_threads(config: Config, device: torch.device, before: int = 0) -> Config
 def keep_memory() -> bool:
     """Tells malloc to keep freed memory and to reuse it for large tensors, for this process; False where it cannot.
 
-    By default glibc maps each large block anew, and the first touch of fresh pages is slow: filling 51 MB took 29 ms,
-    of which 4 ms are left (Xeon, 1 thread). The encoder's outputs and gradients pay it in every layer.
+    By default glibc maps each large block anew, and the first touch of fresh pages is slow; the encoder's outputs and
+    gradients pay it in every layer (``benchmarks/memory_bench.py`` measures how much).
     """
     try:
         libc = ctypes.CDLL(None)

@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("stop_at", "stop_by"),
-    [(0, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGTERM)],
+    [(0, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGUSR1), (8, signal.SIGTERM)],
 )
 def test_stop_by_signal_and_resume_is_bit_equal(tmp_path, whole, stop_at, stop_by, capsys):
     _, summary = run(tmp_path, stop_at=stop_at, stop_by=stop_by)
