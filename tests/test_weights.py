@@ -154,6 +154,9 @@ def test_wrong_backbone_is_named(tmp_path, source):
     torch.save(source, tmp_path / "a.pth")
     with pytest.raises(weights.WeightsError, match=r"resnet50.*Is it the right backbone\?"):
         weights.load_into(build_encoder("resnet50"), tmp_path / "a.pth")
+    own_checkpoint(tmp_path / "b.pt", tiny())
+    with pytest.raises(weights.WeightsError, match=r"fit the encoder resnet18.* it is of resnet10_tiny: choose"):
+        weights.load_into(build_encoder("resnet18"), tmp_path / "b.pt")
 
 
 class Evil:

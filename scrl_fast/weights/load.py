@@ -62,7 +62,7 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     name = encoder.name if isinstance(encoder, Encoder) else type(encoder).__name__
     state, own = weights.encoder(branch), body.state_dict()
     state = _best_names(state, own)
-    _refuse_misfits(state, own, f"{weights.path} ({weights.layout})", name)
+    _refuse_misfits(state, own, weights, name)
     body.load_state_dict({key: cast_like(state.get(key, tensor), tensor) for key, tensor in own.items()})
     used = [key for key in own if key in state]
     missing = tuple(key for key in own if key not in state)
@@ -81,11 +81,17 @@ def _best_names(state: State, own: Mapping[str, Tensor]) -> State:
     ]
     first = next(iter(own))
     prefixes = {key.removesuffix(first) for key in state if key.endswith("." + first)}
+    prefixes = {prefix for prefix in prefixes if not prefix[-2:-1].isdigit()}  # layer1.0.conv1.weight is no stem
     spellings += [{key.removeprefix(prefix): tensor for key, tensor in state.items()} for prefix in sorted(prefixes)]
     return max(spellings, key=lambda names: sum(key in own for key in names))
 
 
-def _refuse_misfits(state: State, own: Mapping[str, Tensor], source: str, name: str) -> None:
+def _refuse_misfits(state: State, own: Mapping[str, Tensor], weights: Weights, name: str) -> None:
+    source, hint = f"{weights.path} ({weights.layout})", "Is it the right backbone?"
+    if weights.metadata.get("backbone") not in (None, "", name):
+        hint = f"By its own word it is of {weights.metadata['backbone']}: choose that backbone"
+    elif weights.layout == "onnx":
+        hint = "Were its norms folded into its convolutions?"
     wanted = [key for key in own if not key.endswith(_COUNTER)]
     missing = [key for key in wanted if key not in state]
     if missing:
@@ -93,13 +99,13 @@ def _refuse_misfits(state: State, own: Mapping[str, Tensor], source: str, name: 
         raise WeightsError(
             f"{source} does not fill the encoder {name}: {len(missing)} of {len(wanted)} tensors are missing "
             f"({_some(missing)}); names in the file that fit nothing: {_some(left) or 'none'}. "
-            + ("Were its norms folded into its convolutions?" if "(onnx)" in source else "Is it the right backbone?")
+            f"{hint}"
         )
     for key in wanted:
         if state[key].shape != own[key].shape:
             raise WeightsError(
                 f"{source} does not fit the encoder {name}: {key} is {list(state[key].shape)}, must be "
-                f"{list(own[key].shape)}. Is it the right backbone?"
+                f"{list(own[key].shape)}. {hint}"
             )
 
 
