@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
@@ -70,6 +71,24 @@ def test_a_timm_backbone(tmp_path, scenes, kind, levels):
     small(kind, backbone="timm:test_efficientnet", norm="frozen")(
         [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
     )["loss_box_reg" if kind == "faster_rcnn" else "bbox_regression"].backward()
+
+
+def test_torchvisions_supervised_weights(monkeypatch):
+    asked, state = [], torchvision.models.resnet18(weights=None).state_dict()
+    kind = type(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
+    monkeypatch.setattr(kind, "get_state_dict", lambda self, **options: asked.append((self, options)) or state)
+    network = small(backbone="resnet18", init="torchvision")
+    assert asked == [(kind.IMAGENET1K_V1, {"progress": False, "check_hash": True})]
+    assert len(network.init_report.matched) == 120 and network.init_report.unexpected == ("fc.weight", "fc.bias")
+    assert torch.equal(network.backbone.body.state_dict()["layer4.1.bn2.weight"], state["layer4.1.bn2.weight"])
+    assert torch.equal(network.backbone.body.state_dict()["conv1.weight"], state["conv1.weight"])
+
+    def offline(self, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(kind, "get_state_dict", offline)
+    with pytest.raises(UsageError, match=r"weights of resnet18 cannot be downloaded \(no route\); give a file"):
+        small(backbone="resnet18", init="torchvision")
 
 
 def test_an_encoder_may_be_given_itself():

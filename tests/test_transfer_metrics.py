@@ -72,6 +72,7 @@ def test_coco_known_values(tmp_path, backend):
         "categories": [{"id": 18, "name": "dog"}],
         "annotations": [
             {"id": n + 1, "image_id": 5, "category_id": 18, "bbox": box, "area": 400, "iscrowd": 0}
+            | {"segmentation": [[box[0], box[1], box[0] + 20, box[1], box[0] + 20, 30, box[0], 30]]}
             for n, box in enumerate(objects)
         ],
     }
@@ -84,6 +85,12 @@ def test_coco_known_values(tmp_path, backend):
     assert result["AP50"] == pytest.approx(1) and result["AP75"] == pytest.approx(half)
     assert result["AP"] == pytest.approx((5 + 5 * half) / 10)  # right at 0.5 to 0.7, half right at 0.75 to 0.95
     assert result["APs"] == result["AP"] and result["APm"] == -1
+    masks = np.zeros((2, 60, 80))
+    masks[0, 10:30, 10:30] = masks[1, 10:30, 40:60] = 1
+    masks[1, 10:20, 40:51] = 0  # of 400 pixels 290 are left: an IoU of 0.725
+    found[0].masks = [encoded(mask) for mask in masks]
+    result = coco_average_precision(source.annotation_file, found, source, "segm", backend=backend)
+    assert result["AP"] == pytest.approx((5 + 5 * half) / 10) and result["AP75"] == pytest.approx(half)
 
 
 def test_coco_perfect_and_nothing(coco):
@@ -132,6 +139,20 @@ def test_keypoints(tmp_path):
         image.keypoints[..., :2] += 40
     result = measure("keypoints", found, source)
     assert result["keypoints_AP"] < 1 and result["bbox_AP"] == pytest.approx(100)
+
+
+def test_keypoints_known_value(tmp_path):
+    """Every point off by as much: the similarity is COCO's formula, and AP the share of thresholds below it."""
+    write_keypoints(tmp_path, "val2017")
+    source = read_coco(str(tmp_path), kind="person_keypoints")
+    head, arm, leg = [26, 25, 25, 35, 35], [79, 79, 72, 72, 62, 62], [107, 107, 87, 87, 89, 89]
+    spread = np.array(head + arm + leg) / 1000 * 2
+    similarity = np.exp(-(1.4**2) / (2 * 20 * 36 * 0.6 * spread[:-1] ** 2)).mean()  # the last point has no label
+    assert 0.76 < similarity < 0.79  # between two thresholds, six of ten below
+    found = perfect(source, keypoints=True)
+    for image in found:
+        image.keypoints[..., 0] += 1.4
+    assert measure("keypoints", found, source)["keypoints_AP"] == pytest.approx(60)
 
 
 # ---- VOC ----
