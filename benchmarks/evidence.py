@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -24,21 +23,15 @@ from typing import Any
 
 import harness
 import torch
+from evidence_report import DOCUMENT, draw, summary, table, tuning_table, write_markdown
 from evidence_runs import BUDGETS, MEASURES, METHODS, OBJECTS, STAGES, Deadline, Line
 
 from scrl_fast.config import Config
 
-TITLES = {
-    "roi_linear": "RoI linear",
-    "dense_retrieval": "dense retrieval",
-    "image_probe": "image probe",
-    "detection_ap": "detection AP",
-}
 # the best of the grid in RoI linear accuracy, on TUNING_SEED: docs/evidence.md
-LR = {"byol": 16.0, "scrl": 16.0}
-EMA = {"byol": 0.9, "scrl": 0.9}
-# (lr, ema): the learning rate first, then the moving average at the rate that was best for both
-GRID = ((8.0, 0.97), (16.0, 0.97), (32.0, 0.97), (64.0, 0.97), (32.0, 0.9), (32.0, 0.99))
+LR = {"byol": 32.0, "scrl": 32.0}
+EMA = {"byol": 0.97, "scrl": 0.97}
+GRID = ((8.0, 0.99), (16.0, 0.97), (32.0, 0.97), (64.0, 0.97), (32.0, 0.9))  # (lr, ema)
 TUNING_SEED = 100
 TUNING_MEASURES = ("roi_linear", "image_probe")
 
@@ -71,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.work = args.work or Path(f"runs/evidence-{args.budget}{kind}")
     args.measures = tuple(name for name in (TUNING_MEASURES if args.tune else STAGES) if name in args.measures)
     whole = args.tune or kind or args.measures == STAGES
+    args.documented = args.json is None and args.budget == "standard" and args.device == "cpu"
     if args.json is None and args.budget in ("standard", "long") and whole:
         args.json = Path(__file__).parent / "results" / f"evidence{kind.replace('-', '_')}_{args.device}.json"
     return args
@@ -117,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if not args.tune and set(args.measures) >= set(MEASURES):
             draw(args.plot or args.json.with_suffix(".png"), document)
+        if args.documented:
+            write_markdown(DOCUMENT, args.json)
         print(f"written: {args.json}")
     return 0
 
@@ -174,42 +170,6 @@ def run_line(line: Line, threads: int) -> dict[str, Any] | None:
         return None
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean, standard deviation over seeds and extremes of every measure, by method."""
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        for name in _measured(rows):
-            values = [row[name] for row in rows if row["method"] == method]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            figures = {"mean": statistics.fmean(values), "std": spread, "min": min(values), "max": max(values)}
-            result.setdefault(method, {})[name] = figures
-    return result
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Percent, mean +- standard deviation over seeds."""
-    seeds = len({row["seed"] for row in rows})
-    lines = [f"{'percent, ' + str(seeds) + ' seeds':18}" + "".join(f"{TITLES[name]:>18}" for name in _measured(rows))]
-    for method, figures in summary(rows).items():
-        cells = [f"{100 * figures[n]['mean']:.1f} +- {100 * figures[n]['std']:.1f}" for n in figures]
-        lines.append(f"{method:18}" + "".join(f"{cell:>18}" for cell in cells))
-    return lines
-
-
-def tuning_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Percent for every setting of the grid."""
-    names = _measured(rows)
-    lines = [f"{'method':8}{'lr':>6}{'ema':>6}" + "".join(f"{TITLES[name]:>18}" for name in names)]
-    for row in rows:
-        cells = "".join(f"{100 * row[name]:18.1f}" for name in names)
-        lines.append(f"{row['method']:8}{row['lr']:6g}{row['ema']:6g}{cells}")
-    return lines
-
-
-def _measured(rows: list[dict[str, Any]]) -> list[str]:
-    return [name for name in MEASURES if name in rows[0]]
-
-
 def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
     """What is saved."""
     settings = lines[0].settings["budget"] | {name: lines[0].settings[name] for name in ("objects", "changes")}
@@ -232,47 +192,6 @@ def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any
 
 def _details(line: Line) -> dict[str, Any]:
     return {key: value for key, value in line.state.items() if key != "settings"}
-
-
-def draw(path: Path, document: dict[str, Any]) -> None:
-    """RoI linear accuracy over steps, each seed a thin line, the mean a thick one; random weights a dashed level."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
-    for colour, method in zip(("0.5", "C0", "C3"), METHODS, strict=True):
-        curves = [each["curve"] for each in document["details"] if each["method"] == method]
-        if not all(curves):  # left out by --measures
-            continue
-        means = [100 * statistics.fmean(p["roi_linear"] for p in points) for points in zip(*curves, strict=False)]
-        if method == "random":
-            left.axhline(means[0], color=colour, linestyle="--", label=method)
-            continue
-        steps = [point["step"] for point in curves[0]]
-        for curve in curves:
-            left.plot(steps, [100 * point["roi_linear"] for point in curve], color=colour, alpha=0.3, linewidth=1)
-        left.plot(steps, means, color=colour, marker="o", markersize=3, label=method)
-    left.set(xlabel="step", ylabel="RoI linear accuracy, %", title="learning curves")
-    if left.get_legend_handles_labels()[0]:
-        left.legend()
-    left.grid(alpha=0.3)
-    _bars(right, document["summary"])
-    figure.savefig(path, dpi=120)
-
-
-def _bars(axes: Any, figures: dict[str, Any]) -> None:
-    width = 0.8 / len(figures)
-    for k, (method, values) in enumerate(figures.items()):
-        places = [i + (k - (len(figures) - 1) / 2) * width for i in range(len(MEASURES))]
-        means, spreads = ([100 * values[n][what] for n in MEASURES] for what in ("mean", "std"))
-        colour = dict(zip(METHODS, ("0.6", "C0", "C3"), strict=True))[method]
-        axes.bar(places, means, width, yerr=spreads, capsize=2, color=colour, label=method)
-    axes.set_xticks(range(len(MEASURES)), [TITLES[n] for n in MEASURES], fontsize=8)
-    axes.set(ylabel="%", title="mean and standard deviation over seeds")
-    axes.legend()
-    axes.grid(axis="y", alpha=0.3)
 
 
 if __name__ == "__main__":

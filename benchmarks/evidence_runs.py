@@ -46,10 +46,11 @@ class Budget:
     curve_scenes: int = 512
     test_scenes: int = 1000
     dense_scenes: int = 512
-    detector_scenes: int = 512
-    detector_steps: int = 160
+    detector_scenes: int = 64
+    """Labelled scenes: few, for with many (256 for 300 steps) random weights do as well."""
+    detector_steps: int = 150
     detector_batch: int = 8
-    detector_lr: float = 2e-3
+    detector_lr: float = 0.02
     detector_test: int = 400
 
 
@@ -58,13 +59,15 @@ BUDGETS = {
     "standard": Budget(),  # minutes on two CPU cores
     "long": Budget(
         epochs=200, scenes=8192, batch_size=256, curve_points=8, curve_scenes=2048, test_scenes=4000, dense_scenes=2048,
-        detector_scenes=4096, detector_steps=4000, detector_batch=16, detector_lr=1e-3,
-        detector_test=4000,
+        detector_scenes=256, detector_steps=600, detector_batch=16, detector_test=4000,
     ),  # for a GPU
 }  # fmt: skip
 
 
-DETECTOR = {"fpn_channels": 32, "anchor_scale": 6.0}  # anchors from 12 pixels on; digits have 16 to 32
+DETECTOR: dict[str, Any] = {  # anchors of 8 to 64 pixels; digits have 16 to 32
+    "anchor_scale": 4.0, "fpn_channels": 32, "head_channels": 128, "norm_in_heads": False,
+    "proposals_before_nms": (100, 60), "proposals": (60, 40), "rois_per_image": 24,
+}  # fmt: skip
 
 
 class Deadline(Exception):
@@ -207,7 +210,7 @@ class Line:
         config, budget = self.config(), self.budget
         torch.manual_seed(self.seed)
         network = build_detector(
-            "retinanet",
+            "faster_rcnn",
             NUM_DIGITS,
             backbone=config.model.backbone,
             init=self.encoder(),

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
+import evidence_report
 import evidence_runs
 from evidence_runs import MEASURES, METHODS, Budget, Line
 
@@ -118,3 +119,14 @@ def test_the_table_gives_mean_and_spread():
     rows = [dict.fromkeys(MEASURES, 0.2 * seed) | {"method": "scrl", "seed": seed} for seed in (1, 2, 3)]
     head, only = evidence.table(rows)
     assert "3 seeds" in head and only.split() == ["scrl", *["40.0", "+-", "20.0"] * 4]
+
+
+def test_the_tables_of_the_documentation_are_what_the_rows_say(tmp_path):
+    results = Path(evidence.__file__).parent / "results"
+    found = [file for file in sorted(results.glob("evidence*_cpu.json")) if file.name in evidence.DOCUMENT.read_text()]
+    assert results / "evidence_cpu.json" in found
+    copy = tmp_path / "evidence.md"
+    copy.write_text(evidence.DOCUMENT.read_text())
+    for file in found:
+        evidence_report.write_markdown(copy, file)
+    assert copy.read_text() == evidence.DOCUMENT.read_text()
