@@ -101,7 +101,7 @@ def test_timm_loads_strictly(checkpoint, tmp_path, images, suffix):
     torch.testing.assert_close(features(network, images), expected)
 
 
-def test_hub_folder(checkpoint, tmp_path, images):
+def test_hub_folder(checkpoint, tmp_path, images, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an extra")
     folder = run(checkpoint, "hf", tmp_path / "hub", "--size", "96")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -113,6 +113,10 @@ def test_hub_folder(checkpoint, tmp_path, images):
     network.load_state_dict(safetensors.load_file(folder / "model.safetensors"), strict=True)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and "torchvision.models.resnet18" in card and "{" not in card.split("```")[0]
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)  # the card's own words, as a reader would run them
+    assert torch.equal(names["model"].conv1.weight, checkpoint[1].online.encoder.body.conv1.weight)
     run(checkpoint, "hf", folder, "--overwrite")
     timm = pytest.importorskip("timm", reason="timm is an extra")
     network = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -92,6 +92,7 @@ def test_detectron2_pickle(tmp_path, protocol, prefix):
     path.write_bytes(pickle.dumps(content, protocol=protocol))
     encoder = build_encoder("resnet10_tiny")
     report = weights.load_into(encoder, path)
+    assert "9 missing (bn1.num_batches_tracked, ...: counters that nothing reads)" in str(report)
     assert report.layout == "detectron2" and all(name.endswith("num_batches_tracked") for name in report.missing)
     own = encoder.body.state_dict()
     assert all(torch.equal(own[name], source[name]) for name in report.matched) and len(report.matched) == 45

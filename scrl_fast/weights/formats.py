@@ -214,12 +214,14 @@ def _timm_config(encoder: Encoder, metadata: Mapping[str, Any], size: int) -> di
 def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
     """README.md of a model folder: what it is, how it was made, how to load it; nothing that was not measured."""
     rows = [f"| {name} | {value} |" for name, value in metadata.items() if name not in ("config", "notes")]
+    timm_name = encoder.name.removeprefix(TIMM_PREFIX)
     load = (
-        f'model = timm.create_model("{encoder.name.removeprefix(TIMM_PREFIX)}", num_classes=0)\n'
+        f'import timm\n\nmodel = timm.create_model("{timm_name}", num_classes=0)\n'
         if encoder.name.startswith(TIMM_PREFIX)
-        else f"model = torchvision.models.{encoder.name}(weights=None)\nmodel.fc = torch.nn.Identity()\n"
+        else f"import torch\nimport torchvision\n\nmodel = torchvision.models.{encoder.name}(weights=None)\n"
+        "model.fc = torch.nn.Identity()\n"
         if encoder.name in TORCHVISION_NAMES
-        else f'model = scrl_fast.models.build_encoder("{encoder.name}").body\n'
+        else f'import scrl_fast\n\nmodel = scrl_fast.models.build_encoder("{encoder.name}").body\n'
     )
     return "\n".join(
         [
@@ -241,8 +243,8 @@ def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
             f'{load}model.load_state_dict(load_file("{HUB_WEIGHTS}"))',
             "```",
             "",
-            "Images are RGB in 0..1, minus `mean`, divided by `std`. Data, licence and measured results: to be filled",
-            "in by whoever publishes this.",
+            "Images are RGB in 0..1, minus `mean`, divided by `std`. `config.json` holds every option of the training,",
+            "where its run was at hand. Data, licence and measured results: to be filled in by whoever publishes this.",
             "",
         ]
     )  # fmt: skip

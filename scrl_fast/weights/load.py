@@ -39,9 +39,10 @@ class Report:
         if self.layout == RANDOM:
             return "random weights"
         text = f"{self.source} ({self.layout}): {len(self.matched)} tensors of the encoder matched"
-        for name, keys in (("missing", self.missing), ("not used", self.unexpected)):
-            if keys:
-                text += f", {len(keys)} {name} ({_some(keys)})"
+        if self.missing:  # anything else that is missing is refused
+            text += f", {len(self.missing)} missing ({_some(self.missing, 1)}: counters that nothing reads)"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} not used ({_some(self.unexpected)})"
         return "; ".join([text, *self.notes])
 
 
