@@ -55,9 +55,8 @@ def views_of(config: ViewsConfig, count: int) -> np.ndarray:
 
 
 class Ours(Pipeline):
-    """What a thread of the loader does with its part of a batch: decode, pack, make the views in the batch's memory."""
-
-    PART = 16
+    """What a thread of the loader does with its part of a batch: open all, then decode each and make its views, in the
+    memory of the batch."""
 
     def __init__(self, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         super().__init__(*args)
@@ -66,15 +65,12 @@ class Ours(Pipeline):
 
     def __call__(self) -> Tensor:
         shape, layout = (self.table.size, 3, self.config.size, self.config.size), torch.channels_last
-        out = torch.empty(shape, dtype=self._dtype, memory_format=layout)
-        for first in range(0, len(self.jpegs), self.PART):
-            self._room.clear()
-            files = self.jpegs[first : first + self.PART]
-            packed = pack_images([Encoded(jpeg, max_pixels=1 << 24).decode(room=self._room) for jpeg in files])
-            for view, rows in enumerate(self.table[:, first : first + self.PART].copy()):
-                rows["image"] -= first
-                start = view * len(self.jpegs) + first
-                augment_views(packed, rows, out=out[start : start + len(rows)], **self._options)
+        out, table = torch.empty(shape, dtype=self._dtype, memory_format=layout), self.table.T.copy()
+        table["image"] = 0
+        opened = [Encoded(jpeg, max_pixels=1 << 24) for jpeg in self.jpegs]
+        for place, (image, rows) in enumerate(zip(opened, table, strict=True)):
+            packed = pack_images([image.decode(room=self._room)])
+            augment_views(packed, rows, out=out[place :: len(opened)], checked=True, **self._options)
         return out
 
     def decode(self, jpeg: bytes) -> np.ndarray:

@@ -61,7 +61,10 @@ def draw_views(config: ViewsConfig, sizes: ArrayLike, *, seed: int, epoch: int, 
 
 def crops_of(table: np.ndarray) -> NDArray[np.int64]:
     """The crops of a table as `sample_box_pairs` takes them: int64 `[..., 5]`, rows (y, x, h, w, flip)."""
-    return np.stack([table[name].astype(np.int64) for name in ("y", "x", "h", "w", "flip")], axis=-1)
+    crops = np.empty((*table.shape, 5), np.int64)
+    for place, name in enumerate(("y", "x", "h", "w", "flip")):
+        crops[..., place] = table[name]
+    return crops
 
 
 def _centre_crop(rows: np.ndarray, sizes: NDArray[np.int64]) -> None:

@@ -220,6 +220,10 @@ def test_nothing_beside_the_result_is_written(
     with guarded(torch.zeros(6, 3, size, size, dtype=dtype).contiguous(memory_format=layout)) as (out,):
         assert augment_views(photos, rows, size=size, out=out, backend=backend, **NORMALIZE) is out
         assert torch.equal(out, expected)
+    spaced = torch.full((9, 3, size, size), 77, dtype=dtype).contiguous(memory_format=layout)
+    options = {"size": size, "backend": backend, "checked": True, **NORMALIZE}
+    augment_views(photos, rows.reshape(-1)[:3], out=spaced[1::3], **options)
+    assert torch.equal(spaced[1::3], expected[:3]) and (spaced[0::3] == 77).all() and (spaced[2::3] == 77).all()
 
 
 def test_pixels_outside_the_crop_do_not_matter(photos: PackedImages, backend: str) -> None:

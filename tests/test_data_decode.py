@@ -5,8 +5,8 @@ import re
 import struct
 import time
 import zlib
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 
 from scrl_fast.data import decode as decode_module
 from scrl_fast.data.decode import BadImage, Encoded, Room, decode, decoders, read_image
-from scrl_fast.ops.augment_views import pack_images
 
 LIMIT = 1_000_000
 JPEG_DECODERS = [name for name, said in decoders().items() if said in ("in use", "works")]
@@ -134,29 +133,43 @@ def test_orientation_in_xmp_is_followed(name: str, orientation: int, monkeypatch
 
 
 @pytest.mark.parametrize("name", JPEG_DECODERS)
-def test_pixels_decoded_into_one_room_need_no_packing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_decoded_into_a_room_where_they_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRL_FAST_JPEG", name)
     exif = Image.Exif()
     exif[0x0112] = 6
-    files = [encoded(crop(photo, 30, 44), "JPEG", quality=90) for photo in NAMES[:3]]
-    files.insert(1, files[0][: len(files[0]) // 2])  # refused half way: the next image takes its place
-    room, images = Room(3 * 30 * 44 * 3 + 7), []
-    for data in files:
-        with suppress(BadImage):
-            images.append(Encoded(data, max_pixels=LIMIT).decode(room=room))
-    assert len(images) == 3 and all(image.base is room.memory for image in images)
-    packed = pack_images(images)
-    assert np.shares_memory(packed.buffer, room.memory)
-    whole = [decode(data, max_pixels=LIMIT) for data in files[:1] + files[2:]]
-    assert np.array_equal(packed.buffer, pack_images(whole).buffer)
-    assert packed.offsets.tolist() == [0, 3960, 7920]
-
-    assert np.array_equal(Encoded(files[0], max_pixels=LIMIT).decode(room=room), whole[0])  # full: memory of its own
-    room.clear()
+    files = [encoded(crop(photo, 30, 44), "JPEG", quality=90) for photo in NAMES[:2]]
     turned = encoded(crop(NAMES[0], 30, 44), "JPEG", quality=90, exif=exif)
-    others = [Encoded(data, max_pixels=LIMIT).decode(room=room) for data in (files[2], turned, files[3])]
-    assert np.array_equal(pack_images(others).buffer, np.concatenate([image.reshape(-1) for image in others]))
-    assert not np.shares_memory(pack_images(others[::-2]).buffer, room.memory)  # in another order
+    large = encoded(crop(NAMES[0], 31, 44), "JPEG", quality=90)
+    room = Room(30 * 44 * 3)
+    for data, fits in ((files[0], True), (turned, False), (files[1], True), (large, False)):
+        pixels = Encoded(data, max_pixels=LIMIT).decode(room=room)
+        assert np.array_equal(pixels, decode(data, max_pixels=LIMIT))
+        assert np.shares_memory(pixels, room.place(30, 44)) == fits
+    with pytest.raises(BadImage):
+        Encoded(files[0][: len(files[0]) // 2], max_pixels=LIMIT).decode(room=room)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+def test_the_short_way_to_a_jpegs_size_finds_what_pillow_finds(options: dict[str, Any]) -> None:
+    picture = crop(NAMES[0], 30, 44)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    short = decode_module._size_of_simple_jpeg
+    for mode, more, simple in (
+        ("RGB", {}, True),
+        ("L", {"comment": "a" * 300}, True),
+        ("CMYK", {}, False),
+        ("RGB", {"exif": exif}, False),
+        ("RGB", {"icc_profile": b"profile"}, False),
+        ("RGB", {"keep_rgb": True}, False),
+    ):
+        file = io.BytesIO()
+        picture.convert(mode).save(file, "JPEG", **options, **more)
+        data = file.getvalue()
+        assert short(data) == ((30, 44) if simple and not options.get("progressive") else None), (mode, more)
+        for cut in range(0, 700, 7):  # no header, however damaged, is read past its end
+            assert short(data[:cut]) in (None, (30, 44)) and short(data[:cut] + b"\xff" * 20) in (None, (30, 44))
+    assert short(encoded(crop(NAMES[0], 30, 44), "PNG")) is None
 
 
 def test_bad_files_carry_path_and_cause(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_images_held_are_freed_as_soon_as_the_batch_is_too_large(monkeypatch: py
     monkeypatch.setattr(loader, "pack_regions", spy)
     monkeypatch.setattr(loader._Pending, "_keep", watch)
     monkeypatch.setattr(loader, "_MOST_PACKED", 0)
-    monkeypatch.setattr(loader, "_MOST_DECODED", 1)  # image by image
+    monkeypatch.setattr(loader, "_MOST_HELD", 1)  # image by image
     batches(DemoScenes(4, 48), config_of(workers=1), packed=True, dtype=torch.uint8)
     assert made == [0, 0, 0, 0]  # none but the one whose views are being made
 

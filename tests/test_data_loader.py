@@ -22,6 +22,7 @@ from photos import write_bad, write_photos
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
 from scrl_fast.data import loader as loader_module
+from scrl_fast.data import reader as reader_module
 from scrl_fast.data.bad import BadFiles
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
@@ -368,15 +369,15 @@ def test_without_workers_nothing_is_made_ahead() -> None:
 def test_large_images_are_not_all_held_at_once(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = epoch_of(SCENES, config_of(train__batch_size=24), dtype=torch.uint8)
     lots: list[int] = []
-    monkeypatch.setattr(loader_module, "_MOST_DECODED", 5 * 48 * 48 * 3)
+    monkeypatch.setattr(loader_module, "_MOST_HELD", 5 * 48 * 48 * 3)
     monkeypatch.setattr(loader_module, "_MOST_PACKED", 0)
-    draw = loader_module.draw_views
+    draw = reader_module.draw_views
 
     def spy(views: Any, sizes: Any, **options: Any) -> np.ndarray:
         lots.append(len(sizes))
         return draw(views, sizes, **options)
 
-    monkeypatch.setattr(loader_module, "draw_views", spy)
+    monkeypatch.setattr(reader_module, "draw_views", spy)
     found = epoch_of(SCENES, config_of(train__batch_size=24, data__workers=1), dtype=torch.uint8, packed=packed)
     assert max(lots) == 5 and sum(lots[:6]) == 24 and all(map(same, found, plain))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Loader, decoders
 from scrl_fast.data.decode import SHRINKS, Encoded
-from scrl_fast.data.scaled import decode_for_views, fit_to_shrunk
+from scrl_fast.data.scaled import Opened, fit_to_shrunk, largest_shrink
 from scrl_fast.data.source import EncodedImages
 from scrl_fast.ops import augment_views, pack_images
 from scrl_fast.views import crops_of, draw_views
@@ -107,13 +107,18 @@ def test_what_cannot_be_shrunk() -> None:
 # ---- which shrink, and the crops ----
 
 
+def shrink_of(image: Opened, config: Config, epoch: int = 0) -> int:
+    table = draw_views(config.views, [(image.height, image.width)], seed=0, epoch=epoch, keys=[0])
+    return largest_shrink(image, table[:, 0], config.views.size)
+
+
 def test_both_crops_stay_large_enough_and_the_next_shrink_would_not_do() -> None:
     source, config = Files(jpeg(1003, 1501)), config_of()
     seen = set()
     for epoch in range(200):
         table = draw_views(config.views, [[1003, 1501]], seed=0, epoch=epoch, keys=[0])
         sides = np.minimum(table["h"], table["w"]).min()
-        chosen = decode_for_views(source, 0, config, seed=0, epoch=epoch) if epoch < 40 else None
+        chosen = shrink_of(source.open(0), config, epoch) if epoch < 40 else None
         for shrink in SHRINKS:
             _, crops = fit_to_shrunk(table, [shrink])
             enough = crops[..., 2:4].min() >= 64 * shrink
@@ -123,17 +128,15 @@ def test_both_crops_stay_large_enough_and_the_next_shrink_would_not_do() -> None
         else:
             shrink = 1
         if chosen is not None:
-            assert (chosen.shrink, chosen.size) == (shrink, (1003, 1501))
-            assert chosen.pixels.shape[:2] == (-(-1003 // shrink), -(-1501 // shrink))
+            assert chosen == shrink
+            assert source.open(0).decode(shrink).shape[:2] == (-(-1003 // shrink), -(-1501 // shrink))
             seen.add(shrink)
     assert seen == {4, 8}
 
 
-def test_small_images_other_formats_and_other_sources_are_decoded_in_full() -> None:
-    config = config_of(size=224)
+def test_small_images_and_other_formats_are_decoded_in_full() -> None:
     for data in (jpeg(375, 500), jpeg(1000, 447), jpeg(1000, 1000, kind="PNG")):
-        assert decode_for_views(Files(data), 0, config, seed=0, epoch=0).shrink == 1
-    assert decode_for_views(Files(jpeg(1003, 1501)), 0, config_of(scaled=False), seed=0, epoch=0).shrink == 1
+        assert shrink_of(Files(data).open(0), config_of(size=224)) == 1
 
 
 def test_crops_move_inwards_by_less_than_a_shrunk_pixel() -> None:
@@ -164,14 +167,17 @@ def test_views_differ_little_from_those_of_full_decoding(name: str) -> None:
     options: dict[str, Any] = {"size": 96, "mean": [0] * 3, "std": [1 / 255] * 3}
     full = source.read(0)
     for epoch in range(8):
-        image = decode_for_views(source, 0, config, seed=0, epoch=epoch)
-        assert image.shrink > 1
-        table = draw_views(config.views, [image.size], seed=0, epoch=epoch, keys=[0])
-        fitted, crops = fit_to_shrunk(table, [image.shrink])
+        shrink = shrink_of(source.open(0), config, epoch)
+        assert shrink > 1
+        table = draw_views(config.views, [full.shape[:2]], seed=0, epoch=epoch, keys=[0])
+        fitted, crops = fit_to_shrunk(table, [shrink])
+        alone = fit_to_shrunk(table[:, 0], shrink)
+        assert np.array_equal(alone[0], fitted[:, 0]) and np.array_equal(alone[1], crops[:, 0])
         for place, field in enumerate("yxhw"):  # the crop that was really made
             table[field] = crops[..., place]
         ours, theirs = (
-            augment_views(pack_images([p]), t, **options) for p, t in ((image.pixels, fitted), (full, table))
+            augment_views(pack_images([p]), t, **options)
+            for p, t in ((source.open(0).decode(shrink), fitted), (full, table))
         )
         errors.append(float((ours - theirs).abs().mean()))
     assert np.mean(errors) < 1.5 and max(errors) < 3, errors  # of 255 levels; measured 1.06, 2.09 (china)

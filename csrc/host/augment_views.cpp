@@ -37,6 +37,7 @@ struct Job {
   const int64_t *offsets, *widths;
   const ViewRow* rows;
   uint8_t* out;
+  int64_t out_step;  // bytes from one view to the next
   int size;
   Format format;
   bool channels_last;
@@ -101,7 +102,7 @@ SCRL_INLINE void write_view(const Job& job, const Shape& shape, const uint8_t* c
 
 template <int L, Format format>
 SCRL_INLINE void write_view(const Job& job, const Shape& shape, const uint8_t* const (&planes)[3], int64_t view) {
-  uint8_t* out = job.out + view * 3 * shape.size * shape.size * element_bytes(format);
+  uint8_t* out = job.out + view * job.out_step;
   if (job.channels_last) {
     write_view<L, format, true>(job, shape, planes, out);
   } else {
@@ -168,8 +169,8 @@ __attribute__((noinline)) void make_view(const Job& job, int64_t view, Scratch& 
 #endif
 
 void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<int64_t, py::array::c_style> offsets,
-                   py::array_t<int64_t, py::array::c_style> widths, py::buffer rows, uintptr_t out, int size,
-                   int format, bool channels_last, std::array<float, 3> scale, std::array<float, 3> shift,
+                   py::array_t<int64_t, py::array::c_style> widths, py::buffer rows, uintptr_t out, int64_t out_step,
+                   int size, int format, bool channels_last, std::array<float, 3> scale, std::array<float, 3> shift,
                    int solarize_threshold, int gaussian_taps, int threads) {
   const py::buffer_info table = rows.request();
   if (table.itemsize != sizeof(ViewRow) || table.ndim != 1 || (table.size > 1 && table.strides[0] != table.itemsize)) {
@@ -180,6 +181,7 @@ void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<
                 widths.data(),
                 static_cast<const ViewRow*>(table.ptr),
                 reinterpret_cast<uint8_t*>(out),
+                out_step,
                 size,
                 static_cast<Format>(format),
                 channels_last,
@@ -198,8 +200,9 @@ void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<
 
 void bind_augment_views(py::module_& m) {
   m.def("augment_views", &augment_views, py::arg("buffer"), py::arg("offsets"), py::arg("widths"), py::arg("rows"),
-        py::arg("out"), py::arg("size"), py::arg("format"), py::arg("channels_last"), py::arg("scale"),
-        py::arg("shift"), py::arg("solarize_threshold"), py::arg("gaussian_taps"), py::arg("threads"));
+        py::arg("out"), py::arg("out_step"), py::arg("size"), py::arg("format"), py::arg("channels_last"),
+        py::arg("scale"), py::arg("shift"), py::arg("solarize_threshold"), py::arg("gaussian_taps"),
+        py::arg("threads"));
 }
 
 }  // namespace scrl_fast::host

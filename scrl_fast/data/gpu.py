@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from scrl_fast.backends import triton_failure
 from scrl_fast.config import DataConfig
 from scrl_fast.data.decode import BadImage, Encoded
-from scrl_fast.data.scaled import Decoded
 from scrl_fast.data.source import EncodedImages, Source
 from scrl_fast.ops.augment_views import PackedImages
 
@@ -78,7 +77,7 @@ def pack_regions(
     return PackedImages(buffer, offsets, shapes[:, 0].copy(), shapes[:, 1].copy())
 
 
-def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dict[int, Decoded]:
+def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dict[int, Tensor]:
     """Those of the images that are plain, upright JPEGs, decoded by the GPU: key -> uint8 `[H, W, 3]` in its memory.
 
     Others, damaged ones among them, are left to the CPU's decoders, which name what is wrong. When the GPU decodes none
@@ -103,7 +102,7 @@ def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dic
     made = {}
     for (key, encoded), image in zip(found.items(), pixels, strict=True):
         if image.shape == (encoded.height, encoded.width, 3):
-            made[key] = Decoded(cast(Any, image), (encoded.height, encoded.width))
+            made[key] = image
     return made
 
 

@@ -18,23 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.config import Config
-from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
+from scrl_fast.data.bad import BadFiles
 from scrl_fast.data.batch import Batch, PackedBatch, each_of
-from scrl_fast.data.decode import BadImage, Room
 from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
-from scrl_fast.data.scaled import Decoded, decode_for_views, fit_to_shrunk
+from scrl_fast.data.reader import Reader, Slot
+from scrl_fast.data.scaled import Whole
 from scrl_fast.data.source import Source
 from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
-from scrl_fast.philox import permutation, uniforms
-from scrl_fast.views import draw_views
+from scrl_fast.philox import permutation
 
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
-_MOST_DECODED = 1 << 26  # bytes of decoded images at which a thread makes their views before it reads the next
-_ROOM = 1 << 24  # bytes a thread keeps for them: _PART photographs of 500 x 375 and more
+_MOST_HELD = 1 << 26  # bytes of files, or of images that come decoded, at which a thread makes their views
 _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
-_REPLACEMENT = 0x72657061
 
 
 class LoaderStalled(RuntimeError):
@@ -74,8 +71,8 @@ class Loader:
         self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
-        self._rooms = threading.local()
         self._workers = Workers(config.data.workers)
+        self._reader = Reader(source, config, self._bad, self._workers, keep=packed)
         self._ahead: deque[_Pending] = deque()
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
@@ -169,33 +166,6 @@ class Loader:
         self._workers.submit(pending.work, pending.parts)
         return pending
 
-    def read(self, key: int, epoch: int, room: Room | None = None) -> tuple[Decoded, int]:
-        """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides; and its key."""
-        candidate = key
-        for attempt in range(IN_A_ROW):
-            try:
-                self._workers.reads(self.source.name_of(candidate))
-                image = decode_for_views(self.source, candidate, self.config, seed=self._seed, epoch=epoch, room=room)
-            except BadImage as bad:
-                self._bad.add(bad, epoch)
-                u = uniforms(self._seed, epoch, [key], attempt + 1, purpose=_REPLACEMENT)[0, attempt]
-                candidate = int(u * len(self.source))
-            else:
-                self._bad.good()
-                return image, candidate
-            finally:
-                self._workers.finished()
-        raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
-
-    def room(self) -> Room | None:
-        """The calling thread's memory for decoded images whose views it makes at once, emptied; None if it does not."""
-        if self._packed:
-            return None
-        if not hasattr(self._rooms, "room"):
-            self._rooms.room = Room(_ROOM)
-        self._rooms.room.clear()
-        return self._rooms.room
-
 
 class _Pending:
     """A batch being made: its memory, and what the threads do to fill it."""
@@ -226,75 +196,74 @@ class _Pending:
         )
 
     def _make(self, part: int) -> None:
-        loader, views = self._loader, self._loader.config.views
+        loader, reader, epoch = self._loader, self._loader._reader, self.place[0]
         first, end = part * self._part, min((part + 1) * self._part, len(self._keys))
-        for low, images in self._read(first, end):
-            high = low + len(images)
-            sizes = [image.size for image in images]
-            table = draw_views(views, sizes, seed=loader._seed, epoch=self.place[0], keys=self._keys[low:high])
-            table, crops = fit_to_shrunk(table, [image.shrink for image in images])
-            self._crops[:, low:high] = crops
-            if not loader._packed:
-                self._make_views(pack_images([image.pixels for image in images]), table, low)
-            else:
-                self._keep(images, table, low)
+        for low, slots in self._open(first, end):
+            table = reader.draw(slots, epoch)
+            # Image by image, so that its pixels are still in the cache when its views are made.
+            for place, (slot, drawn) in enumerate(zip(slots, table.T.copy(), strict=True), low):
+                slot, pixels, rows, crops = reader.decode(slot, drawn, epoch)
+                self._keys[place], self._labels[place] = slot.key, loader.source.label(slot.key)
+                self._crops[:, place] = crops
+                if loader._packed:
+                    self._keep(pixels, rows, place)
+                else:
+                    self._make_views(pack_images([pixels]), rows, place)
+                del pixels
 
-    def _keep(self, images: list[Decoded], table: np.ndarray, low: int) -> None:
+    def _keep(self, pixels: Any, rows: np.ndarray, place: int) -> None:
         """Hold what views are cut from, or make the views if the batch has grown too large for the GPU to do it."""
-        regions = [cut_to_views(image.pixels, table[:, slot]) for slot, image in enumerate(images)]
-        high = low + len(regions)
-        self._table[:, low:high] = table
-        self._table["image"][:, low:high] += low
+        region = cut_to_views(pixels, rows)
+        self._table[:, place] = rows
+        self._table["image"][:, place] = place
         with self._lock:
-            self._bytes += sum(region.nbytes for region in regions)
+            self._bytes += region.nbytes
             if self._views is None and self._bytes > _MOST_PACKED:
                 self._views = self._empty_views()
-        self._images[low:high] = regions
+        self._images[place] = region
         if self._views is not None:
-            self._make_held_views(range(low, high))
+            self._make_held_views(range(place, place + 1))
 
     def _make_held_views(self, slots: range) -> None:
         for slot in slots:
             if self._images[slot] is not None:
                 image, self._images[slot] = self._images[slot], None
-                rows = self._table[:, slot : slot + 1].copy()
-                rows["image"] = 0
-                self._make_views(pack_regions([image], gpu=self._loader._gpu, on_host=True).numpy(), rows, slot)
+                packed = pack_regions([image], gpu=self._loader._gpu, on_host=True).numpy()
+                self._make_views(packed, self._table[:, slot].copy(), slot)
 
-    def _read(self, first: int, end: int) -> Iterator[tuple[int, list[Decoded]]]:
-        """Images `first` to `end` with the place of the first of them, in lots that end at `_MOST_DECODED` bytes."""
+    def _open(self, first: int, end: int) -> Iterator[tuple[int, list[Slot]]]:
+        """Images `first` to `end` with the place of the first of them, in lots that end at `_MOST_HELD` bytes."""
         loader, epoch = self._loader, self.place[0]
-        ready: dict[int, Decoded] = {}
+        ready: dict[int, Tensor] = {}
         if loader._gpu is not None:
-            loader._workers.reads(f"{loader.source.name_of(int(self._keys[first]))} and {end - first - 1} others")
-            ready = decode_on_gpu(loader.source, self._keys[first:end], loader._gpu)
-            loader._workers.finished()
-        low, images, room = first, list[Decoded](), loader.room()
-        for slot in range(first, end):
-            key = int(self._keys[slot])
-            image, key = (ready.pop(key), key) if key in ready else loader.read(key, epoch, room)
-            images.append(image)
-            self._keys[slot], self._labels[slot] = key, loader.source.label(key)
-            del image
-            if slot + 1 == end or sum(one.pixels.nbytes for one in images) >= _MOST_DECODED:
-                yield low, images
-                images.clear()  # whoever took them still holds the list
-                room = loader.room()
-                low = slot + 1
+            with loader._reader.reading(
+                f"{loader.source.name_of(int(self._keys[first]))} and {end - first - 1} others"
+            ):
+                ready = decode_on_gpu(loader.source, self._keys[first:end], loader._gpu)
+        low, held, slots = first, 0, list[Slot]()
+        for place in range(first, end):
+            key = int(self._keys[place])
+            slots.append(Slot(key, 0, key, Whole(ready.pop(key))) if key in ready else loader._reader.open(key, epoch))
+            data = slots[-1].image.data
+            held += len(data) if isinstance(data, bytes) else data.nbytes
+            if place + 1 == end or held >= _MOST_HELD:
+                yield low, slots
+                low, held, slots = place + 1, 0, []
 
-    def _make_views(self, packed: PackedImages, table: np.ndarray, low: int) -> None:
-        views = self._loader.config.views
-        for view, rows in enumerate(table):
-            first = view * len(self._keys) + low
-            augment_views(
-                packed,
-                rows,
-                size=views.size,
-                mean=views.mean,
-                std=views.std,
-                solarize_threshold=views.solarize_threshold,
-                out=self._views[first : first + len(rows)],  # type: ignore[index]
-            )
+    def _make_views(self, packed: PackedImages, rows: np.ndarray, place: int) -> None:
+        """Both views of one image, in their places."""
+        views, count = self._loader.config.views, len(self._keys)
+        rows["image"] = 0
+        augment_views(
+            packed,
+            rows,
+            size=views.size,
+            mean=views.mean,
+            std=views.std,
+            solarize_threshold=views.solarize_threshold,
+            out=self._views[place::count],  # type: ignore[index]
+            checked=True,  # drawn for the size that `decode` makes sure of
+        )
 
     def _finish(self) -> None:
         config = self._loader.config

@@ -9,45 +9,55 @@ same crop by 0.4 to 0.8 of 255 levels in the mean (three photographs, at most 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.config import Config
-from scrl_fast.data.decode import SHRINKS, Room
+from scrl_fast.data.decode import SHRINKS, Encoded, Room
 from scrl_fast.data.source import EncodedImages, Source
-from scrl_fast.views import crops_of, draw_views
+from scrl_fast.views import crops_of
 
 
-class Decoded(NamedTuple):
-    """pixels: uint8 `[h, w, 3]`; size: (height, width) of the image in its file; shrink: 1, or what it was divided by.
-    Pixel (i, j) covers rows from i * shrink on, columns from j * shrink on."""
+class Opened(Protocol):
+    """An image of which the size is known and the pixels are not wanted yet: `decode.Encoded`, or a `Whole`."""
 
-    pixels: NDArray[np.uint8]
-    size: tuple[int, int]
-    shrink: int = 1
+    height: int
+    width: int
 
+    def can_shrink(self, shrink: int) -> bool: ...
 
-def decode_for_views(
-    source: Source, index: int, config: Config, *, seed: int, epoch: int, room: Room | None = None
-) -> Decoded:
-    """Image `index`, shrunk as far as both of its views in this epoch allow, in `room` if it can lie there."""
-    if not (config.data.scaled_decode and isinstance(source, EncodedImages)):
-        pixels = source.read(index)
-        return Decoded(pixels, pixels.shape[:2])
-    encoded = source.open(index)
-    size, least = (encoded.height, encoded.width), config.views.size
-    shrink = 1
-    if min(size) >= SHRINKS[-1] * least and encoded.can_shrink(SHRINKS[-1]):  # else no crop can be large enough
-        # a view depends on (seed, epoch, index) only: these are the rows that the batch draws again
-        table = draw_views(config.views, [size], seed=seed, epoch=epoch, keys=[index])
-        shrink = next((s for s in SHRINKS if encoded.can_shrink(s) and _is_enough(table, s, least)), 1)
-    return Decoded(encoded.decode(shrink, room), size, shrink)
+    def decode(self, shrink: int = 1, room: Room | None = None) -> Any: ...
 
 
-def fit_to_shrunk(table: np.ndarray, shrinks: Sequence[int]) -> tuple[np.ndarray, NDArray[np.int64]]:
-    """The table `[2, B]` for images divided by `shrinks` `[B]`, and the crops int64 `[2, B, 5]` in original pixels.
+class Whole:
+    """Pixels `[H, W, 3]` that are there already, an array or a tensor."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.data, (self.height, self.width) = pixels, pixels.shape[:2]
+
+    def can_shrink(self, shrink: int) -> bool:
+        return shrink == 1
+
+    def decode(self, shrink: int = 1, room: Room | None = None) -> Any:
+        return self.data
+
+
+def open_image(source: Source, index: int) -> Encoded | Whole:
+    """Image `index` of any source. Raises BadImage."""
+    return source.open(index) if isinstance(source, EncodedImages) else Whole(source.read(index))
+
+
+def largest_shrink(image: Opened, rows: np.ndarray, least: int) -> int:
+    """By how much an image may be divided so that each crop in its rows stays `least` pixels high and wide."""
+    if min(image.height, image.width) < SHRINKS[-1] * least:  # then no crop can be large enough
+        return 1
+    return next((shrink for shrink in SHRINKS if image.can_shrink(shrink) and _is_enough(rows, shrink, least)), 1)
+
+
+def fit_to_shrunk(table: np.ndarray, shrinks: int | Sequence[int]) -> tuple[np.ndarray, NDArray[np.int64]]:
+    """The table `[2, B]` for images divided by `shrinks` `[B]`, and the crops int64 `[2, B, 5]` in original pixels; or
+    the rows `[2]` of one image, and its crops `[2, 5]`.
 
     Edges of a crop move inwards to the next whole pixel of the shrunk image, by less than shrink original pixels; the
     crops say where they came to lie, so boxes match in both views as exactly as without shrinking.
@@ -59,7 +69,7 @@ def fit_to_shrunk(table: np.ndarray, shrinks: Sequence[int]) -> tuple[np.ndarray
     y, x, h, w = _shrunk_crop(table, factor)
     table = table.copy()
     table["y"], table["x"], table["h"], table["w"] = y, x, h, w
-    crops[..., :4] = np.stack([y, x, h, w], axis=-1) * factor[:, None]
+    crops[..., :4] = np.stack([y, x, h, w], axis=-1) * factor[..., None]
     return table, crops
 
 

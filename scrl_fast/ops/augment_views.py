@@ -6,6 +6,7 @@ like is decided before, in a table (`scrl_fast.views.draw_views`), so every impl
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ NO_BLUR, RESIZE_BLUR, GAUSSIAN_BLUR = 0, 1, 2
 GAUSSIAN_TAPS = 23
 _LARGEST_SIZE = 1 << 14  # a view's pixels are counted in 32 bits
 _JITTERS = ("brightness", "contrast", "saturation", "hue")
+_CPU = torch.device("cpu")
 _NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the compiled form
 
@@ -64,7 +66,7 @@ class PackedImages(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the pixels lie."""
-        return self.buffer.device if isinstance(self.buffer, Tensor) else torch.device("cpu")
+        return self.buffer.device if isinstance(self.buffer, Tensor) else _CPU
 
     def to(self, device: torch.device | str) -> PackedImages:
         """The images on a device; the copy of a pinned buffer does not wait."""
@@ -82,33 +84,20 @@ class PackedImages(NamedTuple):
 
 
 def pack_images(images: Sequence[NDArray[np.uint8]]) -> PackedImages:
-    """uint8 `[H, W, 3]` arrays behind one another: copied, unless they lie so in one flat buffer already.
+    """uint8 `[H, W, 3]` arrays behind one another, copied; one contiguous array alone is taken as it is.
 
     Raises ValueError naming the first that is something else.
     """
     for index, image in enumerate(images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image {index} must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if len(images) == 1:
+        height, width, _ = images[0].shape
+        return PackedImages(images[0].reshape(-1), np.zeros(1, np.int64), np.array([height]), np.array([width]))
     sizes = np.array([image.size for image in images], np.int64)
-    buffer = _common_buffer(images, int(sizes.sum()))
-    if buffer is None:
-        buffer = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
+    buffer = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     return PackedImages(buffer, np.cumsum(sizes) - sizes, shapes[:, 0].copy(), shapes[:, 1].copy())
-
-
-def _common_buffer(images: Sequence[NDArray[np.uint8]], size: int) -> NDArray[np.uint8] | None:
-    """The part of a flat buffer that the images fill without gaps, in their order; None where they do not."""
-    base = images[0].base if images else None
-    if not isinstance(base, np.ndarray) or base.ndim != 1 or base.dtype != np.uint8:
-        return None
-    begin = end = images[0].ctypes.data
-    for image in images:
-        if image.base is not base or image.ctypes.data != end or not image.flags.c_contiguous:
-            return None
-        end += image.size
-    start = begin - base.ctypes.data
-    return base[start : start + size]
 
 
 def augment_views(
@@ -123,6 +112,7 @@ def augment_views(
     channels_last: bool = True,
     threads: int = 1,
     out: Tensor | None = None,
+    checked: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """Make the views of a table: `[V, 3, size, size]`, row v from `table.reshape(-1)[v]` (`[2, B]`: all view 1 first).
@@ -135,22 +125,24 @@ def augment_views(
     solarize_threshold: values from this on are inverted. dtype: float32, bfloat16, float16, or uint8 for levels 0..255
     as they are before normalisation (mean and std are then not used).
     channels_last: memory format of the result. threads: at most so many; 1 for callers that run many calls at once.
-    out: written and returned if given (dense in either memory format); dtype and channels_last are then its own.
+    out: written and returned if given; dtype and channels_last are then its own. Each view must be dense in either
+    memory format, but other views may lie between them (`all_views[3::batch_size]`).
+    checked: `check_views` has been called for these images and rows; for callers with few views a call.
     Raises TypeError or ValueError naming the argument and the first bad row before any pixel is touched.
     Source: SCRL section 4, BYOL appendix B; semantics of torchvision's transforms on Pillow images.
     """
-    rows = _check_table(table, images)
-    shape = (len(rows), 3, size, size)
+    rows = table.reshape(-1) if checked else check_views(table, images)
+    shape, device = (len(rows), 3, size, size), images.device
     if not 0 < size <= _LARGEST_SIZE:
         raise ValueError(f"size must lie in 1..{_LARGEST_SIZE}, got {size}")
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
-    _check_out(out, shape, images.device)
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+    _check_out(out, shape, device)
     if len(rows):
-        make = _OPERATION.resolve(out.device.type, backend)
+        make = _OPERATION.resolve(device.type, backend)
         make(images, rows, out, mean=mean, std=std, solarize_threshold=solarize_threshold, threads=threads)
     return out
 
@@ -227,7 +219,8 @@ def blurred_side(size: int, factor: float) -> int:
     return max(1, math.floor(size / factor + 1e-3))
 
 
-def _check_table(table: np.ndarray, images: PackedImages) -> np.ndarray:
+def check_views(table: np.ndarray, images: PackedImages) -> np.ndarray:
+    """The rows of a table, flat. Raises TypeError or ValueError as `augment_views` does."""
     if not isinstance(table, np.ndarray) or table.dtype != VIEW_DTYPE:
         raise TypeError(f"table must be a NumPy array of VIEW_DTYPE, got {getattr(table, 'dtype', type(table))}")
     _check_images(images)
@@ -276,10 +269,22 @@ def _check_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> Non
     if out.dtype not in DTYPES or out.device != device:
         known = "float32, bfloat16, float16 or uint8"
         raise TypeError(f"dtype must be {known}, on {device} as the images are, got {out.dtype} on {out.device}")
-    if tuple(out.shape) != shape:
+    if out.shape != shape:
         raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
-    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"out must be dense, NCHW or channels_last, got strides {out.stride()}")
+    if len(out) and _is_nchw(out) is None:
+        raise ValueError(f"out must hold views that are dense, NCHW or channels_last, got strides {out.stride()}")
+
+
+def _is_nchw(out: Tensor) -> bool | None:
+    """Whether each view lies plane by plane; False for channels_last, None for neither."""
+    side, strides = out.shape[-1], out.stride()[1:]
+    if strides == (side * side, side, 1):
+        return True
+    if strides == (1, 3 * side, 3):
+        return False
+    if out[:1].is_contiguous():  # of one pixel, or no view at all
+        return True
+    return False if out[:1].is_contiguous(memory_format=torch.channels_last) else None
 
 
 def _native_augment_views(
@@ -292,13 +297,20 @@ def _native_augment_views(
     solarize_threshold: int = 128,
     threads: int = 1,
 ) -> None:
-    images = images.numpy()
-    scale, shift = ([1.0] * 3, [0.0] * 3) if out.dtype == torch.uint8 else normalization(mean, std)
+    buffer = images.buffer if isinstance(images.buffer, np.ndarray) else images.numpy().buffer
+    scale, shift = ((1.0,) * 3, (0.0,) * 3) if out.dtype == torch.uint8 else _scale_and_shift((*mean,), (*std,))
     threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     _native.host().augment_views(
-        images.buffer, images.offsets, images.widths, np.ascontiguousarray(rows), out.data_ptr(), out.shape[-1],
-        DTYPES.index(out.dtype), not out.is_contiguous(), scale, shift, threshold, GAUSSIAN_TAPS, threads,
+        buffer, images.offsets, images.widths, rows if rows.flags.c_contiguous else rows.copy(), out.data_ptr(),
+        out.stride(0) * out.element_size(), out.shape[-1], DTYPES.index(out.dtype), not _is_nchw(out), scale, shift,
+        threshold, GAUSSIAN_TAPS, threads,
     )  # fmt: skip
+
+
+@functools.cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], list[float]]:
+    scale, shift = normalization(mean, std)
+    return scale.tolist(), shift.tolist()
 
 
 def _native_failure(device_type: str) -> str:

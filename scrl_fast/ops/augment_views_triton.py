@@ -41,8 +41,12 @@ def triton_augment_views(
     scale, shift = normalization(mean, std)
     threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     half = min(GAUSSIAN_TAPS, 2 * size - 1) // 2
+    spaced = not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last))
+    views = torch.empty(out.shape, dtype=out.dtype, device=out.device) if spaced else out
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        make_views(buffer, plan, amounts, out, [*scale.tolist(), *shift.tolist()], threshold, half)
+        make_views(buffer, plan, amounts, views, [*scale.tolist(), *shift.tolist()], threshold, half)
+    if spaced:
+        out.copy_(views)
 
 
 def make_plan(images: PackedImages, rows: np.ndarray, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

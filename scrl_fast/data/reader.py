@@ -1,0 +1,103 @@
+"""Images by place, for the threads that make batches: opened first, decoded when their views are known, and another in
+place of each that cannot be read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scrl_fast.config import Config
+from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
+from scrl_fast.data.decode import BadImage, Encoded, Room
+from scrl_fast.data.scaled import Whole, fit_to_shrunk, largest_shrink, open_image
+from scrl_fast.data.source import Source
+from scrl_fast.data.workers import Workers
+from scrl_fast.philox import uniforms
+from scrl_fast.views import draw_views
+
+_ROOM = 1 << 24  # bytes a thread keeps for the pixels of one image: 5.6 megapixels
+_REPLACEMENT = 0x72657061
+
+
+class Slot(NamedTuple):
+    """A place in a batch: the image asked for, how many were tried before the one that it got, that one's key."""
+
+    asked: int
+    attempt: int
+    key: int
+    image: Encoded | Whole
+
+
+class Reader:
+    """What is read depends on (seed, epoch, image asked for) only.
+
+    bad: counts what cannot be read. workers: told what its threads are reading. keep: pixels of one image must outlast
+    the reading of the next.
+    """
+
+    def __init__(self, source: Source, config: Config, bad: BadFiles, workers: Workers, *, keep: bool) -> None:
+        self.source, self._views, self._seed = source, config.views, config.train.seed
+        self._scaled, self._bad, self._workers, self._keep = config.data.scaled_decode, bad, workers, keep
+        self._rooms = threading.local()
+
+    def open(self, key: int, epoch: int, attempt: int = 0) -> Slot:
+        """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides.
+
+        attempt: how many images were tried before. Raises TooManyBadImages.
+        """
+        for number in range(attempt, IN_A_ROW):
+            candidate = key
+            if number:
+                u = uniforms(self._seed, epoch, [key], number, purpose=_REPLACEMENT)[0, number - 1]
+                candidate = int(u * len(self.source))
+            try:
+                with self.reading(self.source.name_of(candidate)):
+                    return Slot(key, number, candidate, open_image(self.source, candidate))
+            except BadImage as bad:
+                self._bad.add(bad, epoch)
+        raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
+
+    def draw(self, slots: Sequence[Slot], epoch: int) -> np.ndarray:
+        """The table `[2, len(slots)]` of their views."""
+        sizes = [(slot.image.height, slot.image.width) for slot in slots]
+        return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[slot.key for slot in slots])
+
+    def decode(self, slot: Slot, rows: np.ndarray, epoch: int) -> tuple[Slot, Any, np.ndarray, NDArray[np.int64]]:
+        """A slot, or what takes its place; its pixels; its rows of the table for them; its crops `[2, 5]` in those of
+        the original.
+
+        rows: VIEW_DTYPE `[2]`, as drawn. The pixels are gone with the next call, unless they are to be kept.
+        """
+        room = None if self._keep else self._room()
+        while True:
+            shrink = largest_shrink(slot.image, rows, self._views.size) if self._scaled else 1
+            try:
+                with self.reading(self.source.name_of(slot.key)):
+                    pixels = slot.image.decode(shrink, room)
+            except BadImage as bad:
+                self._bad.add(bad, epoch)
+                slot = self.open(slot.asked, epoch, slot.attempt + 1)
+                rows = self.draw([slot], epoch)[:, 0]
+            else:
+                self._bad.good()
+                return slot, pixels, *fit_to_shrunk(rows, shrink)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Around whatever may hang or crash over the image of that name."""
+        self._workers.reads(name)
+        try:
+            yield
+        finally:
+            self._workers.finished()
+
+    def _room(self) -> Room:
+        """The calling thread's memory for the pixels of one image."""
+        if not hasattr(self._rooms, "room"):
+            self._rooms.room = Room(_ROOM)
+        return self._rooms.room
