@@ -152,22 +152,27 @@ class SCRLTrainer:
     ) -> Generator[tuple[list[Batch], int], None, None]:
         """Groups of batches with the box pairs of all processes, as long as every process has one.
 
-        One small message a step between the hosts: pairs, requests to stop, and data that failed. So all processes
-        stop at the same step, with a checkpoint of it.
+        One small message a step between the hosts: pairs, requests to stop, data that failed, and waits for data that a
+        signal ended. So all processes stop at the same step, with a checkpoint of it.
         """
         failure: Exception | None = None
         while self.step < self.last_step:
             group: list[Batch] = []
-            try:
-                group = next(stream)
-            except Exception as error:
-                failure = error
-            flags = [stop.signal_name != "", failure is not None]
-            pairs, asked, failed = self.world.sums([sum(map(prepare.count_pairs, group)), *map(int, flags)])
+            with stop.at_once():  # slow data must not keep a request waiting
+                try:
+                    group = next(stream)
+                except Exception as error:
+                    failure = error
+            flags = [stop.signal_name != "", failure is not None, not group]
+            pairs, asked, failed, lacking = self.world.sums([sum(map(prepare.count_pairs, group)), *map(int, flags)])
             self.asked = asked > 0
             if failed:
                 self.save_before_the_end()
                 raise failure or distributed.PeerFailed("stopped because the data of another process failed")
+            if lacking:
+                if self.stopping(stop) and self.step > self.saved:
+                    self.save(planned=False)
+                return
             yield group, pairs
 
     def stopping(self, stop: StopRequest) -> bool:

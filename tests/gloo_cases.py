@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -156,6 +158,23 @@ def failing_case(folder: Path, world: World) -> str:
     return "nothing was raised"
 
 
+def waiting_case(folder: Path, world: World) -> str:
+    """A signal reaches process 1 while it waits for the data of the third step."""
+    trainer = trainer_of(folder / "waiting", world, batch_size=2)
+    plain = trainer.batches
+
+    def stream():
+        for number, group in enumerate(plain()):
+            if number == 2 and trainer.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            yield group
+
+    trainer.batches = stream
+    summary = trainer.fit()
+    return f"{summary['interrupted']} after step {summary['step']}"
+
+
 def message_case(world: World) -> dict:
     def refuse():
         raise CheckpointError("all of them are damaged")
@@ -187,6 +206,7 @@ def main(folder: Path, rank: int) -> None:
     else:
         resume_case(folder, two)
         results["failing"] = failing_case(folder, two)
+        results["waiting"] = waiting_case(folder, two)
     torch.save(results, folder / f"results_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

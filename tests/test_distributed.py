@@ -160,6 +160,13 @@ def test_data_that_fail_in_one_process_end_all_with_a_checkpoint(gloo):
     assert "the data failed; all 2 steps are saved" in (folder / "failing" / "log.txt").read_text()
 
 
+def test_a_signal_to_one_process_that_waits_for_data_stops_all(gloo):
+    folder, results = gloo
+    assert results[3]["waiting"] == "SIGTERM after step 2"
+    assert results[2]["waiting"] == "a signal to another process after step 2"
+    assert torch.load(folder / "waiting" / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
+
+
 # ---- messages ----
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -100,6 +101,29 @@ def test_a_signal_ends_the_evaluation_at_once(tmp_path):
     assert time.monotonic() - started < 30
     assert (summary["interrupted"], summary["step"]) == ("SIGTERM", 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_data_are_waited_for_stops_there_and_then(tmp_path, whole):
+    config = make_config(tmp_path, epochs=3)
+    config.run.checkpoint_every, config.data.workers = 2, 1
+    source, released = Pictures(num_classes=3), threading.Event()
+    trainer = SCRLTrainer(config, source=source)
+    plain = trainer.train_step
+
+    def step(*batches):
+        plain(*batches)
+        if trainer.step == 3:
+            source.read = lambda index: released.wait(60) and source.images[index]
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    trainer.train_step = step
+    started = time.monotonic()
+    summary = trainer.fit()
+    released.set()
+    assert time.monotonic() - started < 30
+    assert summary["interrupted"] == "SIGTERM" and 3 <= summary["step"] <= 6  # three batches may have been made ahead
+    resumed, _ = run(tmp_path, resume="auto")
+    assert_same(resumed, whole)
 
 
 def test_a_second_ctrl_c_does_not_wait():
