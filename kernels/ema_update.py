@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scrl_fast.kernels.tensor_lists import aligned, by_dtype, chunk_table, pair
+from scrl_fast.kernels.tensor_lists import aligned, by_dtype, chunk_table, on_device, pair
 
 CHUNK = 8192
 BLOCK = 1024
@@ -81,7 +81,7 @@ def ema_update_(
             table,
             targets[places[0]],
             *pair(momentum),
-            None if momentum_tensor is None else momentum_tensor.to(device),
+            on_device(momentum_tensor, device),
             WIDE=dtype is torch.float64,
             CHUNK=CHUNK,
             BLOCK=BLOCK,

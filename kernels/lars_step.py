@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scrl_fast.kernels.ema_update import address, lerp, number
-from scrl_fast.kernels.tensor_lists import Addresses, aligned, by_dtype, chunk_table, pair
+from scrl_fast.kernels.tensor_lists import Addresses, aligned, by_dtype, chunk_table, on_device, pair
 
 CHUNK = 16384
 BLOCK = 1024
@@ -171,7 +171,7 @@ def lars_step_(
     if not params:
         return
     device = params[0].device
-    numbers = [None if n is None else n.to(device) for n in (lr, momentum, ema_momentum_tensor)]
+    numbers = [on_device(n, device) for n in (lr, momentum, ema_momentum_tensor)]
     moves = ema_momentum != 1 or ema_momentum_tensor is not None
     targets = dict(zip(ema_places, ema_targets, strict=True)) if moves else {}
     lists = [_Lists(dtype, places, params, momentum_buffers, targets, grads, setting_of, device)

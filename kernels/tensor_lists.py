@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Addresses = tuple[tuple[int, ...], ...]
 """For each tensor of a launch where it lies in each list (0 where it is absent), and last its number of elements."""
 
+_TABLES: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_TABLES_AT_MOST = 32
 _KEPT: list[Tensor] = []  # tables that a CUDA graph reads for as long as it lives
 
 
@@ -20,16 +23,26 @@ def chunk_table(tensors: Addresses, itemsize: int, chunk: int, device: torch.dev
     [first, last) of its tensor's chunks.
 
     Built once for a list of tensors and kept: gradients usually come back to the memory they had a step before. A table
-    that is used while a CUDA graph is captured is never given up.
+    that is used while a CUDA graph is captured is never given up; one that is built there belongs to the graph alone,
+    because nothing is in it before the graph runs.
     """
-    table = _chunk_table(tensors, itemsize, chunk, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = (tensors, itemsize, chunk, device)
+    table = _TABLES.get(key)
+    if table is None:
+        table = _to_device(_rows(tensors, itemsize, chunk), device, capturing)
+        if not capturing:
+            _TABLES[key] = table
+    if not capturing:
+        _TABLES.move_to_end(key)
+        while len(_TABLES) > _TABLES_AT_MOST:
+            _TABLES.popitem(last=False)
+    else:
         _KEPT.append(table)
     return table
 
 
-@functools.lru_cache(maxsize=32)
-def _chunk_table(tensors: Addresses, itemsize: int, chunk: int, device: torch.device) -> Tensor:
+def _rows(tensors: Addresses, itemsize: int, chunk: int) -> NDArray[np.int64]:
     rows = np.array(tensors, dtype=np.int64)
     sizes = rows[:, -1]
     counts = -(-sizes // chunk)
@@ -39,17 +52,26 @@ def _chunk_table(tensors: Addresses, itemsize: int, chunk: int, device: torch.de
     table[:, :-1] += np.where(table[:, :-1] != 0, begin[:, None] * itemsize, 0)
     table[:, -1] = np.minimum(sizes[owner] - begin, chunk)
     last = np.cumsum(counts)
-    return _to_device(np.column_stack([table, (last - counts)[owner], last[owner]]), device)
+    return np.column_stack([table, (last - counts)[owner], last[owner]])
 
 
-def _to_device(table: np.ndarray, device: torch.device) -> Tensor:
+def _to_device(table: NDArray[np.int64], device: torch.device, capturing: bool) -> Tensor:
     here = torch.from_numpy(table)
     if device.type == "cpu":
         return here
     here = here.pin_memory()  # the copy does not wait for the GPU, and a graph may hold it
-    if torch.cuda.is_current_stream_capturing():
+    if capturing:
         _KEPT.append(here)
     return here.to(device, non_blocking=True)
+
+
+def on_device(numbers: Tensor | None, device: torch.device) -> Tensor | None:
+    """numbers on device. Those of a host tensor are read now and filled in there: a copy would wait for the GPU, and
+    cannot be captured in a CUDA graph."""
+    if numbers is None or numbers.device.type == device.type:
+        return numbers
+    filled = [torch.full((), number, dtype=numbers.dtype, device=device) for number in numbers.reshape(-1).tolist()]
+    return torch.stack(filled).reshape(numbers.shape)
 
 
 def by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:

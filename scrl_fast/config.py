@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from scrl_fast.errors import did_you_mean
-from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_above, from_below, refusal, within
+from scrl_fast.ranges import SAMPLES, SHARE, above, at_least, check_fields, from_above, from_below, refusal, within
 
 BACKBONE_STRIDES = {
     "resnet10_tiny": 8,
@@ -179,7 +179,7 @@ class ModelConfig:
     pool_reduce: Literal["flatten", "average"] = "flatten"
     """What a pool_size above 1 hands to the projector: all bins side by side, or their mean."""
     sampling_ratio: int = -1
-    """Samples per bin and axis; -1 adapts to the box size."""
+    """Samples per bin and axis, at most 4096; -1 adapts to the box size."""
     aligned: bool = False
     """Shift boxes by half a cell (RoIAlign v2)."""
     target_init: Literal["online", "random"] = "online"
@@ -191,8 +191,8 @@ class ModelConfig:
             known = ", ".join(BACKBONE_STRIDES)
             hint = did_you_mean(self.backbone, BACKBONE_STRIDES)
             raise refusal("model.backbone", self.backbone, f"must be one of {known}, or timm:NAME{hint}")
-        if self.sampling_ratio != -1 and self.sampling_ratio < 1:
-            raise refusal("model.sampling_ratio", self.sampling_ratio, "must be at least 1, or -1 (adapts to the box)")
+        if self.sampling_ratio != -1 and not SAMPLES.allows(self.sampling_ratio):
+            raise refusal("model.sampling_ratio", self.sampling_ratio, f"must be {SAMPLES.words}, or -1 (adapts)")
 
 
 @dataclass

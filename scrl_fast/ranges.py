@@ -45,6 +45,7 @@ def from_above(low: float, high: float) -> Range:
 
 
 SHARE = within(0, 1)
+SAMPLES = within(1, 4096)  # of a RoIAlign bin and axis; ops.roi_align refuses more
 
 
 def check_fields(section: Any, name: str, **ranges: Range) -> None:

@@ -15,7 +15,7 @@
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("fp-contract=off", "finite-math-only", "no-signed-zeros")
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined calls
 #endif
 
@@ -32,20 +32,27 @@ struct BoxOptions {
   double jitter;
 };
 
+// A number is one float64 or eight, of eight images or eight tries: the arithmetic below is written once for both.
+using Doubles = double __attribute__((vector_size(64)));
+
+// Rows (y, x, h, w, flip); flip is 0 or 1.
+template <class Number>
+struct Crop {
+  Number y, x, h, w, flip;
+};
+
+template <class Number>
 struct ViewMap {
-  double scale_x, scale_y, offset_x, offset_y;
-  bool flip;
+  Number scale_x, scale_y, offset_x, offset_y, flip;
 };
 
 // Boxes are drawn in width x height pixels, then mapped into each view.
+template <class Number>
 struct Overlap {
-  double width, height, unscale_x, unscale_y;
-  double columns, rows;  // the finest grid
-  ViewMap view[2];
+  Number width, height, unscale_x, unscale_y;
+  Number columns, rows;  // the finest grid
+  ViewMap<Number> view[2];
 };
-
-// A number is one float64 or eight, of eight boxes: the arithmetic below is written once for both.
-using Doubles = double __attribute__((vector_size(64)));
 
 template <class Number>
 struct Draw {
@@ -67,76 +74,90 @@ SCRL_INLINE Number larger(Number a, Number b) {
   return a < b ? b : a;
 }
 
-// Floor of 0 <= value < 2^51: adding 2^52 leaves no bits for a fraction. Exact, and one form for every instruction set.
+// The nearest integer to 0 <= value < 2^51, half to even: adding 2^52 leaves no bits for a fraction. Exact, and one
+// form for every instruction set.
 template <class Number>
-SCRL_INLINE Number whole(Number value) {
-  const Number nearest = (value + 0x1p52) - 0x1p52;
-  return nearest > value ? nearest - 1.0 : nearest;
+SCRL_INLINE Number nearest(Number value) {
+  return (value + 0x1p52) - 0x1p52;
 }
 
-// Rows (y, x, h, w, flip).
+// Floor of 0 <= value < 2^51.
+template <class Number>
+SCRL_INLINE Number whole(Number value) {
+  const Number near = nearest(value);
+  return near > value ? near - 1.0 : near;
+}
+
 inline bool crop_in_range(const int64_t* crop) {
-  for (int i = 0; i < 4; ++i)
-    if (!(crop[i] > -kLimit && crop[i] < kLimit)) return false;
-  return crop[2] >= 1 && crop[3] >= 1;
+  bool beyond = crop[2] < 1 || crop[3] < 1;
+  for (int i = 0; i < 4; ++i) beyond |= !(crop[i] > -kLimit && crop[i] < kLimit);
+  return !beyond;
+}
+
+SCRL_INLINE Crop<double> crop_of(const int64_t* crop) {
+  return {static_cast<double>(crop[0]), static_cast<double>(crop[1]), static_cast<double>(crop[2]),
+          static_cast<double>(crop[3]), crop[4] != 0 ? 1.0 : 0.0};
 }
 
 // Pixels in which boxes are drawn, along one axis: what both views show, at the coarser view's scale.
-inline double drawn_extent(int64_t first, int64_t first_size, int64_t second, int64_t second_size, double view_size) {
-  const int64_t begin = std::max(first, second), end = std::min(first + first_size, second + second_size);
-  if (begin >= end) return 0;
-  return std::nearbyint(static_cast<double>(end - begin) *
-                        (view_size / static_cast<double>(std::max(first_size, second_size))));
+template <class Number>
+SCRL_INLINE Number drawn_extent(Number first, Number first_size, Number second, Number second_size, double view_size) {
+  const Number none = {};
+  const Number span = smaller(first + first_size, second + second_size) - larger(first, second);
+  return nearest(larger(span, none) * (view_size / larger(first_size, second_size)));
+}
+
+template <class Number>
+SCRL_INLINE Overlap<Number> overlap_of(const Crop<Number>& a, const Crop<Number>& b, const BoxOptions& o) {
+  const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
+  const Number left = larger(a.x, b.x), top = larger(a.y, b.y);
+  Overlap<Number> overlap;
+  overlap.width = drawn_extent(a.x, a.w, b.x, b.w, size);
+  overlap.height = drawn_extent(a.y, a.h, b.y, b.h, size);
+  overlap.columns =
+      whole(overlap.width / least);  // exact: a quotient of integers this small is never rounded up to one
+  overlap.rows = whole(overlap.height / least);
+  for (int v = 0; v < 2; ++v) {
+    const Crop<Number>& crop = v == 0 ? a : b;
+    const Number scale_x = size / crop.w, scale_y = size / crop.h;
+    overlap.view[v] = {scale_x, scale_y, (left - crop.x) * scale_x, (top - crop.y) * scale_y, crop.flip};
+  }
+  overlap.unscale_x = 1.0 / smaller(overlap.view[0].scale_x, overlap.view[1].scale_x);
+  overlap.unscale_y = 1.0 / smaller(overlap.view[0].scale_y, overlap.view[1].scale_y);
+  return overlap;
 }
 
 // Whether the image yields boxes: needs no random number, so every image's rows are known before any box is drawn.
-inline bool yields_boxes(const int64_t* a, const int64_t* b, const BoxOptions& o) {
+inline bool yields_boxes(const Crop<double>& a, const Crop<double>& b, const BoxOptions& o) {
   const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
-  return drawn_extent(a[1], a[3], b[1], b[3], size) > least && drawn_extent(a[0], a[2], b[0], b[2], size) > least;
+  return drawn_extent(a.x, a.w, b.x, b.w, size) > least && drawn_extent(a.y, a.h, b.y, b.h, size) > least;
 }
 
 // The images that yield boxes, in order; nothing where a crop is out of range.
 inline std::optional<std::vector<int64_t>> images_with_boxes(const int64_t* a, const int64_t* b, int64_t images,
                                                              const BoxOptions& o) {
-  std::vector<int64_t> found;
-  found.reserve(static_cast<size_t>(images));
+  std::vector<int64_t> found(static_cast<size_t>(images));
+  int64_t count = 0;
   for (int64_t i = 0; i < images; ++i, a += kCropFields, b += kCropFields) {
     if (!crop_in_range(a) || !crop_in_range(b)) return std::nullopt;
-    if (yields_boxes(a, b, o)) found.push_back(i);
+    found[static_cast<size_t>(count)] = i;
+    count += yields_boxes(crop_of(a), crop_of(b), o);
   }
+  found.resize(static_cast<size_t>(count));
   return found;
-}
-
-inline Overlap overlap_of(const int64_t* a, const int64_t* b, const BoxOptions& o) {
-  const auto size = static_cast<double>(o.view_size);
-  const int64_t left = std::max(a[1], b[1]), top = std::max(a[0], b[0]);
-  Overlap overlap;
-  overlap.width = drawn_extent(a[1], a[3], b[1], b[3], size);
-  overlap.height = drawn_extent(a[0], a[2], b[0], b[2], size);
-  overlap.columns = static_cast<double>(static_cast<int64_t>(overlap.width) / o.min_size);
-  overlap.rows = static_cast<double>(static_cast<int64_t>(overlap.height) / o.min_size);
-  for (int v = 0; v < 2; ++v) {
-    const int64_t* crop = v == 0 ? a : b;
-    const double scale_x = size / static_cast<double>(crop[3]), scale_y = size / static_cast<double>(crop[2]);
-    overlap.view[v] = {scale_x, scale_y, static_cast<double>(left - crop[1]) * scale_x,
-                       static_cast<double>(top - crop[0]) * scale_y, crop[4] != 0};
-  }
-  overlap.unscale_x = 1.0 / std::min(overlap.view[0].scale_x, overlap.view[1].scale_x);
-  overlap.unscale_y = 1.0 / std::min(overlap.view[0].scale_y, overlap.view[1].scale_y);
-  return overlap;
 }
 
 // One try. below(n) is uniform in 0..n-1, n < 2^20; its calls are ordered.
 template <bool kGrid, class Number, class Below>
-SCRL_INLINE Draw<Number> draw_box(const Overlap& o, double min_size, Below&& below) {
+SCRL_INLINE Draw<Number> draw_box(const Overlap<Number>& o, double min_size, Below&& below) {
   const Number none = {};
-  const Number least = none + min_size, across = none + o.width, down = none + o.height;
+  const Number least = none + min_size, across = o.width, down = o.height;
   if constexpr (!kGrid) {
     const Number w = least + below(across - least), h = least + below(down - least);
     const Number x = below(across - w), y = below(down - h);
     return {x, y, w, h};
   } else {
-    const Number columns = 1.0 + below(none + o.columns), rows = 1.0 + below(none + o.rows);
+    const Number columns = 1.0 + below(o.columns), rows = 1.0 + below(o.rows);
     const Number cell_w = across / columns, cell_h = down / rows;
     const Number column = below(columns), row = below(rows);
     const Number w = least + below(whole(cell_w) - least + 1.0), h = least + below(whole(cell_h) - least + 1.0);
@@ -147,13 +168,14 @@ SCRL_INLINE Draw<Number> draw_box(const Overlap& o, double min_size, Below&& bel
 }
 
 template <class Number>
-SCRL_INLINE Box<Number> to_view(const Overlap& o, const ViewMap& view, const Draw<Number>& draw, double size) {
+SCRL_INLINE Box<Number> to_view(const Overlap<Number>& o, int v, const Draw<Number>& draw, double size) {
+  const ViewMap<Number>& view = o.view[v];
+  const Number none = {};
   const Number x0 = draw.x * o.unscale_x * view.scale_x + view.offset_x;
   const Number y0 = draw.y * o.unscale_y * view.scale_y + view.offset_y;
   const Number x1 = x0 + draw.width * o.unscale_x * view.scale_x;
   const Number y1 = y0 + draw.height * o.unscale_y * view.scale_y;
-  if (view.flip) return {size - x1, y0, size - x0, y1};
-  return {x0, y0, x1, y1};
+  return {view.flip > none ? size - x1 : x0, y0, view.flip > none ? size - x0 : x1, y1};
 }
 
 // factors: four numbers in [1 - ratio, 1 + ratio].

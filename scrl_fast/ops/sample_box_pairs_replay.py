@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -100,11 +102,25 @@ def _native_sample_box_pairs_replay(
     with generator.lock:
         boxes = _native.host().sample_box_pairs_replay(
             crops1, crops2, o.view_size, o.boxes_per_image, o.min_size, o.iou_threshold, o.grid, o.jitter,
-            generator.capsule,
+            generator.capsule, type(generator) is np.random.MT19937 and _twister_is_known(),
         )  # fmt: skip
     if boxes is None:  # a crop out of range: say which
         refuse_bad_crops(crops1, crops2)
     return boxes
+
+
+@functools.cache
+def _twister_is_known() -> bool:
+    """Whether a Mersenne Twister lies in memory as the compiled sampler reads it: 624 words, then the place in them.
+
+    NumPy keeps that layout to itself, so it is compared with what a generator says of itself; where it is another, the
+    sampler asks the generator for one number at a time.
+    """
+    generator = np.random.MT19937(7)
+    np.random.RandomState(generator).randint(0, 1 << 20, 5)
+    said: Any = generator.state["state"]
+    words = (ctypes.c_uint32 * 625).from_address(int(generator.ctypes.state_address))
+    return bool(np.array_equal(words, [*said["key"], said["pos"]]))
 
 
 _OPERATION = register(
