@@ -201,6 +201,10 @@ def test_every_name_that_detectron2_and_mmdet_expect_is_there_and_no_other(tmp_p
     assert set(pickle.loads((tmp_path / "r.pkl").read_bytes())["model"]) == detectron2_names(*FAMILIES[name])
     content = torch.load(tmp_path / "r.pth", weights_only=True)
     assert set(content["state_dict"]) == mmdet_names(*FAMILIES[name]) and content["meta"]["method"] == "scrl"
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, weights=None)
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict({k.removeprefix("backbone."): v for k, v in content["state_dict"].items()}, assign=True)
 
 
 def test_published_layout_comes_back_whole(as_if_theirs, tmp_path):

@@ -14,6 +14,7 @@ from scrl_fast import weights
 from scrl_fast.data import DemoScenes
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
+from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
 from scrl_fast.transfer.config import DETECTORS
 from scrl_fast.transfer.detector import PyramidRoIAlign, level_of
@@ -114,7 +115,10 @@ def test_norms():
     everywhere, body_only, frozen = (small(**o) for o in ({}, {"norm_in_heads": False}, {"norm": "frozen"}))
     assert norms(everywhere.backbone.fpn, nn.BatchNorm2d) == 6 and norms(body_only.backbone.fpn, nn.BatchNorm2d) == 0
     assert norms(frozen, nn.BatchNorm2d) == 0 and norms(frozen, FrozenBatchNorm2d) == 9
-    assert norms(small("mask_rcnn").roi_heads.mask_head, nn.BatchNorm2d) == 4
+    masks = small("mask_rcnn")
+    assert norms(masks.roi_heads.mask_head, nn.BatchNorm2d) == 4
+    synchronize_batch_norm(masks)  # what several processes train
+    assert norms(masks, SyncBatchNorm) == 9 + 6 + 4 and norms(masks, nn.BatchNorm2d) == 0
 
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])

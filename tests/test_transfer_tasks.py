@@ -20,7 +20,9 @@ from scrl_fast import checkpoint
 from scrl_fast.distributed import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
+from scrl_fast.ops import roi_align
 from scrl_fast.runlog import read_metrics
+from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASKS, TransferConfig
 from scrl_fast.transfer.trainer import Transfer
@@ -118,6 +120,19 @@ def test_resume_is_exact(root, tmp_path, roi_align):
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
     said = (tmp_path / "b" / "log.txt").read_text()
     assert "at step 2" in said and "options have changed" not in said
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision(root, tmp_path, monkeypatch, precision, dtype):
+    seen = []
+    monkeypatch.setattr(detector, "roi_align", lambda x, *a, **k: seen.append(x.dtype) or roi_align(x, *a, **k))
+    options = (f"--train.precision={precision}", "--train.steps=1", "--eval.images=1")
+    run = transfer("detection", root, tmp_path / "a", *options)
+    run.fit()
+    assert set(seen) == {dtype}  # our RoIAlign takes the features as they are
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "a" / "metrics.jsonl"))
+    scale = checkpoint.load(tmp_path / "a" / "checkpoints" / "last.pt")["rng"]["scaler"].get("scale")
+    assert scale in ((2.0**16, 2.0**15) if precision == "fp16" else (None,))  # halved where the first one overflows
 
 
 def test_a_trained_detector_is_measured_alone(root, tmp_path):
