@@ -38,7 +38,10 @@ def training_state(trainer: SCRLTrainer) -> dict[str, Any]:
         "epoch": epoch,
         "config": trainer.config.to_dict(),
         "rng": {"torch": torch.get_rng_state()},  # every step seeds it anew; here for whoever goes on by other means
-        "loader": {"epoch": epoch, "batch": done * train.accumulate, "world_size": trainer.world.size},
+        "loader": {
+            **{"epoch": epoch, "batch": done * train.accumulate, "world_size": trainer.world.size},
+            **trainer.loader.state(),  # of the first process; the others count anew
+        },
         "version": __version__,
         "log": {"pending": trainer.pending, "scores": trainer.scores, "best": trainer.best},
     }
@@ -120,6 +123,8 @@ def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
         group.update(mine)
     torch.set_rng_state(state["rng"]["torch"])
     trainer.step = trainer.saved = state["step"]
+    if trainer.rank == 0:
+        trainer.loader.load_state(state["loader"])
     log = state.get("log", {})
     trainer.pending = [list(row) for row in log.get("pending", [])]
     trainer.scores, trainer.best = list(log.get("scores", [])), log.get("best", trainer.best)

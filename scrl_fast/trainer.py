@@ -74,6 +74,7 @@ class SCRLTrainer:
             packed=views_on_gpu(config.data, self.device),
             gpu=self.device if config.data.decode == "gpu" else None,
             bad_files_path=self.folder / ("bad_files.jsonl" if self.rank == 0 else f"bad_files_{self.rank}.jsonl"),
+            reading_path=self.folder / ("reading.txt" if self.rank == 0 else f"reading_{self.rank}.txt"),
         )
         self.steps_per_epoch = len(self.loader) // train.accumulate
         self.planned_steps = self.steps_per_epoch * train.epochs
@@ -136,16 +137,15 @@ class SCRLTrainer:
         They lie on the device, ready for ``train_step``; on a GPU the next one is copied beside the computation.
         """
         accumulate = self.config.train.accumulate
-        while self.step < self.last_step:
-            epoch, done = divmod(self.step, self.steps_per_epoch)
-            made = self.loader.epoch(epoch, start_batch=done * accumulate)
-            with closing(on_device(made, self.device, self.config.views, **self.view_format)) as stream:
-                for _ in range(min(self.steps_per_epoch - done, self.last_step - self.step)):
-                    with self.clock.waiting():
-                        group = [next(stream) for _ in range(accumulate)]
-                    if self.step == 0:
-                        self.draw_boxes(group[0])
-                    yield group
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        made = self.loader.stream(epoch, done * accumulate, (self.last_step - self.step) * accumulate)
+        with closing(on_device(made, self.device, self.config.views, **self.view_format)) as stream:
+            while self.step < self.last_step:
+                with self.clock.waiting():
+                    group = [next(stream) for _ in range(accumulate)]
+                if self.step == 0:
+                    self.draw_boxes(group[0])
+                yield group
 
     def agreed(
         self, stream: Iterator[list[Batch]], stop: StopRequest

@@ -258,6 +258,8 @@ def test_a_bad_image_is_replaced_counted_and_named_once(tmp_path: Path, caplog: 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(line["path"] for line in lines) == ["picture 11", "picture 3"]
     assert all(line["error"] == "no picture" and line["epoch"] == 0 for line in lines)
+    place = permutation(0, 0, 24).tolist()
+    assert {line["path"]: line["step"] for line in lines} == {f"picture {k}": place.index(k) // 4 + 1 for k in (3, 11)}
     # a resumed run goes on in the same file
     with file.open("a") as cut:
         cut.write('{"path": "pic')
@@ -302,6 +304,51 @@ def test_bad_images_are_counted_by_epoch_and_a_good_one_breaks_the_row() -> None
         tally.add(BadImage(f"{index % 5}", "no picture"), 0)
         if index % 99 == 98:
             tally.good()
+
+
+def test_a_resumed_epoch_stops_where_an_uninterrupted_one_would() -> None:
+    bad = [int(key) for key in permutation(0, 0, 100)[[*range(0, 48, 4), *range(52, 100, 4)]]]
+    config = config_of(data__max_bad_fraction=0.2, data__workers=0, train__epochs=1)
+    first, second = (Loader(Pictures(100, bad=bad), config) for _ in range(2))
+    assert len(list(first.stream(0, 0, 12))) == 12
+    state = first.state()
+    assert len(state["bad"][0]) >= 12 and len(list(second.stream(0, 13, 12))) == 12  # alone, half of them are allowed
+    third = Loader(Pictures(100, bad=bad), config)
+    third.load_state(state)
+    with pytest.raises(TooManyBadImages, match="21 of the 100"):
+        list(third.stream(0, 13, 12))
+
+
+def test_a_stream_goes_on_over_the_ends_of_epochs() -> None:
+    loader = Loader(SCENES, config_of(train__epochs=3))
+    expected = [batch for epoch in (0, 1, 2) for batch in loader.epoch(epoch)]
+    found = list(loader.stream(0, 4, 10))
+    loader.close()
+    assert len(found) == 10 and all(map(same, found, expected[4:14]))
+
+
+def test_a_crash_leaves_the_name_of_what_was_being_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Deadly(Pictures):
+        def read(self, index: int) -> np.ndarray:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+    file, config = tmp_path / "reading.txt", config_of(data__workers=0)
+    if not (child := os.fork()):
+        try:
+            next(Loader(Deadly(), config, reading_path=file).epoch(0))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with caplog.at_level(logging.WARNING, "scrl_fast"):
+        again = Loader(Pictures(), config_of(data__workers=2), reading_path=file)
+    first = int(permutation(0, 0, 25)[0])
+    assert [
+        f"was reading picture {first}. If a decoder crashed" in record.getMessage() for record in caplog.records
+    ] == [True]
+    assert len(list(again.epoch(0))) == 6 and len(file.read_text()) == 2 * 1024
+    again.close()
+    assert not file.exists()  # nothing is left for the next one to warn of
 
 
 def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:

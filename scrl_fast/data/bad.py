@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Mapping, Sequence
 
 from scrl_fast.data.decode import BadImage
 from scrl_fast.errors import UsageError
@@ -40,8 +41,8 @@ class BadFiles:
         if self._in_a_row:
             self._in_a_row = 0
 
-    def add(self, bad: BadImage, epoch: int) -> None:
-        """Count one failed read. Raises TooManyBadImages when it is one too many."""
+    def add(self, bad: BadImage, epoch: int, step: int = 0) -> None:
+        """Count one failed read, for the step of that number. Raises TooManyBadImages when it is one too many."""
         with self._lock:
             # two epochs at once: batches of the next are begun before the last of this one are done
             self._names = {e: names for e, names in self._names.items() if abs(e - epoch) <= 1}
@@ -50,7 +51,7 @@ class BadFiles:
             self._in_a_row += 1
             if bad.name not in self.errors:
                 self.errors[bad.name] = bad.cause
-                self._tell(bad, epoch)
+                self._tell(bad, epoch, step)
             if len(names) > self._allowed:
                 raise TooManyBadImages(
                     f"{len(names)} of the {self._images} images of epoch {epoch} cannot be read, more than "
@@ -62,17 +63,27 @@ class BadFiles:
                     f"The last: {bad}{self._where()}"
                 )
 
+    def state(self) -> dict[int, list[str]]:
+        """The names counted, by epoch: with it a resumed run stops where an uninterrupted one would have."""
+        with self._lock:
+            return {epoch: sorted(names) for epoch, names in self._names.items()}
+
+    def load_state(self, state: Mapping[int, Sequence[str]]) -> None:
+        """Go on counting from what `state` gave."""
+        with self._lock:
+            self._names = {int(epoch): set(names) for epoch, names in state.items()}
+
     def _where(self) -> str:
         return f" (all of them: {self._path})" if self._path else ""
 
-    def _tell(self, bad: BadImage, epoch: int) -> None:
+    def _tell(self, bad: BadImage, epoch: int, step: int) -> None:
         if len(self.errors) <= _NAMED:
             _log.warning("skipped an image that cannot be read: %s", bad)
         elif len(self.errors) == _NAMED + 1:
             _log.warning("more than %d images cannot be read; no more of them are named here%s", _NAMED, self._where())
         if self._path and bad.name not in self._written:
             self._written.add(bad.name)
-            line = json.dumps({"path": bad.name, "error": bad.cause, "epoch": epoch})
+            line = json.dumps({"path": bad.name, "error": bad.cause, "epoch": epoch, "step": step})
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 

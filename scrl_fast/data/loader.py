@@ -6,10 +6,13 @@ give the same stream, so a checkpoint needs to hold no more of the loader than e
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
 from scrl_fast.data.reader import Reader, Slot
 from scrl_fast.data.scaled import Whole
 from scrl_fast.data.source import Source
+from scrl_fast.data.trace import Trace
 from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
@@ -32,6 +36,11 @@ from scrl_fast.philox import permutation
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
 _MOST_HELD = 1 << 26  # bytes of files, or of images that come decoded, at which a thread makes their views
 _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
+_KILLED = (
+    "the process before this one was killed, or crashed, while it was reading %s. If a decoder crashed, one of these "
+    "files made it: move it away, or have it decoded by another library (SCRL_FAST_JPEG=pillow)"
+)
+_log = logging.getLogger("scrl_fast")
 
 
 class LoaderStalled(RuntimeError):
@@ -48,7 +57,8 @@ class Loader:
     dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
     packed: hand over decoded images, for a GPU to make the views of; batches too large for that come with views.
     gpu: where JPEGs are to be decoded, if packed; None: on the CPU.
-    bad_files_path: bad_files.jsonl.
+    bad_files_path: bad_files.jsonl. reading_path: a file that names what is being read, should the process crash; what
+    one that did left there is said in a warning.
     Raises UsageError if the source has fewer images than one step of all processes.
     """
 
@@ -64,6 +74,7 @@ class Loader:
         packed: bool = False,
         gpu: torch.device | None = None,
         bad_files_path: str | os.PathLike[str] | None = None,
+        reading_path: str | os.PathLike[str] | None = None,
     ) -> None:
         _check(source, config, rank, world_size)
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
@@ -71,7 +82,10 @@ class Loader:
         self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
-        self._workers = Workers(config.data.workers)
+        trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
+        if trace and trace.left:
+            _log.warning(_KILLED, "; ".join(trace.left))
+        self._workers = Workers(config.data.workers, trace)
         self._reader = Reader(source, config, self._bad, self._workers, keep=packed)
         self._ahead: deque[_Pending] = deque()
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
@@ -103,6 +117,22 @@ class Loader:
         finally:
             if not last:  # broken off: nothing made ahead is wanted any more
                 self._drop()
+
+    def stream(self, epoch: int, start_batch: int, count: int) -> Generator[Any, None, None]:
+        """`count` batches from start_batch of an epoch on, over the ends of epochs; raises as `epoch` does."""
+        while count > 0:
+            here = min(count, len(self) - start_batch)
+            with closing(self.epoch(epoch, start_batch)) as made:
+                yield from islice(made, here)
+            epoch, start_batch, count = epoch + 1, 0, count - here
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside epoch and batch: the bad images counted so far."""
+        return {"bad": self._bad.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; from {} too."""
+        self._bad.load_state(state.get("bad", {}))
 
     def close(self) -> None:
         """End the threads. The loader cannot be used after it."""
@@ -173,6 +203,7 @@ class _Pending:
     def __init__(self, loader: Loader, place: tuple[int, int], keys: NDArray[np.int64]) -> None:
         config, count = loader.config, len(keys)
         self.place, self._loader, self._keys = place, loader, keys.copy()
+        self._step = (place[0] * len(loader) + place[1]) // config.train.accumulate + 1
         self._views = None if loader._packed else self._empty_views()
         self._images: list[Any] = [None] * count  # packed: pixels that both views are cut from
         self._table = np.zeros((2, count), VIEW_DTYPE)
@@ -202,7 +233,7 @@ class _Pending:
             table = reader.draw(slots, epoch)
             # Image by image, so that its pixels are still in the cache when its views are made.
             for place, (slot, drawn) in enumerate(zip(slots, table.T.copy(), strict=True), low):
-                slot, pixels, rows, crops = reader.decode(slot, drawn, epoch)
+                slot, pixels, rows, crops = reader.decode(slot, drawn, epoch, self._step)
                 self._keys[place], self._labels[place] = slot.key, loader.source.label(slot.key)
                 self._crops[:, place] = crops
                 if loader._packed:
@@ -243,7 +274,11 @@ class _Pending:
         low, held, slots = first, 0, list[Slot]()
         for place in range(first, end):
             key = int(self._keys[place])
-            slots.append(Slot(key, 0, key, Whole(ready.pop(key))) if key in ready else loader._reader.open(key, epoch))
+            slots.append(
+                Slot(key, 0, key, Whole(ready.pop(key)))
+                if key in ready
+                else loader._reader.open(key, epoch, self._step)
+            )
             data = slots[-1].image.data
             held += len(data) if isinstance(data, bytes) else data.nbytes
             if place + 1 == end or held >= _MOST_HELD:

@@ -45,10 +45,11 @@ class Reader:
         self._scaled, self._bad, self._workers, self._keep = config.data.scaled_decode, bad, workers, keep
         self._rooms = threading.local()
 
-    def open(self, key: int, epoch: int, attempt: int = 0) -> Slot:
+    def open(self, key: int, epoch: int, step: int = 0, attempt: int = 0) -> Slot:
         """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides.
 
-        attempt: how many images were tried before. Raises TooManyBadImages.
+        step: for which it is read, to be named with what is bad. attempt: how many images were tried before.
+        Raises TooManyBadImages.
         """
         for number in range(attempt, IN_A_ROW):
             candidate = key
@@ -59,7 +60,7 @@ class Reader:
                 with self.reading(self.source.name_of(candidate)):
                     return Slot(key, number, candidate, open_image(self.source, candidate))
             except BadImage as bad:
-                self._bad.add(bad, epoch)
+                self._bad.add(bad, epoch, step)
         raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
 
     def draw(self, slots: Sequence[Slot], epoch: int) -> np.ndarray:
@@ -67,7 +68,9 @@ class Reader:
         sizes = [(slot.image.height, slot.image.width) for slot in slots]
         return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[slot.key for slot in slots])
 
-    def decode(self, slot: Slot, rows: np.ndarray, epoch: int) -> tuple[Slot, Any, np.ndarray, NDArray[np.int64]]:
+    def decode(
+        self, slot: Slot, rows: np.ndarray, epoch: int, step: int = 0
+    ) -> tuple[Slot, Any, np.ndarray, NDArray[np.int64]]:
         """A slot, or what takes its place; its pixels; its rows of the table for them; its crops `[2, 5]` in those of
         the original.
 
@@ -80,8 +83,8 @@ class Reader:
                 with self.reading(self.source.name_of(slot.key)):
                     pixels = slot.image.decode(shrink, room)
             except BadImage as bad:
-                self._bad.add(bad, epoch)
-                slot = self.open(slot.asked, epoch, slot.attempt + 1)
+                self._bad.add(bad, epoch, step)
+                slot = self.open(slot.asked, epoch, step, slot.attempt + 1)
                 rows = self.draw([slot], epoch)[:, 0]
             else:
                 self._bad.good()

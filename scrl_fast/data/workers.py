@@ -12,6 +12,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+from scrl_fast.data.trace import Trace
+
 _JOIN_SECONDS = 2.0
 
 
@@ -49,9 +51,13 @@ class Work:
 
 
 class Workers:
-    """`count` threads working through a queue in order; with count 0 the work is done where it is submitted."""
+    """`count` threads working through a queue in order; with count 0 the work is done where it is submitted.
 
-    def __init__(self, count: int) -> None:
+    trace: where to note what they are reading, for whoever looks after a crash.
+    """
+
+    def __init__(self, count: int, trace: Trace | None = None) -> None:
+        self._trace = trace
         self._queue: queue.SimpleQueue[tuple[Work, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[str, float]] = {}
         self._finished = time.monotonic()
@@ -63,7 +69,7 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
-        self.stop = weakref.finalize(self, _stop, self._queue, self._threads)
+        self.stop = weakref.finalize(self, _stop, self._queue, self._threads, trace)
 
     def submit(self, work: Work, parts: int) -> None:
         for part in range(parts):
@@ -75,10 +81,14 @@ class Workers:
     def reads(self, name: str) -> None:
         """Note what the calling thread is about to read, for the message of a stall."""
         self._reading[threading.get_ident()] = name, time.monotonic()
+        if self._trace is not None:
+            self._trace.note(name)
 
     def finished(self) -> None:
         """Note that the calling thread has finished an image, whatever came of it."""
         self._finished = time.monotonic()
+        if self._trace is not None:
+            self._trace.note("")
 
     def progress(self) -> float:
         """The monotonic time at which an image was last finished."""
@@ -99,7 +109,9 @@ def _serve(tasks: queue.SimpleQueue[tuple[Work, int] | None], reading: dict[int,
         del work, task  # the batch must not live on in an idle thread
 
 
-def _stop(tasks: queue.SimpleQueue[tuple[Work, int] | None], threads: list[threading.Thread]) -> None:
+def _stop(
+    tasks: queue.SimpleQueue[tuple[Work, int] | None], threads: list[threading.Thread], trace: Trace | None
+) -> None:
     """End the threads once their present image is done; one that hangs in a read is left behind."""
     while True:
         try:
@@ -112,3 +124,5 @@ def _stop(tasks: queue.SimpleQueue[tuple[Work, int] | None], threads: list[threa
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
+    if trace is not None:
+        trace.close()
