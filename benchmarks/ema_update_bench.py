@@ -83,6 +83,7 @@ def main() -> int:
             bytes=3 * numbers * bench.dtype.itemsize,
             items=numbers,
             check=lambda t=t, s=s: agree(t, s, args.device),
+            wall=label == "overhead",
         )
     return bench.finish()
 

@@ -102,12 +102,14 @@ class Bench:
         items: int = 0,
         check: Callable[[], Any] | None = None,
         dtype: str | None = None,
+        wall: bool = False,
     ) -> list[dict[str, Any]]:
         """Time every provider of a case, interleaved, and print the table; returns its rows.
 
         bytes: least memory traffic of the work (read + written), the same for all providers. items: images, boxes or
         numbers of one call. check: runs first; when it raises or returns False no number is taken.
-        dtype: where it is not that of --dtype.
+        dtype: where it is not that of --dtype. wall: what a call costs the host is asked for, so a GPU's calls go by
+        the clock, too.
         """
         if self.args.only not in case:
             return []
@@ -115,7 +117,7 @@ class Bench:
             self._fail(f"{case}: check is red, no number taken ({red})")
             return []
         runnable = {name: call for name, call in providers.items() if self._runs(case, name, call)}
-        times = self.timer.interleaved(runnable, rounds=self.args.repeats, seconds=self.args.seconds)
+        times = self.timer.interleaved(runnable, rounds=self.args.repeats, seconds=self.args.seconds, wall=wall)
         rows = []
         for name, call in runnable.items():
             provider, _, backend = name.partition("/")
