@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: builds for it, runs the operations' tests on CUDA and Triton, then
-# under compute-sanitizer, then takes every benchmark of the operations. Needs an NVIDIA GPU, a CUDA build of PyTorch,
+# Everything that needs a GPU: builds for it, runs the operations' tests on CUDA and Triton, trains the demo there, runs
+# the operations under compute-sanitizer, then takes every benchmark of them. Every step has a limit and all together
+# stop after ten minutes; that what is below fits into them is an estimate, it has not been run on a GPU yet. Needs an NVIDIA GPU, a CUDA build of PyTorch,
 # nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest hypothesis beside torch.
 #   benchmarks/gpu_check.sh [FOLDER]      where results and logs go (gpu_check)
 # Goes on after a failure; the last lines say what failed, and so does the exit code.
@@ -57,7 +58,7 @@ raise SystemExit(bool(reasons["_cuda"]))
 PY
 
 tests=$(ls tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step,sample_box_pairs,augment_views}*.py \
-  tests/test_{backends,optim}.py 2>/dev/null)
+  tests/test_{backends,optim,cuda_graphs}.py 2>/dev/null)
 # shellcheck disable=SC2086
 step tests_of_operations 180 "$python" -m pytest -q -p no:cacheprovider \
   --continue-on-collection-errors $tests
@@ -75,15 +76,24 @@ done
 # shellcheck disable=SC2086
 [ -n "$others" ] && step tests_of_training 60 "$python" -m pytest -q -x -p no:cacheprovider $others
 
+# The whole path from pictures to a checkpoint, then on from there, on the GPU.
+if "$python" -c "import jsonargparse" 2>/dev/null; then
+  step train_demo 60 "$python" -m scrl_fast.train --config demo --train.device=cuda --train.max_steps=8 \
+    --run.dir="$out/demo" &&
+    step resume_demo 60 "$python" -m scrl_fast.train --resume="$out/demo" --train.device=cuda --train.max_steps=12
+fi
+
 # Slow, so only some tests: clean memory, empty input, the same bits. Without the allocator's cache, so that the end of
 # every tensor is the end of an allocation.
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
-    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 --target-processes all \
-      "$python" -m pytest -q -x -p no:cacheprovider \
-      tests/test_roi_align.py tests/test_ema_update.py tests/test_lars_step.py \
-      -k "cuda-native and (own or empty or bits)"
+    for backend in native triton; do
+      step "${tool}_$backend" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+        --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
+        tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}.py \
+        -k "cuda-$backend and (own or empty or bits)"
+    done
   done
 else
   echo "compute-sanitizer is not here: memcheck and racecheck were not run"

@@ -41,7 +41,9 @@ def roi_align(
         image. Any order and any float dtype: read as float64 for a float64 map, else as float32. No gradient.
     output_size: bins (height, width), or one number for both. spatial_scale: map cells per unit of the boxes.
     sampling_ratio: samples a bin and axis, at most 4096; 0 or less takes ceil(bin size), in cells.
-    aligned: False clamps boxes to at least one cell; True shifts by half a cell and leaves an empty box empty (zeros).
+    aligned: False clamps boxes to at least one cell; True shifts by half a cell and clamps nothing. There bins of size
+        0 (a box without width or height) take no sample where sampling_ratio adapts, ceil(0), and give zeros; a fixed
+        one samples one spot that often. So does torchvision.
     A box with a non-finite edge gives a row of NaN and no gradient. So does an image index outside the batch on a GPU,
     where looking at it would wait for the device; on a CPU it raises.
     The gradient has input's layout and can be differentiated again. Where inf or NaN comes in for a box, it may spread
