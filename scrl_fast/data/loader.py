@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -35,6 +35,7 @@ from scrl_fast.philox import permutation
 
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
 _MOST_HELD = 1 << 26  # bytes of files, or of images that come decoded, at which a thread makes their views
+_IN_CACHE = 1 << 19  # bytes of pixels that stay in a core's second cache until their views are made
 _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photographs of 500 x 375 take 0.6
 _KILLED = (
     "the process before this one was killed, or crashed, while it was reading %s. If a decoder crashed, one of these "
@@ -204,7 +205,7 @@ class _Pending:
         config, count = loader.config, len(keys)
         self.place, self._loader, self._keys = place, loader, keys.copy()
         self._step = (place[0] * len(loader) + place[1]) // config.train.accumulate + 1
-        self._views = None if loader._packed else self._empty_views()
+        self._views: Tensor | None = None
         self._images: list[Any] = [None] * count  # packed: pixels that both views are cut from
         self._table = np.zeros((2, count), VIEW_DTYPE)
         self._packed: PackedImages | None = None
@@ -230,17 +231,21 @@ class _Pending:
         loader, reader, epoch = self._loader, self._loader._reader, self.place[0]
         first, end = part * self._part, min((part + 1) * self._part, len(self._keys))
         for low, slots in self._open(first, end):
-            table = reader.draw(slots, epoch)
-            # Image by image, so that its pixels are still in the cache when its views are made.
-            for place, (slot, drawn) in enumerate(zip(slots, table.T.copy(), strict=True), low):
-                slot, pixels, rows, crops = reader.decode(slot, drawn, epoch, self._step)
-                self._keys[place], self._labels[place] = slot.key, loader.source.label(slot.key)
-                self._crops[:, place] = crops
-                if loader._packed:
-                    self._keep(pixels, rows, place)
-                else:
-                    self._make_views(pack_images([pixels]), rows, place)
-                del pixels
+            table = reader.draw(slots, epoch).T.copy()
+            for start, stop in _groups(slots):
+                made = [
+                    reader.decode(slot, drawn, epoch, self._step, alone=stop - start == 1)
+                    for slot, drawn in zip(slots[start:stop], table[start:stop], strict=True)
+                ]
+                for place, (slot, pixels, rows, crops) in enumerate(made, low + start):
+                    self._keys[place], self._labels[place] = slot.key, loader.source.label(slot.key)
+                    self._crops[:, place] = crops
+                    if loader._packed:
+                        self._keep(pixels, rows, place)
+                if not loader._packed:
+                    packed = pack_images([pixels for _, pixels, _, _ in made])
+                    self._make_views(packed, np.stack([rows for _, _, rows, _ in made]), low + start)
+                del made
 
     def _keep(self, pixels: Any, rows: np.ndarray, place: int) -> None:
         """Hold what views are cut from, or make the views if the batch has grown too large for the GPU to do it."""
@@ -260,7 +265,7 @@ class _Pending:
             if self._images[slot] is not None:
                 image, self._images[slot] = self._images[slot], None
                 packed = pack_regions([image], gpu=self._loader._gpu, on_host=True).numpy()
-                self._make_views(packed, self._table[:, slot].copy(), slot)
+                self._make_views(packed, self._table[:, slot][None].copy(), slot)
 
     def _open(self, first: int, end: int) -> Iterator[tuple[int, list[Slot]]]:
         """Images `first` to `end` with the place of the first of them, in lots that end at `_MOST_HELD` bytes."""
@@ -286,19 +291,27 @@ class _Pending:
                 low, held, slots = place + 1, 0, []
 
     def _make_views(self, packed: PackedImages, rows: np.ndarray, place: int) -> None:
-        """Both views of one image, in their places."""
-        views, count = self._loader.config.views, len(self._keys)
-        rows["image"] = 0
-        augment_views(
-            packed,
-            rows,
-            size=views.size,
-            mean=views.mean,
-            std=views.std,
-            solarize_threshold=views.solarize_threshold,
-            out=self._views[place::count],  # type: ignore[index]
-            checked=True,  # drawn for the size that `decode` makes sure of
-        )
+        """The views of n images with rows `[n, 2]`, into their places from `place` on."""
+        views, count, several = self._loader.config.views, len(self._keys), len(rows)
+        with self._lock:  # not where the batch is begun: that would have training wait for the interpreter's lock
+            if self._views is None:
+                self._views = self._empty_views()
+        rows["image"] = np.arange(several)[:, None]
+        if several == 1:
+            parts = [(rows, self._views[place::count])]
+        else:
+            parts = [(rows[:, view], self._views[view * count + place :][:several]) for view in (0, 1)]
+        for part, out in parts:
+            augment_views(
+                packed,
+                part,
+                size=views.size,
+                mean=views.mean,
+                std=views.std,
+                solarize_threshold=views.solarize_threshold,
+                out=out,
+                checked=True,  # drawn for the sizes that `decode` makes sure of
+            )
 
     def _finish(self) -> None:
         config = self._loader.config
@@ -340,6 +353,19 @@ class _Pending:
             return PackedBatch(self._packed, self._table, *rest)
         assert self._views is not None
         return Batch(self._views, *rest)
+
+
+def _groups(slots: Sequence[Slot]) -> Iterator[tuple[int, int]]:
+    """Starts and ends of images that together fill the cache, so that they are decoded and made views of together.
+
+    Each of 500 x 375 is one; of smaller ones, several share what a call costs.
+    """
+    start, size = 0, 0
+    for stop, slot in enumerate(slots, 1):
+        size += slot.image.height * slot.image.width * 3
+        if size >= _IN_CACHE or stop == len(slots):
+            yield start, stop
+            start, size = stop, 0
 
 
 def _check(source: Source, config: Config, rank: int, world_size: int) -> None:

@@ -69,14 +69,14 @@ class Reader:
         return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[slot.key for slot in slots])
 
     def decode(
-        self, slot: Slot, rows: np.ndarray, epoch: int, step: int = 0
+        self, slot: Slot, rows: np.ndarray, epoch: int, step: int = 0, *, alone: bool = False
     ) -> tuple[Slot, Any, np.ndarray, NDArray[np.int64]]:
         """A slot, or what takes its place; its pixels; its rows of the table for them; its crops `[2, 5]` in those of
         the original.
 
-        rows: VIEW_DTYPE `[2]`, as drawn. The pixels are gone with the next call, unless they are to be kept.
+        rows: VIEW_DTYPE `[2]`, as drawn. alone: the pixels may be gone with the next call, unless all are to be kept.
         """
-        room = None if self._keep else self._room()
+        room = self._room() if alone and not self._keep else None
         while True:
             shrink = largest_shrink(slot.image, rows, self._views.size) if self._scaled else 1
             try:
