@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
@@ -41,7 +42,18 @@ class StopRequest:
         impatient = bool(self.signal_name) and number == signal.SIGINT
         self.signal_name = signal.Signals(number).name
         if impatient or self.immediate:
+            self.immediate = False  # once: whoever catches it must not be interrupted again
             raise KeyboardInterrupt
+
+    def until_signal(self, work: Callable[[], T]) -> T | None:
+        """What ``work`` returns; None when a signal ended it."""
+        try:
+            with self.at_once():
+                return work()
+        except KeyboardInterrupt:  # that came between the end of the block and its exit
+            if not self.signal_name:
+                raise
+        return None
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

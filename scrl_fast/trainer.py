@@ -158,11 +158,10 @@ class SCRLTrainer:
         failure: Exception | None = None
         while self.step < self.last_step:
             group: list[Batch] = []
-            with stop.at_once():  # slow data must not keep a request waiting
-                try:
-                    group = next(stream)
-                except Exception as error:
-                    failure = error
+            try:
+                group = stop.until_signal(lambda: next(stream)) or []  # slow data must not keep a request waiting
+            except Exception as error:
+                failure = error
             flags = [stop.signal_name != "", failure is not None, not group]
             pairs, asked, failed, lacking = self.world.sums([sum(map(prepare.count_pairs, group)), *map(int, flags)])
             self.asked = asked > 0
