@@ -259,14 +259,16 @@ def available(quiet: bool = False) -> dict[str, Callable[..., Pipeline]]:
 
 
 class ViewsDataset(torch.utils.data.Dataset[Tensor]):
-    """Files through the published pipeline, as a DataLoader's worker processes do it."""
+    """Files through a pipeline, as a DataLoader's worker processes do it."""
 
-    def __init__(self, files: list[str], table: np.ndarray, config: ViewsConfig) -> None:
-        self.files, self.table, self.config = files, table, config
+    def __init__(
+        self, files: list[str], table: np.ndarray, config: ViewsConfig, pipeline: type[Pipeline] = Pillow
+    ) -> None:
+        self.files, self.table, self.config, self.pipeline = files, table, config, pipeline
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
         with open(self.files[index], "rb") as file:
-            return Pillow([file.read()], self.table[:, index : index + 1], self.config)()
+            return self.pipeline([file.read()], self.table[:, index : index + 1], self.config)()
