@@ -299,6 +299,7 @@ def test_what_a_file_says_of_itself_survives_another_conversion(tiny, as_if_thei
     assert said[0] == said[1] and said[0]["branch"] == "target" and said[0]["epochs"] == 20
 
 
+@pytest.mark.filterwarnings("ignore:.*has no .sha256 beside it:RuntimeWarning")
 def test_the_commit_of_the_training_run_is_named(tiny, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "env.json").write_text(json.dumps({"scrl_fast": {"commit": "abc1234"}}))
