@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,9 +30,15 @@ def triton_failure(device_type: str) -> str:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cpu" and not interpreted:
         return "on a CPU Triton runs only under TRITON_INTERPRET=1"
+    if device_type == "cpu" and _release("triton") < (3, 7) and _release("numpy") >= (2, 5):
+        return "Triton before 3.7 cannot interpret kernels with NumPy 2.5 or newer"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "no GPU is available"
     return ""
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,17 @@ def test_a_blank_is_named() -> None:
 
 def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = backends.triton_failure.__wrapped__  # without its memory
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: "found")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in failure("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert failure("cuda") == "no GPU is available"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    releases = {"triton": "3.6.0", "numpy": "2.5.5"}
+    monkeypatch.setattr(backends, "version", releases.__getitem__)
+    assert "NumPy 2.5" in failure("cpu") and "NumPy" not in failure("cuda")
+    releases["triton"] = "3.10.1"
+    assert failure("cpu") == ""
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in failure("cpu")
 

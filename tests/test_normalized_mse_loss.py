@@ -421,6 +421,6 @@ def test_compiles_for_gpus_that_are_not_here() -> None:
     for made_of, gpu, made in compile_for_gpus(kernels):
         case = GPUS[gpu], made_of.arguments["input_ptr"], made_of.constexprs["COLUMNS"]
         assert made.stack_bytes == 0, (case, made)
-        assert made.registers <= (168 if case[1] == "*fp64" else 80), (case, made)
-        assert made.shared_bytes <= 128, (case, made)
+        assert made.registers <= (176 if case[1] == "*fp64" else 80), (case, made)
+        assert made.shared_bytes <= 256, (case, made)
         assert re.search(r"ld\.global\S*\.v[24]", made.ptx), f"{case}: loads are narrower than 16 bytes"

@@ -53,5 +53,5 @@ def test_compiles_for_gpus_that_are_not_here() -> None:
     cases = [*kernels("bf16", "fp32", 8), *kernels("fp32", "fp32", 512), *kernels("fp64", "fp64", 8)[:3]]
     for kernel, gpu, made in compile_for_gpus(cases):
         case = f"{kernel.function} {dict(kernel.arguments)} on {GPUS[gpu]}: {made}"
-        assert made.registers <= 128, case
+        assert made.registers <= 144, case  # 128 by Triton 3.9, 138 by 3.6
         assert made.stack_bytes <= 8, case  # two registers of `pool_backward`, spilled once

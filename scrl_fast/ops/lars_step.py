@@ -128,7 +128,7 @@ def _settings(
     scales, modes = _scales_and_modes(_column("adapt", adapt, count), _column("grad_scale", grad_scale, count))
     columns = (lrs, momenta, decays, trusts, _numbers("eps", eps, count), scales, modes)
     places: dict[tuple[float, ...], int] = {}
-    keys = zip(*columns, map(id, lr_tensors), map(id, momentum_tensors), strict=True)
+    keys = zip(*columns, _identities(lr_tensors), _identities(momentum_tensors), strict=True)
     row_of = [places.setdefault(key, len(places)) for key in keys]
     firsts = [row_of.index(row) for row in range(len(places))]
     ema, ema_tensor = check_scalar("ema_momentum", 1.0 if ema_momentum is None else ema_momentum, 0, 1)
@@ -156,6 +156,10 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
     for number in set(column):
         check_number(name, number, 0)
     return column
+
+
+def _identities(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else id(tensor) for tensor in tensors]  # torch.compile of 2.11 knows no id(None)
 
 
 def _numbers_or_tensors(name: str, value: Any, count: int) -> tuple[list[float], list[Tensor | None]]:
