@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evidence_runs import MEASURES, METHODS
+from evidence_runs import BUDGETS, MEASURES, METHODS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "evidence.md"
 NAMES = {"random": "random", "byol": "BYOL", "scrl": "SCRL"}
@@ -71,6 +72,11 @@ def markdown(document: dict[str, Any]) -> str:
             lines.append(f"| {NAMES[method]} |{cells}")
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in rows))
     where = document["environment"]
+    if any(document["settings"].get(name) != value for name, value in asdict(BUDGETS[document["budget"]]).items()):
+        lines += [
+            "",
+            "**Of an earlier state**, with other settings than today's, before the tuning below: to be run anew.",
+        ]
     said = f"Percent; seeds {seeds}; {where['device_name']}, torch {where['torch']}, commit {where['commit']};"
     return "\n".join([*lines, "", f"{said} `{document['command']}`."])
 

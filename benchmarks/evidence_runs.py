@@ -47,8 +47,8 @@ class Budget:
     test_scenes: int = 1000
     dense_scenes: int = 512
     detector_scenes: int = 64
-    """Labelled scenes: few, for with many (256 for 300 steps) random weights do as well."""
     detector_steps: int = 150
+    """Few: after 300, on 256 scenes, random weights do as well."""
     detector_batch: int = 8
     detector_lr: float = 0.02
     detector_test: int = 400
