@@ -123,7 +123,7 @@ def case(
 
 def main() -> int:
     parser = harness.parser("roi_align", __doc__)
-    parser.set_defaults(seconds=1.0)
+    parser.set_defaults(seconds=0.7)
     parser.add_argument("--batch", type=int, nargs="+", help="images (128 32 8; on a GPU 512 128 32)")
     parser.add_argument("--boxes", type=int, nargs="+", default=[10, 3, 30], help="boxes an image (%(default)s); the"
                         " first goes with every batch, the others with the second batch")  # fmt: skip
