@@ -33,34 +33,36 @@ struct BoxOptions {
 };
 
 // A number is one float64 or eight, of eight images or eight tries: the arithmetic below is written once for both.
+// What holds numbers says its alignment, because GCC otherwise takes that of the baseline (16), while the AVX-512 clone
+// relies on 64.
 using Doubles = double __attribute__((vector_size(64)));
 
 // Rows (y, x, h, w, flip); flip is 0 or 1.
 template <class Number>
-struct Crop {
+struct alignas(sizeof(Number)) Crop {
   Number y, x, h, w, flip;
 };
 
 template <class Number>
-struct ViewMap {
+struct alignas(sizeof(Number)) ViewMap {
   Number scale_x, scale_y, offset_x, offset_y, flip;
 };
 
 // Boxes are drawn in width x height pixels, then mapped into each view.
 template <class Number>
-struct Overlap {
+struct alignas(sizeof(Number)) Overlap {
   Number width, height, unscale_x, unscale_y;
   Number columns, rows;  // the finest grid
   ViewMap<Number> view[2];
 };
 
 template <class Number>
-struct Draw {
+struct alignas(sizeof(Number)) Draw {
   Number x, y, width, height;
 };
 
 template <class Number>
-struct Box {
+struct alignas(sizeof(Number)) Box {
   Number x0, y0, x1, y1;
 };
 
