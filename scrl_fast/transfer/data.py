@@ -82,11 +82,11 @@ def read_split(config: TransferConfig, split: str) -> Any:
     from scrl_fast.data.coco import read_coco
 
     kind = "person_keypoints" if config.task == "keypoints" else "instances"
-    return read_coco(root, split, kind=kind, keep_segmentations=config.task == "instance")
+    return read_coco(root, split, kind=kind, keep_segmentations=config.model.detector == "mask_rcnn")
 
 
-def trainable(source: Any, config: TransferDataConfig, *, keypoints: bool = False) -> list[int]:
-    """Indices of the images to train on: the subset, and of it those with objects (with keypoints).
+def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, keypoints: bool = False) -> list[int]:
+    """Indices of the images to train on: the subset, and of it those with objects (with masks, with keypoints).
 
     The subset is drawn before images without objects are left out, as a share of the published split.
     Raises UsageError when nothing is left.
@@ -96,9 +96,10 @@ def trainable(source: Any, config: TransferDataConfig, *, keypoints: bool = Fals
     if config.subset < 1:
         order = np.random.default_rng([config.subset_seed, count]).permutation(count)
         chosen = np.sort(order[: max(1, round(config.subset * count))])
-    kept = [int(i) for i in chosen if config.keep_empty or usable(source, int(i), keypoints).any()]
+    needed = {"masks": masks, "keypoints": keypoints}
+    kept = [i for i in chosen.tolist() if config.keep_empty or usable(source, i, **needed).any()]
     if not kept:
-        what = "keypoints" if keypoints else "boxes (crowds do not count)"
+        what = "keypoints" if keypoints else "masks" if masks else "boxes (crowds do not count)"
         where = getattr(source, "annotation_file", "the training images")
         raise UsageError(
             f"{where}: none of {len(chosen)} images has {what} to train on; --data.keep_empty=true takes them"
@@ -106,16 +107,23 @@ def trainable(source: Any, config: TransferDataConfig, *, keypoints: bool = Fals
     return kept
 
 
-def usable(source: Any, index: int, keypoints: bool = False) -> NDArray[np.bool_]:
-    """Which objects of an image a detector is trained on: no crowds; for keypoints, those with one that is labelled."""
+def usable(source: Any, index: int, *, masks: bool = False, keypoints: bool = False) -> NDArray[np.bool_]:
+    """Which objects of an image a detector is trained on: no crowds; those with a mask, with a labelled keypoint."""
     objects = _objects(source, index)
     if objects is None:
         return np.ones(len(source.labels(index)), bool)
     keep = ~objects.crowd
+    if masks:
+        keep = keep & np.array([has_mask(segmentation) for segmentation in objects.segmentations], bool)
     if keypoints:
         points = objects.keypoints
         keep = keep & ((points[:, :, 2] > 0).any(1) if points is not None else False)
     return keep
+
+
+def maskless(source: Any, indices: Sequence[int]) -> int:
+    """How many objects of these images, crowds apart, a detector of masks cannot be trained on."""
+    return sum(int((usable(source, i) & ~usable(source, i, masks=True)).sum()) for i in indices)
 
 
 def _objects(source: Any, index: int) -> Objects | None:
@@ -154,7 +162,7 @@ class Examples:
     def __call__(self, index: int, epoch: int) -> Example:
         """One training example: image uint8 ``[3, H, W]`` and its target."""
         image = self.image(index)
-        keep = usable(self.source, index, bool(self.keypoints))
+        keep = usable(self.source, index, masks=self.masks, keypoints=self.keypoints > 0)
         target: Target = {
             "boxes": torch.from_numpy(self.source.boxes(index)[keep].astype(np.float32)).reshape(-1, 4),
             "labels": torch.from_numpy(self.source.labels(index)[keep].astype(np.int64)) + self.first_label,
@@ -202,16 +210,25 @@ def masks_of(segmentations: Sequence[Any], height: int, width: int) -> NDArray[n
             if path not in images:
                 images[path] = instance_image(path)
             masks[row] = images[path] == value
-        elif segmentation is not None:
+        else:
             masks[row] = coco_mask(segmentation, height, width)
     return masks
 
 
+def has_mask(segmentation: Any) -> bool:
+    """Whether an annotation says what its object's pixels are: a polygon of three corners or more, or run lengths."""
+    return any(_is_area(p) for p in segmentation) if isinstance(segmentation, list) else segmentation is not None
+
+
+def _is_area(polygon: Sequence[float]) -> bool:
+    return len(polygon) >= 6
+
+
 def coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """Mask ``[H, W]`` of polygons (a list of lists) or a run-length dict, compressed or not."""
+    """Mask ``[H, W]`` of polygons (a list of lists) or a run-length dict, compressed or not; see `has_mask`."""
     tools = mask_tools()
     if isinstance(segmentation, list):
-        encoded = tools.merge(tools.frPyObjects(segmentation, height, width))
+        encoded = tools.merge(tools.frPyObjects(list(filter(_is_area, segmentation)), height, width))
     elif isinstance(segmentation["counts"], list):
         encoded = tools.frPyObjects(segmentation, height, width)
     else:

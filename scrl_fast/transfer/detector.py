@@ -23,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from scrl_fast import weights
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
-from scrl_fast.transfer.config import DETECTORS, DetectorConfig
+from scrl_fast.transfer.config import DETECTOR_SETTINGS, DETECTORS, DetectorConfig
 from scrl_fast.transfer.pyramid import build_pyramid, norm_of_heads
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # a box of 224 pixels belongs to stride 16 (FPN, arXiv 1612.03144, eq. 1)
@@ -48,8 +48,8 @@ def build_detector(
     backbone, init, branch: an encoder of `scrl_fast.models.build_encoder`, and weights for it:
         "random", "torchvision" (supervised on ImageNet), a path for `scrl_fast.weights.read`, what that gave, or an
         encoder, whose weights are copied.
-    config: every other number, by default the published ones; ``options`` are its fields, such as short_side=(96, 96)
-        (one int stands for both, and for test_short_side, too).
+    config: every other number, by default the detector's published ones; ``options`` are its fields, such as
+        short_side=(96, 96) (one int stands for both, and for test_short_side, too).
     The report of the weights is in ``network.init_report``. Raises ValueError naming the argument and its value,
     WeightsError when the weights do not fill the backbone.
     """
@@ -60,6 +60,8 @@ def build_detector(
     side = options.get("short_side")
     if isinstance(side, int):
         options |= {"short_side": (side, side), "test_short_side": options.get("test_short_side", side)}
+    if config is None:
+        options = {**DETECTOR_SETTINGS.get(detector, {}).get("model", {}), **options}
     options |= {"detector": detector, "backbone": backbone, "branch": branch}
     chosen = replace(config or DetectorConfig(), **options)
     pyramid, strides, report = build_pyramid(chosen, init)
@@ -237,7 +239,7 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides))
     norm = norm_of_heads(config)
     head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
-    return RetinaNet(
+    network = RetinaNet(
         pyramid,
         classes,
         anchor_generator=anchors,
@@ -246,6 +248,9 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
         nms_thresh=config.nms_threshold,
         detections_per_img=config.detections,
     )
+    network.head.regression_head._loss_type = "smooth_l1"
+    BoxLossKnee(network, config.box_loss_knee)
+    return network
 
 
 def _fcos(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:

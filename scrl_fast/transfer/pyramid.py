@@ -31,7 +31,8 @@ def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[in
     encoder = build_encoder(config.backbone)
     report = initialise(encoder, init, config.branch)
     dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
-    extra = LastLevelP6P7(config.fpn_channels, config.fpn_channels) if dense else LastLevelMaxPool()
+    below = encoder.out_channels if config.detector == "retinanet" else config.fpn_channels  # C5; FCOS: P5
+    extra = LastLevelP6P7(below, config.fpn_channels) if dense else LastLevelMaxPool()
     options = {"extra_blocks": extra, "norm_layer": norm_of_heads(config)}
     if isinstance(encoder, TimmEncoder):
         pyramid, strides = _timm_pyramid(encoder, config, int(dense), options)

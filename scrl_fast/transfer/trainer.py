@@ -23,12 +23,13 @@ from scrl_fast.errors import UsageError
 from scrl_fast.resume import changed_options, choose, step_in_name
 from scrl_fast.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig
-from scrl_fast.transfer.data import Ahead, Example, Examples, read_split, trainable
+from scrl_fast.transfer.data import Ahead, Example, Examples, maskless, read_split, trainable
 from scrl_fast.transfer.detector import build_detector
 from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
 from scrl_fast.transfer.predict import Detections, detect
 from scrl_fast.transfer.pyramid import SUPERVISED
 
+KEYPOINTS = 17
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,8 +54,15 @@ class Transfer:
         self.train = None if config.eval.only else read_split(config, config.data.train) if train is None else train
         if self.train is not None:
             check_categories(self.train, self.val)
-        self.keypoints = keypoint_count(self.val) if config.model.detector == "keypoint_rcnn" else 0
-        self.indices = [] if self.train is None else trainable(self.train, config.data, keypoints=self.keypoints > 0)
+        self.masks = config.model.detector == "mask_rcnn"
+        self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
+        if self.keypoints:
+            check_keypoints(self.val)
+        self.indices: list[int] = []
+        if self.train is not None:
+            if self.keypoints:
+                check_keypoints(self.train)
+            self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
         if self.train is not None and config.train.batch_size > len(self.indices):
             raise ValueError(
                 f"train.batch_size={config.train.batch_size}: the data set has {len(self.indices)} images to train on"
@@ -96,7 +104,7 @@ class Transfer:
             backbone=config.model.backbone,
             init="random" if config.resume and config.resume != "auto" else config.init or "random",
             branch=config.model.branch,
-            keypoints=self.keypoints or 17,
+            keypoints=KEYPOINTS,
             config=config.model,
         )
 
@@ -164,7 +172,7 @@ class Transfer:
         examples = Examples(
             self.train,
             first_label=int(self.network.first_label),  # type: ignore[arg-type]
-            masks=config.model.detector == "mask_rcnn",
+            masks=self.masks,
             keypoints=self.keypoints,
             flip=config.data.flip,
             seed=config.train.seed,
@@ -323,6 +331,8 @@ class Transfer:
                     f"{self.world.size} processes with {config.train.batch_size // self.world.size} images each"
                 )
             self.log.say(f"{len(self.indices)} of {len(self.train)} images, {plan}, learning rate {rate:.4g}")
+            if self.masks and (lost := maskless(self.train, self.indices)):
+                self.log.say(f"{lost} objects without a mask are left out of training")
         self.log.say(f"run folder: {self.folder}")
         if self.world.rank == 0:
             text = cli.dump(replace(config, resume="", json="").to_dict())
@@ -367,9 +377,9 @@ def check_categories(train: Any, val: Any) -> None:
         )
 
 
-def keypoint_count(source: Any) -> int:
-    """How many keypoints an object has. Raises ValueError when no object has any."""
-    for objects in source.objects:
-        if objects.keypoints is not None and objects.keypoints.shape[1]:
-            return int(objects.keypoints.shape[1])
-    raise ValueError(f"{source.annotation_file}: no object has keypoints")
+def check_keypoints(source: Any) -> None:
+    """Raise ValueError when no object has keypoints, or not the number that COCO's metric is defined for."""
+    counts = {objects.keypoints.shape[1] for objects in source.objects if objects.keypoints is not None}
+    if counts != {KEYPOINTS}:
+        said = f"objects have {', '.join(map(str, sorted(counts)))} keypoints" if counts else "no object has keypoints"
+        raise ValueError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")
