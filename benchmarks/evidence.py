@@ -1,8 +1,8 @@
 """Does SCRL earn its place? Random weights, BYOL and SCRL on generated scenes, at the same encoder, budget and tuning.
 
 Every (method, seed) is pre-trained and measured four ways: RoI linear accuracy and dense retrieval on held-out scenes
-(what is where), an image-level probe (what is there), and AP of a small RetinaNet fine-tuned from it. Finished stages
-are kept under --work and never done twice, so the command can be stopped, given --minutes, and called again.
+(what is where), an image-level probe (what is there), and AP of a small Faster R-CNN fine-tuned from it. Finished
+stages are kept under --work and never done twice, so the command can be stopped, given --minutes, and called again.
 `--tune` is how LR and EMA below were chosen: both methods, the same grid, a seed that is not reported.
 """
 

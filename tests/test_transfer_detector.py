@@ -186,6 +186,14 @@ def test_retinanet_is_as_published(monkeypatch):
     monkeypatch.setattr("torch._C._nn.smooth_l1_loss", lambda a, b, r, beta: given.append(beta) or (a - b).sum())
     network([torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}])
     assert given == [0.1]
+    own = network.head.regression_head.conv[0][1]
+    assert [int(norm.num_batches_tracked) for norm in own.norms] == [1] * 4  # each level has seen its own maps
+    assert len({float(norm.running_var.mean()) for norm in own.norms}) == 4
+    own.level = 3  # as if a pass had failed
+    network.eval()([torch.rand(3, 64, 64)])
+    assert own.level == 0 and len(network.head.classification_head.conv[3][1].norms) == 4
+    synchronize_batch_norm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     top = network.backbone.fpn.extra_blocks
     assert not top.use_P5 and top.p6.in_channels == build_encoder("resnet10_tiny").out_channels
     assert small("fcos").backbone.fpn.extra_blocks.use_P5

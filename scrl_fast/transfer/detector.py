@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import replace
@@ -237,8 +238,10 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     octaves = [2 ** (third / 3) for third in range(3)]
     sides = tuple(tuple(round(config.anchor_scale / 2 * stride * o) for o in octaves) for stride in strides)
     anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides))
-    norm = norm_of_heads(config)
+    norm = functools.partial(LevelNorms, levels=len(strides)) if norm_of_heads(config) else None
     head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
+    for branch in head.children():
+        branch.register_forward_pre_hook(_from_the_first_level)
     network = RetinaNet(
         pyramid,
         classes,
@@ -251,6 +254,30 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     network.head.regression_head._loss_type = "smooth_l1"
     BoxLossKnee(network, config.box_loss_knee)
     return network
+
+
+class LevelNorms(nn.Module):
+    """BatchNorm of a head that all levels of the pyramid share: weights and statistics for each level, in turn.
+
+    One for all would keep running statistics of no level in particular, and evaluation would be off (detectron2 has one
+    for each as well).
+    """
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.norms, self.level = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(levels)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` of the next level, normalised."""
+        norm = self.norms[self.level]
+        self.level = (self.level + 1) % len(self.norms)
+        return norm(x)
+
+
+def _from_the_first_level(branch: nn.Module, args: Any) -> None:
+    for module in branch.modules():  # whatever ended the last pass
+        if isinstance(module, LevelNorms):
+            module.level = 0
 
 
 def _fcos(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
