@@ -41,7 +41,8 @@ def export(
     to: one of `FORMATS`. out: the file, or for ``hf`` the folder, to write.
     branch: online (what SCRL evaluates) or target. ``scrl-reference`` takes both, and heads and momentum.
     backbone: the encoder's name, where the file does not say and its shapes do not tell.
-    size: side of the images by which an ONNX graph is traced and checked; it then takes any.
+    size: side of the images by which an ONNX graph is traced and checked; it then takes any. In ``hf``'s config.json
+        the input size that timm reports.
     Returns the metadata, with what was checked under ``checked``.
     Raises UsageError for what cannot be written in that layout, and for an ``out`` that exists without ``overwrite``.
     """
@@ -51,8 +52,9 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"to={to}: must be one of {', '.join(FORMATS)}")
     check_suffix(to, out)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists already: choose another name, or --overwrite it")
+    check_free(to, out, overwrite)
+    if to in ("onnx", "hf") and size < 1:
+        raise UsageError(f"size={size}: must be at least 1, the side of an image in pixels")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist")
     source = weights.read(checkpoint)
@@ -66,7 +68,7 @@ def export(
         _remove(temporary)
     if to != "hf":
         note = json.dumps(metadata, indent=2) + "\n"
-        out.with_name(out.name + ".json").write_text(note, encoding="utf-8")
+        note_of(out).write_text(note, encoding="utf-8")
     return metadata
 
 
@@ -79,6 +81,20 @@ def check_suffix(to: str, out: Path) -> None:
         )
     if to != "hf" and out.suffix in SUFFIXES.values() and not wanted and (to, out.suffix) != ("timm", ".safetensors"):
         raise UsageError(f"{out}: --to {to} writes a torch file, which {out.suffix} is not: {out.stem}.pth")
+
+
+def check_free(to: str, out: Path, overwrite: bool) -> None:
+    """Raise UsageError where ``out``, or the note beside it, is there already and may not be replaced, or cannot be."""
+    if out.exists() and out.is_dir() != (to == "hf"):
+        raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'a file'}, and --to {to} writes the other")
+    for path in (out,) if to == "hf" else (out, note_of(out)):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists already: choose another name, or --overwrite it")
+
+
+def note_of(out: Path) -> Path:
+    """The file beside ``out`` that says where it comes from."""
+    return out.with_name(out.name + ".json")
 
 
 def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]:
@@ -226,7 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
     parser.add_argument("--branch", choices=("online", "target"), default="online", help="default: %(default)s")
     parser.add_argument("--backbone", default="", help="name of the encoder, where the file does not tell")
-    parser.add_argument("--size", type=int, default=224, help="image side to trace ONNX with (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=224, help="image side: onnx is traced with it, hf names it (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -299,6 +299,16 @@ def test_what_a_file_says_of_itself_survives_another_conversion(tiny, as_if_thei
     assert said[0] == said[1] and said[0]["branch"] == "target" and said[0]["epochs"] == 20
 
 
+def test_text_that_looks_like_a_number_stays_text():
+    from scrl_fast.weights.files import flattened, unflattened
+
+    said = {"commit": "12e4567", "scrl_fast": "0.1", "method": "scrl", "empty": "", "quoted": '"a"', "list": "[1]"}
+    said |= {"epoch": 2, "mean": [0.5, 0.25], "config": {"train": {"seed": 1}}}
+    text = flattened(said)
+    assert all(isinstance(value, str) for value in text.values()) and text["method"] == "scrl"
+    assert unflattened(text) == said
+
+
 @pytest.mark.filterwarnings("ignore:.*has no .sha256 beside it:RuntimeWarning")
 def test_the_commit_of_the_training_run_is_named(tiny, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -315,6 +325,17 @@ def test_refusals(tiny, checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         export.main([str(checkpoint[0]), "--to", "torchvision", str(out)])
     assert stopped.value.code == 2 and "exists already" in capsys.readouterr().err
+    (tmp_path / "b.pth.json").touch()
+    (tmp_path / "c.pth").mkdir()
+    for name, message in (("b.pth", r"b\.pth\.json exists already"), ("c.pth", r"c\.pth is a folder, and --to timm")):
+        with pytest.raises(UsageError, match=message):
+            export.export(checkpoint[0], "timm", tmp_path / name)
+    with pytest.raises(UsageError, match=r"a\.pth is a file, and --to hf"):
+        export.export(checkpoint[0], "hf", out, overwrite=True)
+    (tmp_path / "b.pth.json").unlink()
+    (tmp_path / "c.pth").rmdir()
+    with pytest.raises(UsageError, match="size=0: must be at least 1"):
+        export.export(checkpoint[0], "onnx", tmp_path / "z.onnx", size=0)
     with pytest.raises(UsageError, match="holds the encoder only"):
         export.export(out, "scrl-reference", tmp_path / "y.pth")
     with pytest.raises(UsageError, match=r"no weights at .*none\.pt"):

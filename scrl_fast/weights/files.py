@@ -82,21 +82,22 @@ def read_onnx(path: Path) -> dict[str, Any]:
 
 
 def flattened(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Text by name, which is all that some formats hold: numbers, lists and dicts as JSON."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    """Text by name, which is all that some formats hold: all but text as JSON, and text that would be read as such."""
+    plain = {name for name, value in metadata.items() if isinstance(value, str) and _from_text(value) == value}
+    return {name: value if name in plain else json.dumps(value) for name, value in metadata.items()}
 
 
 def unflattened(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `flattened` was given: JSON numbers, lists and dicts are read, any other text stays text."""
-    return {name: _number_or_text(value) for name, value in metadata.items()}
+    """What `flattened` was given: JSON numbers, lists, dicts and quoted text are read, any other text stays text."""
+    return {name: _from_text(value) for name, value in metadata.items()}
 
 
-def _number_or_text(value: str) -> Any:
+def _from_text(value: str) -> Any:
     try:
         found = json.loads(value)
     except ValueError:
         return value
-    return found if isinstance(found, (int, float, list, dict)) and not isinstance(found, bool) else value
+    return found if isinstance(found, (int, float, list, dict, str)) and not isinstance(found, bool) else value
 
 
 def _hub_config(path: Path) -> dict[str, Any]:
