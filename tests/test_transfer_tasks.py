@@ -94,10 +94,20 @@ def transfer(task, root, run, *more):
 def test_init_is_in_the_backbone_before_the_first_step(root, tmp_path):
     encoder = build_encoder("resnet10_tiny")
     torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.body.state_dict().items()}}, tmp_path / "w.pth")
-    run = transfer("instance", root, tmp_path / "run", f"--init={tmp_path}/w.pth")
+    arguments = ("instance", root, tmp_path / "run", f"--init={tmp_path}/w.pth")
+    run = transfer(*arguments)
     body = run.network.backbone.body.state_dict()
     assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
     assert "tensors of the encoder matched" in run.restore()[0]
+    run.save()
+    (tmp_path / "w.pth").unlink()  # a run that goes on needs it no more
+    again = transfer(*arguments, "--resume=auto")
+    assert "resumed from" in again.restore()[0] and again.config.init == f"{tmp_path}/w.pth"
+    assert torch.equal(again.network.backbone.body.conv1.weight, encoder.body.conv1.weight)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"init=.*w\.pth: there is no such checkpoint"):
+        transfer(*arguments, "--resume=auto")
 
 
 def test_mask_rcnn_is_trained_on_masks_in_every_task_of_coco(root, tmp_path):

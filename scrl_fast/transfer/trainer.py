@@ -73,8 +73,11 @@ class Transfer:
             )
         self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
         kind = f"{config.task}-{config.model.detector}"
-        self.config = config = prepare.place_run(config, self.world, kind, ("random", SUPERVISED))
+        unread = (config.init,) if goes_on(config) else ()
+        self.config = config = prepare.place_run(config, self.world, kind, ("random", SUPERVISED, *unread))
         self.folder = Path(config.run.dir)
+        self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
+        self.found = self.world.from_first(lambda: choose(config.resume, self.checkpoints))
         prepare.set_numerics(config.train.deterministic, self.device)
         torch.backends.cudnn.benchmark = False  # the padded images' shapes change from step to step
 
@@ -91,7 +94,6 @@ class Transfer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.step = self.saved = 0
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
-        self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
         self.clock = runlog.Clock()
         self.pending: list[dict[str, float]] = []
 
@@ -102,7 +104,7 @@ class Transfer:
             config.model.detector,
             len(self.val.classes),
             backbone=config.model.backbone,
-            init="random" if config.resume and config.resume != "auto" else config.init or "random",
+            init="random" if self.found[1] else config.init or "random",
             branch=config.model.branch,
             keypoints=KEYPOINTS,
             config=config.model,
@@ -256,7 +258,7 @@ class Transfer:
     def restore(self) -> list[str]:
         """Loads what ``resume`` asks for; returns what there is to say about it and about ``init``."""
         config = self.config
-        newest, path, notes = self.world.from_first(lambda: choose(config.resume, self.checkpoints))
+        newest, path, notes = self.found
         if path is None:
             return [*notes, f"init: {self.network.init_report}"]
         state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
@@ -363,6 +365,12 @@ class Transfer:
         """What to type to go on from here."""
         arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
         return f"{distributed.launcher()} -m scrl_fast.transfer {shlex.join(arguments)}"
+
+
+def goes_on(config: TransferConfig) -> bool:
+    """Whether a checkpoint is there to resume from, so that ``init``, perhaps gone by now, is not read again."""
+    checkpoints = Path(config.run.dir, runlog.CHECKPOINTS)
+    return bool(config.resume) and (config.resume != "auto" or any(checkpoints.glob("step_*.pt")))
 
 
 def check_categories(train: Any, val: Any) -> None:
