@@ -100,6 +100,15 @@ def test_an_encoder_may_be_given_itself():
     assert body["conv1.weight"].data_ptr() != own["conv1.weight"].data_ptr()
 
 
+def test_another_normalisation_is_said(tmp_path):
+    model = {"online": {f"encoder.body.{k}": v for k, v in build_encoder("resnet10_tiny").body.state_dict().items()}}
+    config = {"views": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}
+    torch.save({"model": model, "config": config}, tmp_path / "c.pt")
+    said = str(small(init=str(tmp_path / "c.pt")).init_report)
+    assert said.endswith("normalised otherwise than the detector's: --model.mean=[0.5,0.5,0.5]")
+    assert "normalised" not in str(small(init=str(tmp_path / "c.pt"), mean=(0.5, 0.5, 0.5)).init_report)
+
+
 def test_stages_freeze_from_the_image_on():
     for count, expected in enumerate((set(), {"conv1", "bn1"}, {"conv1", "bn1", "layer1"})):
         body = small(backbone="resnet18", frozen_stages=count).backbone.body

@@ -29,7 +29,7 @@ def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[in
     Raises UsageError for a backbone of timm that has no such levels, WeightsError for weights that do not fill it.
     """
     encoder = build_encoder(config.backbone)
-    report = initialise(encoder, init, config.branch)
+    report = initialise(encoder, init, config)
     dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
     below = encoder.out_channels if config.detector == "retinanet" else config.fpn_channels  # C5; FCOS: P5
     extra = LastLevelP6P7(below, config.fpn_channels) if dense else LastLevelMaxPool()
@@ -102,13 +102,20 @@ class TimmPyramid(nn.Module):
         return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))
 
 
-def initialise(encoder: Encoder, init: Any, branch: str) -> weights.Report:
-    """Weights of ``init`` into the encoder. Raises UsageError when torchvision's cannot be had."""
+def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.Report:
+    """Weights of ``init`` into the encoder; the report's notes name a normalisation that is not the detector's.
+
+    Raises UsageError when torchvision's cannot be had.
+    """
     if isinstance(init, Encoder):
         own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
         init = weights.Weights(init.name, "an encoder", {"online": own, "target": own})
     if init != SUPERVISED:
-        return weights.load_into(encoder, init, branch="target" if branch == "target" else "online")
+        source = init if init == weights.RANDOM or isinstance(init, weights.Weights) else weights.read(init)
+        report = weights.load_into(encoder, source, branch=config.branch)
+        if isinstance(source, weights.Weights):
+            report.notes += other_normalisation(source, config)
+        return report
     try:
         chosen = torchvision.models.get_model_weights(encoder.name)["IMAGENET1K_V1"]
         state = chosen.get_state_dict(progress=False, check_hash=True)
@@ -120,6 +127,16 @@ def initialise(encoder: Encoder, init: Any, branch: str) -> weights.Report:
         ) from error
     body = {f"encoder.body.{name}": tensor for name, tensor in state.items()}
     return weights.load_into(encoder, weights.Weights(str(chosen), "torchvision", {"online": body}))
+
+
+def other_normalisation(source: weights.Weights, config: DetectorConfig) -> list[str]:
+    """What to say where images were normalised otherwise in pre-training, as far as the file tells."""
+    views = source.metadata.get("config", {}).get("views")
+    said = views if isinstance(views, dict) else source.metadata
+    own = {"mean": list(config.mean), "std": list(config.std)}
+    differ = {name: said[name] for name in own if isinstance(said.get(name), list) and said[name] != own[name]}
+    advice = " ".join(f"--model.{name}={value}".replace(" ", "") for name, value in differ.items())
+    return [f"it was trained on images normalised otherwise than the detector's: {advice}"] if differ else []
 
 
 def freeze(body: nn.Module, stages: list[str], count: int) -> None:
