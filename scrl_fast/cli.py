@@ -131,7 +131,7 @@ def parse_as(
     if "--help" in tokens:
         parser.print_help()
         raise SystemExit(0)
-    files = [*base, *(read_settings(name) for name in names)]
+    files = [*base, *(read_settings(name, recipe_names=()) for name in names)]
     options = build(*files, tokens=_checked_tokens(tokens, cls)[0], parser=parser, cls=cls)
     if print_config:
         print(dump(dataclasses.asdict(cast(Any, options))), end="")
@@ -168,20 +168,24 @@ def build(*files: Settings, tokens: Sequence[str] = (), parser: ArgumentParser |
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
-def read_settings(name: str) -> Settings:
+def read_settings(name: str, recipe_names: Sequence[str] | None = None) -> Settings:
     """The options of a recipe (by name) or a YAML file (by path), ours or the published implementation's.
+
+    recipe_names: those that may be asked for, by default all; another command than the trainer has none.
 
     Raises UsageError when there is neither, and for YAML that cannot be read or says something twice.
     """
-    path = recipes.FOLDER / f"{name}.yaml" if name in recipes.names() else Path(name)
+    known = recipes.names() if recipe_names is None else recipe_names
+    path = recipes.FOLDER / f"{name}.yaml" if name in known else Path(name)
     if path.is_dir():
         raise UsageError(f"--config={name} is a folder; for the config of a run give {path / 'config.yaml'}")
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        known = ", ".join(recipes.names())
-        hint = did_you_mean(name, recipes.names())
-        raise UsageError(f"--config={name} is neither a recipe ({known}) nor a file{hint}") from None
+        if not known:
+            raise UsageError(f"--config={name}: there is no such file") from None
+        hint = did_you_mean(name, known)
+        raise UsageError(f"--config={name} is neither a recipe ({', '.join(known)}) nor a file{hint}") from None
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{line}: {error.problem or error.context}") from error

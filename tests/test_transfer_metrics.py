@@ -96,7 +96,11 @@ def test_coco_known_values(tmp_path, backend):
 def test_coco_perfect_and_nothing(coco):
     assert coco_average_precision(coco.annotation_file, perfect(coco), coco)["AP"] == pytest.approx(1)
     nothing = [detections(index, [], [], []) for index in range(len(coco))]
-    assert coco_average_precision(coco.annotation_file, nothing, coco)["AP"] == 0
+    for backend in ("faster_coco_eval", "pycocotools"):
+        for kind in ("bbox", "segm"):
+            result = coco_average_precision(coco.annotation_file, nothing, coco, kind, backend=backend)
+            assert result["AP"] == result["APs"] == 0 and result["APl"] == -1  # there is no large object to find
+    assert coco_average_precision(coco.annotation_file, nothing[3:4], coco)["AP"] == -1  # this image has no object
     masks = coco_average_precision(coco.annotation_file, perfect(coco, masks=True), coco, "segm")
     assert masks["AP"] == pytest.approx(1)
 
@@ -137,6 +141,8 @@ def test_keypoints(tmp_path):
     assert measure("keypoints", found, source)["keypoints_AP"] == pytest.approx(100)
     for image in found:
         image.keypoints[..., :2] += 40
+    nobody = [detections(index, [], [], []) for index in range(len(source))]
+    assert measure("keypoints", nobody, source)["keypoints_AP"] == 0
     result = measure("keypoints", found, source)
     assert result["keypoints_AP"] < 1 and result["bbox_AP"] == pytest.approx(100)
 

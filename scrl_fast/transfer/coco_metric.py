@@ -107,10 +107,9 @@ def coco_average_precision(
     with contextlib.redirect_stdout(io.StringIO()):  # both packages report every stage
         expected = COCO(truth) if isinstance(truth, str) else _from_document(COCO, truth)
         rows = results(found, image_ids, category_ids)
-        if not rows:
-            any_object = any(not annotation.get("iscrowd", 0) for annotation in expected.dataset["annotations"])
-            return dict.fromkeys(NAMES[kind], 0.0 if any_object else -1.0)
-        evaluation = COCOeval(expected, expected.loadRes(rows), iouType=kind)
+        nothing = {**expected.dataset, "annotations": []}  # what loadRes makes of no rows is an error
+        guesses = expected.loadRes(rows) if rows else _from_document(COCO, nothing)
+        evaluation = COCOeval(expected, guesses, iouType=kind)
         evaluation.params.imgIds = sorted({image_ids[image.index] for image in found})
         evaluation.evaluate()
         evaluation.accumulate()

@@ -101,9 +101,8 @@ def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, k
     if not kept:
         what = "keypoints" if keypoints else "masks" if masks else "boxes (crowds do not count)"
         where = getattr(source, "annotation_file", "the training images")
-        raise UsageError(
-            f"{where}: none of {len(chosen)} images has {what} to train on; --data.keep_empty=true takes them"
-        )
+        way_out = "--model.detector=faster_rcnn needs none" if masks else "--data.keep_empty=true takes them"
+        raise UsageError(f"{where}: none of {len(chosen)} images has {what} to train on; {way_out}")
     return kept
 
 
