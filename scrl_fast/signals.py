@@ -46,10 +46,11 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def until_signal(self, work: Callable[[], T]) -> T | None:
-        """What ``work`` returns; None when a signal ended it."""
+        """What ``work`` returns; None when a signal ended it, or came before it: then it is not even begun."""
         try:
             with self.at_once():
-                return work()
+                if not self.signal_name:  # looked at inside, so that no signal slips in between
+                    return work()
         except KeyboardInterrupt:  # that came between the end of the block and its exit
             if not self.signal_name:
                 raise

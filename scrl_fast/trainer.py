@@ -108,7 +108,8 @@ class SCRLTrainer:
         """Trains to the end of the plan, to ``train.max_steps``, or to a signal, and says what came out.
 
         Returns ``{run_dir, step, epoch, loss, feature_std, rankme, interrupted, checkpoint, resume_command, seconds}``
-        and evaluation results. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with ``interrupted`` set.
+        and evaluation results. SIGINT, SIGTERM and SIGUSR1 finish the step or end the wait for data, save, and return
+        with ``interrupted`` set.
         Raises NonFiniteError, naming the step and the last good checkpoint, when the numbers break down, and what the
         data raise, once the steps before are saved.
         """

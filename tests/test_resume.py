@@ -129,10 +129,10 @@ def test_a_signal_while_data_are_waited_for_stops_there_and_then(tmp_path, whole
 def test_work_ends_at_a_signal_and_again_only_when_asked():
     with StopRequest() as stop:
         assert stop.until_signal(lambda: 5) == 5
-        os.kill(os.getpid(), signal.SIGTERM)  # outside: a request, nothing more
         assert stop.until_signal(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)) is None
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside: a request, nothing more
         assert stop.signal_name == "SIGUSR1"
+        assert stop.until_signal(lambda: 5) is None  # what comes after a request is not begun
     with pytest.raises(KeyboardInterrupt):  # not ours
         StopRequest().until_signal(lambda: signal.default_int_handler(signal.SIGINT, None))
 
