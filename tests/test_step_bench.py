@@ -40,6 +40,10 @@ def test_stages_shares_and_picture(tmp_path):
     assert sum(stages.values()) == pytest.approx(step["scrl_fast"], rel=0.3)
     (shares,) = [row for row in rows if row["case"].startswith("shares ")]
     assert 0 < shares["beyond_floor_and_heads"] < 1
+    heads = sum(stages[name] for name in step_bench.HEADS)
+    assert shares["beyond_floor_and_heads_by_difference"] == pytest.approx(
+        1 - (step["floor"] + heads) / step["scrl_fast"]
+    )
     assert shares["activation_bytes_per_image"] > 0
     assert (tmp_path / "stages.png").stat().st_size > 1000
 
