@@ -68,8 +68,10 @@ def _to_device(table: NDArray[np.int64], device: torch.device, capturing: bool) 
 def on_device(numbers: Tensor | None, device: torch.device) -> Tensor | None:
     """numbers on device. Those of a host tensor are read now and filled in there: a copy would wait for the GPU, and
     cannot be captured in a CUDA graph."""
-    if numbers is None or numbers.device.type == device.type:
-        return numbers
+    if numbers is None:
+        return None
+    if numbers.device.type == device.type:
+        return numbers.to(device)  # from another GPU too
     filled = [torch.full((), number, dtype=numbers.dtype, device=device) for number in numbers.reshape(-1).tolist()]
     return torch.stack(filled).reshape(numbers.shape)
 

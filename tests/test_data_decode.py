@@ -149,6 +149,15 @@ def test_pixels_are_decoded_into_a_room_where_they_fit(name: str, monkeypatch: p
         Encoded(files[0][: len(files[0]) // 2], max_pixels=LIMIT).decode(room=room)
 
 
+def test_pixels_are_not_kept_beside_the_file() -> None:
+    picture = crop(NAMES[0], 30, 44)
+    for data in (encoded(picture, "PNG"), encoded(picture.convert("CMYK"), "JPEG")):
+        image = Encoded(data, max_pixels=LIMIT)
+        pixels = image.decode()
+        assert image._picture is None  # Pillow's keep what they once decoded
+        assert np.array_equal(image.decode(), pixels)
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
 def test_the_short_way_to_a_jpegs_size_finds_what_pillow_finds(options: dict[str, Any]) -> None:
     picture = crop(NAMES[0], 30, 44)

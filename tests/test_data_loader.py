@@ -21,9 +21,11 @@ from photos import write_bad, write_photos
 
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
+from scrl_fast.data import bad as bad_module
 from scrl_fast.data import loader as loader_module
 from scrl_fast.data import reader as reader_module
 from scrl_fast.data.bad import BadFiles
+from scrl_fast.data.trace import Trace
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
 from scrl_fast.philox import permutation
@@ -351,12 +353,33 @@ def test_a_crash_leaves_the_name_of_what_was_being_read(tmp_path: Path, caplog: 
     assert not file.exists()  # nothing is left for the next one to warn of
 
 
+def test_two_at_one_place_leave_each_other_alone(tmp_path: Path) -> None:
+    file = tmp_path / "reading.txt"
+    first = Trace(file, 1)
+    first.note("a\u2028b")  # for Unicode the end of a line
+    second = Trace(file, 1)
+    assert second.left == ["a\u2028b"]
+    first.note("c")
+    second.note("d")
+    first.close()
+    assert file.read_text().split() == ["d"]
+    second.close()
+    assert not file.exists()
+
+
 def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:
     source = Pictures(10_000, bad=range(10_000))
     config = config_of(data__max_bad_fraction=0.5)
     with pytest.raises(TooManyBadImages, match="100 images in a row cannot be read"):
         epoch_of(source, config)
     assert len(source.reads) < 150
+
+
+def test_bad_images_opened_ahead_are_no_row_if_good_ones_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bad_module, "IN_A_ROW", 12)
+    keys = permutation(0, 0, 96).tolist()
+    config = config_of(data__max_bad_fraction=1.0, data__workers=1, train__batch_size=48)
+    assert len(epoch_of(Pictures(96, bad=keys[::2]), config)) == 2
 
 
 # ---- failures ----

@@ -128,8 +128,10 @@ class Encoded:
                 turned = orientation != 1 and decoder in _TURNS_BY_ITSELF and _is_in_exif(self._picture)
                 orientation = 1 if turned else orientation
             else:
-                assert self._picture is not None  # only JPEGs go without
-                pixels = _rgb(self._picture)
+                # it holds its pixels from now on, which would otherwise live as long as this object
+                picture, self._picture = self._picture or _open(self.data), None
+                pixels = _rgb(picture)
+                del picture
             pixels = _upright(pixels, orientation)
             height, width = -(-self.height // shrink), -(-self.width // shrink)
             if pixels.shape != (height, width, 3):  # views are drawn for the size in the header

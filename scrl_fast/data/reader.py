@@ -58,9 +58,12 @@ class Reader:
                 candidate = int(u * len(self.source))
             try:
                 with self.reading(self.source.name_of(candidate)):
-                    return Slot(key, number, candidate, open_image(self.source, candidate))
+                    image = open_image(self.source, candidate)
             except BadImage as bad:
                 self._bad.add(bad, epoch, step)
+            else:
+                self._bad.good()  # not only once it is decoded: many are opened before, by many threads
+                return Slot(key, number, candidate, image)
         raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
 
     def draw(self, slots: Sequence[Slot], epoch: int) -> np.ndarray:
@@ -87,7 +90,6 @@ class Reader:
                 slot = self.open(slot.asked, epoch, step, slot.attempt + 1)
                 rows = self.draw([slot], epoch)[:, 0]
             else:
-                self._bad.good()
                 return slot, pixels, *fit_to_shrunk(rows, shrink)
 
     @contextmanager

@@ -28,9 +28,13 @@ class Trace:
         self.left = self._names()
         blank = (b" " * (_LINE - 1) + b"\n") * threads
         self._map: mmap.mmap | bytearray = bytearray(blank)  # where the disk cannot map files: for nobody to read
+        self._inode = -1
         with suppress(OSError, ValueError):
+            # another file: were the old one cut, a process that has it mapped would be killed at its next note
+            self._path.unlink(missing_ok=True)
             self._path.write_bytes(blank)
             with self._path.open("r+b") as file:
+                self._inode = os.fstat(file.fileno()).st_ino
                 self._map = mmap.mmap(file.fileno(), len(blank))
 
     def note(self, name: str) -> None:
@@ -45,13 +49,15 @@ class Trace:
             self._map[start : start + _LINE - 1] = line.ljust(_LINE - 1)
 
     def close(self) -> None:
-        """Nothing more is read: the file goes."""
+        """Nothing more is read: the file goes, unless it has become another one's."""
         with suppress(OSError):
-            self._path.unlink()
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
 
     def _names(self) -> list[str]:
         try:
-            lines = self._path.read_bytes().decode("utf-8", "replace").splitlines()
+            text = self._path.read_bytes().decode("utf-8", "replace")
         except OSError:
             return []
+        lines = text.split("\n")  # not at whatever else Unicode takes for the end of a line
         return [line.strip(" \0") for line in lines if line.strip(" \0")]
