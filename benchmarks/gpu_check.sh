@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds for it, runs the operations' tests on CUDA and Triton, trains the demo there, runs
 # the operations under compute-sanitizer, then takes every benchmark of them. Every step has a limit and all together
-# stop after ten minutes; that what is below fits into them is an estimate, it has not been run on a GPU yet. Needs an NVIDIA GPU, a CUDA build of PyTorch,
-# nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest hypothesis beside torch.
+# stop after ten minutes; that what is below fits into them is an estimate, it has not been run on a GPU yet.
+# Needs an NVIDIA GPU, a CUDA build of PyTorch, nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest
+# hypothesis beside torch.
 #   benchmarks/gpu_check.sh [FOLDER]      where results and logs go (gpu_check)
 # Goes on after a failure; the last lines say what failed, and so does the exit code.
 set -uo pipefail

@@ -21,10 +21,12 @@ Call = Callable[[], Any]
 
 MIN_ROUNDS = 5
 WARM_UP_CALLS = 3
-# Shorter calls are timed several at a time after one that is not timed: reading the clock then costs under a percent,
-# and caches, branch predictors and sleeping threads are as the call itself leaves them ("warm"), not as the call of the
-# provider before it did. `cold` is for the other question.
+# Shorter calls are timed several at a time: reading the clock then costs under a percent.
 _SHORT_CALL_S = 1e-3
+# Beside such a call, each of the same case goes after one of its own that is not timed, ours and rivals' alike: caches,
+# freed memory and sleeping threads are then as the call itself leaves them ("warm"), not as the provider before it did.
+# Longer ones than this do without: it is a small part of them. `cold` is for the other question.
+_LONG_CALL_S = 50e-3
 _CALLS_BY_THE_WALL = 50
 _SWEEP_BYTES = 256 << 20
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -51,7 +53,7 @@ class Timer:
         they are; on a CPU it changes nothing.
         """
         wall = wall and self.cuda
-        inner = {name: _CALLS_BY_THE_WALL if wall else self._calls_at_a_time(call) for name, call in calls.items()}
+        inner = dict.fromkeys(calls, (1, _CALLS_BY_THE_WALL)) if wall else self._calls_at_a_time(calls)
         times: dict[str, list[float]] = {name: [] for name in calls}
         order, started = list(calls), time.perf_counter()
         gc.collect()
@@ -62,7 +64,7 @@ class Timer:
                     break
                 for name in order:
                     once = self._by_the_wall if wall else self._once
-                    times[name].append(once(calls[name], inner[name]))
+                    times[name].append(once(calls[name], *inner[name]))
                 order = order[1:] + order[:1]
         finally:
             gc.enable()
@@ -89,14 +91,18 @@ class Timer:
         self._sweep = sweep
         return 2 * source.numel() / float(np.percentile(times, 20)) / 1e9
 
-    def _calls_at_a_time(self, call: Call) -> int:
+    def _calls_at_a_time(self, calls: Mapping[str, Call]) -> dict[str, tuple[int, int]]:
+        """Of each provider, calls that are not timed, and calls that are timed after them."""
         if self.cuda or self._sweep is not None:
-            return 1
-        started = time.perf_counter()
-        call()
-        return max(1, min(1000, round(_SHORT_CALL_S / max(time.perf_counter() - started, 1e-9))))
+            return dict.fromkeys(calls, (0, 1))
+        took = {name: max(_seconds(call, 1), 1e-9) for name, call in calls.items()}
+        short = min(took.values(), default=1.0) < _SHORT_CALL_S
+        return {
+            name: (int(short and seconds < _LONG_CALL_S), max(1, min(1000, round(_SHORT_CALL_S / seconds))))
+            for name, seconds in took.items()
+        }
 
-    def _once(self, call: Call, inner: int) -> float:
+    def _once(self, call: Call, untimed: int, timed: int) -> float:
         if self._sweep is not None:  # on a GPU it also keeps the device busy while Python enqueues the call
             self._sweep.zero_()
         if self.cuda:
@@ -106,18 +112,19 @@ class Timer:
             end.record()
             end.synchronize()
             return start.elapsed_time(end) * 1e-3
-        if inner > 1:
+        for _ in range(untimed):
             call()
-        return _seconds(call, inner)
+        return _seconds(call, timed)
 
-    def _by_the_wall(self, call: Call, inner: int) -> float:
-        call()
+    def _by_the_wall(self, call: Call, untimed: int, timed: int) -> float:
+        for _ in range(untimed):
+            call()
         self._synchronize()
         started = time.perf_counter()
-        for _ in range(inner):
+        for _ in range(timed):
             call()
         self._synchronize()
-        return (time.perf_counter() - started) / inner
+        return (time.perf_counter() - started) / timed
 
     def _synchronize(self) -> None:
         if self.cuda:

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_rounds_are_interleaved_and_bounded():
     assert [len(t) for t in times.values()] == [6, 6]
     assert "".join(calls[2:]) == "abba" * 3
     assert [len(t) for t in timer.interleaved(work, rounds=50, seconds=0).values()] == [timing.MIN_ROUNDS] * 2
+
+
+def test_beside_a_short_call_all_but_very_long_ones_are_warm(monkeypatch):
+    calls, seconds = [], {"a": 0.8e-3, "b": 20e-3, "c": 60e-3}
+
+    def played(call, times):
+        for _ in range(times):
+            call()
+        return seconds[call.args[0]]
+
+    monkeypatch.setattr(timing, "_seconds", played)
+    work = {name: partial(calls.append, name) for name in seconds}
+    timer = timing.Timer(torch.device("cpu"), cold=False)
+    timer.interleaved(work, rounds=2, seconds=60)
+    assert "".join(calls[3:]) == "aabbc" + "bbcaa", "of two, the first is not timed"
+    del work["a"], calls[:]
+    timer.interleaved(work, rounds=1, seconds=60)
+    assert "".join(calls[2:]) == "bc"
 
 
 def test_only_selects_cases():
