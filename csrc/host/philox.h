@@ -96,11 +96,12 @@ __attribute__((target("avx2"))) void philox_eight_avx2(const WideCounter& counte
   const __m256i multiply0 = _mm256_set1_epi64x(kPhiloxMultiply0), multiply2 = _mm256_set1_epi64x(kPhiloxMultiply2);
   for (int i = 0; i < kBlocks; ++i) {
     for (int half = 0; half < 8; half += 4) {
-      const auto half_of = [half](const uint64_t* words) {
-        return _mm256_load_si256(reinterpret_cast<const __m256i*>(words + half));
-      };
-      __m256i c0 = _mm256_add_epi64(half_of(counter.first), _mm256_set1_epi64x(block + static_cast<uint32_t>(i)));
-      __m256i c1 = half_of(counter.second), c2 = half_of(counter.third), c3 = _mm256_set1_epi64x(counter.fourth);
+      // Spelled out: a lambda would not have this function's target.
+      __m256i c0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(counter.first + half));
+      __m256i c1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(counter.second + half));
+      __m256i c2 = _mm256_load_si256(reinterpret_cast<const __m256i*>(counter.third + half));
+      __m256i c3 = _mm256_set1_epi64x(counter.fourth);
+      c0 = _mm256_add_epi64(c0, _mm256_set1_epi64x(block + static_cast<uint32_t>(i)));
       uint32_t k0 = key0, k1 = key1;
       for (int round = 0; round < 10; ++round, k0 += kPhiloxBump0, k1 += kPhiloxBump1) {
         const __m256i a = _mm256_mul_epu32(c0, multiply0), b = _mm256_mul_epu32(c2, multiply2);
