@@ -79,6 +79,7 @@ done
 
 # The whole path from pictures to a checkpoint, then on from there, on the GPU.
 if "$python" -c "import jsonargparse" 2>/dev/null; then
+  rm -rf "$out/demo" # of an earlier check
   step train_demo 60 "$python" -m scrl_fast.train --config demo --train.device=cuda --train.max_steps=8 \
     --run.dir="$out/demo" &&
     step resume_demo 60 "$python" -m scrl_fast.train --resume="$out/demo" --train.device=cuda --train.max_steps=12

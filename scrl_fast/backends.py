@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,7 +39,11 @@ def triton_failure(device_type: str) -> str:
 
 
 def _release(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version(package).split(".")[:2])
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # as pytorch-triton and others bring it
+        found = importlib.import_module(package).__version__
+    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 
 @dataclass(frozen=True)
