@@ -321,6 +321,23 @@ def test_a_resumed_epoch_stops_where_an_uninterrupted_one_would() -> None:
         list(third.stream(0, 13, 12))
 
 
+def test_what_stopped_a_run_is_not_held_against_the_next() -> None:
+    """A disk that was away for a while: the names that it took stay in the checkpoint."""
+
+    def add(tally: BadFiles, count: int) -> None:
+        for index in range(count):
+            tally.add(BadImage(f"{index}", "no picture"), 0)
+
+    stopped, again, running = (BadFiles(100, 0.1) for _ in range(3))
+    with pytest.raises(TooManyBadImages):
+        add(stopped, 30)
+    again.load_state(stopped.state())
+    add(again, 10)
+    running.load_state(again.state())
+    with pytest.raises(TooManyBadImages, match="11 of the 100"):
+        running.add(BadImage("10", "no picture"), 0)
+
+
 def test_a_stream_goes_on_over_the_ends_of_epochs() -> None:
     loader = Loader(SCENES, config_of(train__epochs=3))
     expected = [batch for epoch in (0, 1, 2) for batch in loader.epoch(epoch)]

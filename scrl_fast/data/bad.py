@@ -69,9 +69,9 @@ class BadFiles:
             return {epoch: sorted(names) for epoch, names in self._names.items()}
 
     def load_state(self, state: Mapping[int, Sequence[str]]) -> None:
-        """Go on counting from what `state` gave."""
+        """Go on counting from what `state` gave, but not from what stopped the run: somebody has seen to that since."""
         with self._lock:
-            self._names = {int(epoch): set(names) for epoch, names in state.items()}
+            self._names = {int(epoch): set(names) for epoch, names in state.items() if len(names) <= self._allowed}
 
     def _where(self) -> str:
         return f" (all of them: {self._path})" if self._path else ""
