@@ -243,9 +243,9 @@ class _Pending:
                     if loader._packed:
                         self._keep(pixels, rows, place)
                 if not loader._packed:
-                    packed = pack_images([pixels for _, pixels, _, _ in made])
-                    self._make_views(packed, np.stack([rows for _, _, rows, _ in made]), low + start)
-                del made
+                    fitted = np.stack([rows for _, _, rows, _ in made])
+                    self._make_views(pack_images([pixels for _, pixels, _, _ in made]), fitted, low + start)
+                del made, pixels  # before the next are decoded
 
     def _keep(self, pixels: Any, rows: np.ndarray, place: int) -> None:
         """Hold what views are cut from, or make the views if the batch has grown too large for the GPU to do it."""
