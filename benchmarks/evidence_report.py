@@ -43,13 +43,25 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tuning_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Percent for every setting of the grid."""
+    """Percent for every setting of the grid, the mean over its seeds."""
     names = _measured(rows)
-    lines = [f"{'method':8}{'lr':>6}{'ema':>6}" + "".join(f"{TITLES[name]:>18}" for name in names)]
-    for row in rows:
-        cells = "".join(f"{100 * row[name]:18.1f}" for name in names)
-        lines.append(f"{row['method']:8}{row['lr']:6g}{row['ema']:6g}{cells}")
+    lines = [f"{'method':8}{'lr':>6}{'ema':>6}{'seeds':>7}" + "".join(f"{TITLES[name]:>18}" for name in names)]
+    for (method, lr, ema), some in _settings(rows).items():
+        cells = "".join(f"{_mean(some, name):18.1f}" for name in names)
+        lines.append(f"{method:8}{lr:6g}{ema:6g}{len(some):7}{cells}")
     return lines
+
+
+def _settings(rows: list[dict[str, Any]]) -> dict[tuple[str, float, float], list[dict[str, Any]]]:
+    """The rows of every method and setting."""
+    result: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        result.setdefault((row["method"], row["lr"], row["ema"]), []).append(row)
+    return result
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return 100 * statistics.fmean(row[name] for row in rows)
 
 
 def _measured(rows: list[dict[str, Any]]) -> list[str]:
@@ -61,10 +73,15 @@ def markdown(document: dict[str, Any]) -> str:
     rows, names = document["rows"], _measured(document["rows"])
     head = "".join(f" {TITLES[name]} |" for name in names)
     if "lr" in rows[0]:
-        lines = [f"| | lr | EMA |{head}", "|---" * (len(names) + 3) + "|"]
-        for row in rows:
-            cells = "".join(f" {100 * row[name]:.1f} |" for name in names)
-            lines.append(f"| {NAMES[row['method']]} | {row['lr']:g} | {row['ema']:g} |{cells}")
+        lines = [f"| | lr | EMA | seeds |{head}", "|---" * (len(names) + 4) + "|"]
+        for (method, lr, ema), some in _settings(rows).items():
+            each = [f"{_mean(some, name):.1f}" for name in names]
+            if len(some) > 1:
+                each = [
+                    f"{m} ({', '.join(f'{100 * row[n]:.0f}' for row in some)})"
+                    for m, n in zip(each, names, strict=True)
+                ]
+            lines.append(f"| {NAMES[method]} | {lr:g} | {ema:g} | {len(some)} | {' | '.join(each)} |")
     else:
         lines = [f"| |{head}", "|---" * (len(names) + 1) + "|"]
         for method, figures in summary(rows).items():
