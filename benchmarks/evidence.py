@@ -34,6 +34,7 @@ EMA = {"byol": 0.9, "scrl": 0.9}
 GRID = ((8.0, 0.99), (16.0, 0.97), (32.0, 0.97), (64.0, 0.97), (32.0, 0.9))  # (lr, ema)
 FINALISTS = ((16.0, 0.97), (32.0, 0.97), (32.0, 0.9))  # the best three of either method on the first seed
 TUNING_SEEDS = {100: GRID, 101: FINALISTS, 102: FINALISTS}
+SEEDS = (0, 1, 2)
 TUNING_MEASURES = ("roi_linear", "image_probe")
 
 
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = argparse.ArgumentParser(prog="evidence.py", description=(__doc__ or "").split("\n\n")[0])
     p.add_argument("--budget", choices=BUDGETS, default="long" if device == "cuda" else "standard")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--lr", nargs="+", default=[], metavar="METHOD=LR", help=f"in place of {LR}")
     p.add_argument("--ema", nargs="+", default=[], metavar="METHOD=MOMENTUM", help=f"in place of {EMA}")
@@ -54,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--jobs", type=int, default=jobs, help="so many at once, each on its share of cores (%(default)s)")
     p.add_argument("--minutes", type=float, default=math.inf, help="begin no further stage after this long")
     p.add_argument("--work", type=Path, help="where runs are kept (default: runs/evidence-BUDGET)")
-    p.add_argument("--json", type=Path, help="default: benchmarks/results/evidence_DEVICE.json; standard and long only")
+    p.add_argument("--json", type=Path, help="default: benchmarks/results/evidence_DEVICE.json for a whole set")
     p.add_argument("--plot", type=Path, help="learning curves (default: beside the JSON file)")
     args = p.parse_args(argv)
     args.rates, args.momenta = _given(p, args.lr, LR), _given(p, args.ema, EMA)
@@ -65,7 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.work = args.work or Path(f"runs/evidence-{args.budget}{kind}")
     args.measures = tuple(name for name in (TUNING_MEASURES if args.tune else STAGES) if name in args.measures)
     whole = args.tune or kind or args.measures == STAGES
-    args.documented = args.json is None and args.budget == "standard" and args.device == "cpu"
+    if args.lr or args.ema or (args.seeds, args.methods) != (list(SEEDS), list(METHODS)):
+        whole = False  # another set of rows must not take the place of the documented one
+    args.documented = args.json is None and bool(whole) and args.budget == "standard" and args.device == "cpu"
     if args.json is None and args.budget in ("standard", "long") and whole:
         args.json = Path(__file__).parent / "results" / f"evidence{kind.replace('-', '_')}_{args.device}.json"
     return args
@@ -182,7 +185,7 @@ def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any
         "environment": {
             "device": args.device,
             "device_name": torch.cuda.get_device_name() if args.device == "cuda" else harness._processor(),
-            "threads": torch.get_num_threads(),
+            "threads": max(1, (os.cpu_count() or 1) // args.jobs),
             "torch": torch.__version__,
             "commit": harness._commit(),
         },

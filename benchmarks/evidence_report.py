@@ -94,7 +94,8 @@ def markdown(document: dict[str, Any]) -> str:
             "",
             "**Of an earlier state**, with other settings than today's, before the tuning below: to be run anew.",
         ]
-    said = f"Percent; seeds {seeds}; {where['device_name']}, torch {where['torch']}, commit {where['commit']};"
+    spread = "" if "lr" in rows[0] else ", mean ± standard deviation over seeds"
+    said = f"Percent{spread}; seeds {seeds}; {where['device_name']}, torch {where['torch']}, commit {where['commit']};"
     return "\n".join([*lines, "", f"{said} `{document['command']}`."])
 
 
@@ -118,7 +119,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for colour, method in zip(("0.5", "C0", "C3"), METHODS, strict=True):
         curves = [each["curve"] for each in document["details"] if each["method"] == method]
-        if not all(curves):  # left out by --measures
+        if not curves or not all(curves):  # left out by --methods or --measures
             continue
         means = [100 * statistics.fmean(p["roi_linear"] for p in points) for points in zip(*curves, strict=False)]
         if method == "random":

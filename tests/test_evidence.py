@@ -101,6 +101,7 @@ def test_tuning_tries_the_same_grid_for_both_methods(tmp_path, monkeypatch, caps
     assert {row["seed"] for row in rows} == set(evidence.TUNING_SEEDS)
     assert all(row["roi_linear"] == row["lr"] / 100 for row in rows)
     assert not set(evidence.TUNING_SEEDS) & set(evidence.parse([]).seeds)
+    assert evidence.parse([]).json and not evidence.parse(["--seeds=7"]).json, "other rows replace the documented ones"
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(evidence.GRID) + 1
 
 
