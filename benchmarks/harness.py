@@ -183,8 +183,14 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit, with -dirty where something that could change a number differs: results and documents do not."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "describe", "--always"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        others = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)*.md"]
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", *others]).returncode
+        return commit + "-dirty" * bool(dirty)
     except (OSError, subprocess.CalledProcessError):
         return None
