@@ -69,7 +69,8 @@ def write_csv(rows: list[Row], environment: Row, file: Path) -> None:
     about |= {f"{name}_version": value for name, value in environment["versions"].items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*(rows[0] if rows else []), *about])
+        fields = dict.fromkeys(key for row in rows for key in row)  # rows of the step's stages hold others, too
+        writer = csv.DictWriter(stream, [*fields, *about])
         writer.writeheader()
         writer.writerows(row | about for row in rows)
 

@@ -151,6 +151,12 @@ def test_saved_rows_can_be_printed(tmp_path, capsys):
     assert "scrl_fast" in capsys.readouterr().out
 
 
+def test_rows_of_different_fields_share_a_csv_file(tmp_path):
+    environment = dict.fromkeys(("device_name", "threads", "copy_gb_per_s", "commit")) | {"versions": {}}
+    report.write_csv([{"case": "step"}, {"case": "stages", "beyond_floor": 0.5}], environment, tmp_path / "rows.csv")
+    assert [row["beyond_floor"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["", "0.5"]
+
+
 def test_the_table_says_what_the_rows_say(tmp_path, capsys):
     rows = [
         {"case": "resnet50 tensors=164 numbers=9", "provider": provider, "backend": backend, "p50_ms": p50}
