@@ -309,8 +309,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             if row["case"] == f"step {case}" and row["backend"] != "step":
                 axis.bar(row["backend"], row["p50_ms"], color="0.7" if row["provider"] == "floor" else "0.4")
         axis.set(title=case, ylabel="ms a step")
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles[::-1], labels[::-1], fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()  # the same stages, in the same colours, in every case
+    figure.legend(handles[::-1], labels[::-1], fontsize=7, loc="outside right upper")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
