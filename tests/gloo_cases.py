@@ -139,18 +139,27 @@ def resume_case(folder: Path, world: World) -> None:
     trainer.fit()
 
 
-def failing_case(folder: Path, world: World) -> str:
-    """The data of process 1 fail in the third step."""
-    trainer = trainer_of(folder / "failing", world, batch_size=2)
+def before_third_data(trainer, act) -> None:
+    """Process 1 calls act() where it would get the data of the third step."""
     plain = trainer.batches
 
     def stream():
         for number, group in enumerate(plain()):
             if number == 2 and trainer.rank == 1:
-                raise ValueError("the disk is gone")
+                act()
             yield group
 
     trainer.batches = stream
+
+
+def failing_case(folder: Path, world: World) -> str:
+    """The data of process 1 fail in the third step."""
+    trainer = trainer_of(folder / "failing", world, batch_size=2)
+
+    def fail():
+        raise ValueError("the disk is gone")
+
+    before_third_data(trainer, fail)
     try:
         trainer.fit()
     except (ValueError, RuntimeError) as error:
@@ -161,16 +170,12 @@ def failing_case(folder: Path, world: World) -> str:
 def waiting_case(folder: Path, world: World) -> str:
     """A signal reaches process 1 while it waits for the data of the third step."""
     trainer = trainer_of(folder / "waiting", world, batch_size=2)
-    plain = trainer.batches
 
-    def stream():
-        for number, group in enumerate(plain()):
-            if number == 2 and trainer.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(60)
-            yield group
+    def wait():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-    trainer.batches = stream
+    before_third_data(trainer, wait)
     summary = trainer.fit()
     return f"{summary['interrupted']} after step {summary['step']}"
 

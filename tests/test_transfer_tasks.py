@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -282,43 +282,41 @@ def test_published_defaults(root):
 # ---- errors ----
 
 
-def break_categories(root, tmp_path):
+@contextmanager
+def edited(root, tmp_path, name):
+    """The annotations of that file, of a copy of the data in tmp_path / "data", written back when changed."""
     shutil.copytree(root, tmp_path / "data")
-    path = tmp_path / "data" / "annotations" / "instances_val2017.json"
+    path = tmp_path / "data" / "annotations" / name
     document = json.loads(path.read_text())
-    document["categories"][0]["name"] = "pony"
+    yield document
     path.write_text(json.dumps(document))
+
+
+def break_categories(root, tmp_path):
+    with edited(root, tmp_path, "instances_val2017.json") as document:
+        document["categories"][0]["name"] = "pony"
     return ["detection", f"--data.root={tmp_path / 'data'}"]
 
 
 def empty_annotations(root, tmp_path):
-    shutil.copytree(root, tmp_path / "data")
-    path = tmp_path / "data" / "annotations" / "instances_train2017.json"
-    document = json.loads(path.read_text())
-    document["annotations"] = [a for a in document["annotations"] if a["iscrowd"]]
-    path.write_text(json.dumps(document))
+    with edited(root, tmp_path, "instances_train2017.json") as document:
+        document["annotations"] = [a for a in document["annotations"] if a["iscrowd"]]
     return ["detection", f"--data.root={tmp_path / 'data'}"]
 
 
 def without_masks(root, tmp_path, every=1):
     """As files made for boxes alone have it: no polygon at all, or one that has no inside."""
-    shutil.copytree(root, tmp_path / "data")
-    path = tmp_path / "data" / "annotations" / "instances_train2017.json"
-    document = json.loads(path.read_text())
-    single = [annotation for annotation in document["annotations"] if not annotation["iscrowd"]]
-    for n, annotation in enumerate(single[::every]):
-        annotation["segmentation"] = ([], [[1, 1, 5, 5]])[n % 2]
-    path.write_text(json.dumps(document))
+    with edited(root, tmp_path, "instances_train2017.json") as document:
+        single = [annotation for annotation in document["annotations"] if not annotation["iscrowd"]]
+        for n, annotation in enumerate(single[::every]):
+            annotation["segmentation"] = ([], [[1, 1, 5, 5]])[n % 2]
     return ["instance", f"--data.root={tmp_path / 'data'}"]
 
 
 def few_keypoints(root, tmp_path):
-    shutil.copytree(root, tmp_path / "data")
-    path = tmp_path / "data" / "annotations" / "person_keypoints_train2017.json"
-    document = json.loads(path.read_text())
-    for annotation in document["annotations"]:
-        annotation["keypoints"] = annotation["keypoints"][:15]
-    path.write_text(json.dumps(document))
+    with edited(root, tmp_path, "person_keypoints_train2017.json") as document:
+        for annotation in document["annotations"]:
+            annotation["keypoints"] = annotation["keypoints"][:15]
     return ["keypoints", f"--data.root={tmp_path / 'data'}"]
 
 
