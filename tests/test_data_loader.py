@@ -22,7 +22,7 @@ from photos import write_bad, write_photos
 from scrl_fast.config import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader, LoaderStalled, TooManyBadImages, make_source
 from scrl_fast.data import bad as bad_module
-from scrl_fast.data import loader as loader_module
+from scrl_fast.data import pending as pending_module
 from scrl_fast.data import reader as reader_module
 from scrl_fast.data.bad import BadFiles
 from scrl_fast.data.trace import Trace
@@ -456,8 +456,8 @@ def test_without_workers_nothing_is_made_ahead() -> None:
 def test_large_images_are_not_all_held_at_once(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = epoch_of(SCENES, config_of(train__batch_size=24), dtype=torch.uint8)
     lots: list[int] = []
-    monkeypatch.setattr(loader_module, "_MOST_HELD", 5 * 48 * 48 * 3)
-    monkeypatch.setattr(loader_module, "_MOST_PACKED", 0)
+    monkeypatch.setattr(pending_module, "_MOST_HELD", 5 * 48 * 48 * 3)
+    monkeypatch.setattr(pending_module, "_MOST_PACKED", 0)
     draw = reader_module.draw_views
 
     def spy(views: Any, sizes: Any, **options: Any) -> np.ndarray:

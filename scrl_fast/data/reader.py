@@ -4,17 +4,15 @@ place of each that cannot be read."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scrl_fast.config import Config
 from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.decode import BadImage, Encoded, Room
-from scrl_fast.data.scaled import Whole, fit_to_shrunk, largest_shrink, open_image
+from scrl_fast.data.scaled import Whole, largest_shrink, open_image
 from scrl_fast.data.source import Source
 from scrl_fast.data.workers import Workers
 from scrl_fast.philox import uniforms
@@ -31,6 +29,21 @@ class Slot(NamedTuple):
     attempt: int
     key: int
     image: Encoded | Whole
+
+
+class Reading:
+    """Has the workers know what the calling thread reads in the meantime."""
+
+    __slots__ = ("_name", "_workers")  # made for every image: a generator would take longer than some reads
+
+    def __init__(self, workers: Workers, name: str) -> None:
+        self._workers, self._name = workers, name
+
+    def __enter__(self) -> None:
+        self._workers.reads(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.finished()
 
 
 class Reader:
@@ -73,14 +86,16 @@ class Reader:
 
     def decode(
         self, slot: Slot, rows: np.ndarray, epoch: int, step: int = 0, *, alone: bool = False
-    ) -> tuple[Slot, Any, np.ndarray, NDArray[np.int64]]:
-        """A slot, or what takes its place; its pixels; its rows of the table for them; its crops `[2, 5]` in those of
-        the original.
+    ) -> tuple[Slot, Any, int]:
+        """A slot, or what takes its place; its pixels; by what its sides were divided in decoding.
 
-        rows: VIEW_DTYPE `[2]`, as drawn. alone: the pixels may be gone with the next call, unless all are to be kept.
+        rows: VIEW_DTYPE `[2]`, as drawn; filled anew for what takes the place. alone: the pixels may be gone with the
+        next call, unless all are to be kept.
         """
         room = self._room() if alone and not self._keep else None
         while True:
+            if isinstance(slot.image, Whole):
+                return slot, slot.image.data, 1
             shrink = largest_shrink(slot.image, rows, self._views.size) if self._scaled else 1
             try:
                 with self.reading(self.source.name_of(slot.key)):
@@ -88,18 +103,13 @@ class Reader:
             except BadImage as bad:
                 self._bad.add(bad, epoch, step)
                 slot = self.open(slot.asked, epoch, step, slot.attempt + 1)
-                rows = self.draw([slot], epoch)[:, 0]
+                rows[:] = self.draw([slot], epoch)[:, 0]
             else:
-                return slot, pixels, *fit_to_shrunk(rows, shrink)
+                return slot, pixels, shrink
 
-    @contextmanager
-    def reading(self, name: str) -> Iterator[None]:
-        """Around whatever may hang or crash over the image of that name."""
-        self._workers.reads(name)
-        try:
-            yield
-        finally:
-            self._workers.finished()
+    def reading(self, name: str) -> Reading:
+        """For a `with` around whatever may hang or crash over the image of that name."""
+        return Reading(self._workers, name)
 
     def _room(self) -> Room:
         """The calling thread's memory for the pixels of one image."""
