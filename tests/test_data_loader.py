@@ -137,6 +137,7 @@ def test_labels_and_mixed_sizes() -> None:
 def test_layout_and_dtype() -> None:
     batch = epoch_of(SCENES, config_of(train__channels_last=False), dtype=torch.bfloat16)[0]
     assert batch.views.dtype == torch.bfloat16 and batch.views.is_contiguous()
+    assert batch.to("cpu", channels_last=False) is batch  # a step need not wait for a copy that changes nothing
     moved = batch.to("cpu", channels_last=True)
     assert moved.views.is_contiguous(memory_format=torch.channels_last) and torch.equal(moved.views, batch.views)
     assert moved.boxes is not None and len(moved.boxes) == 2 and moved.keys is batch.keys
