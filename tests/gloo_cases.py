@@ -15,8 +15,10 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._dynamo.backends.debugging  # what torch.compile would import in each process
 import torch.distributed as dist
 from test_trainer import Pictures, make_config
 from torch import nn
@@ -69,6 +71,13 @@ def batch_norm_case(rank: int) -> dict:
     layer.eval()
     results["eval"] = layer(batches("uneven", "rows")[rank]) if rank < 2 else None  # nobody waits for the others
     return results
+
+
+def compiled_norm_case(rank: int, group: Any) -> dict:
+    """As train.compile has it: one graph, exchanges included, of which the compiler sees every operation."""
+    layer = synchronize_batch_norm(norm("channels last"), group)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    return pass_through(layer, batches("uneven", "channels last")[rank])
 
 
 def trainer_of(folder: Path, world: World, images: int = 24, resume: str = "", **train) -> SCRLTrainer:
@@ -208,6 +217,7 @@ def main(folder: Path, rank: int) -> None:
     results = {"norm": batch_norm_case(rank), "messages": message_case(four), "4": equal_case(folder, four)}
     if rank < 2:
         results["2"] = equal_case(folder, two)
+        results["compiled norm"] = compiled_norm_case(rank, two.group)
     else:
         resume_case(folder, two)
         results["failing"] = failing_case(folder, two)

@@ -50,6 +50,18 @@ def test_batch_norm_over_processes_equals_the_full_batch(gloo, kind, shape):
             torch.testing.assert_close(part[name], whole[name], rtol=1e-12, atol=1e-12)
 
 
+def test_batch_norm_is_the_same_compiled(gloo):
+    parts = [result["compiled norm"] for result in gloo[1][:2]]
+    rows = torch.cat(cases.batches("uneven", "channels last")[:2])
+    whole = cases.pass_through(cases.norm("channels last"), rows)
+    for name in ("output", "gradient"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], rtol=1e-12, atol=1e-12)
+    for name in ("0.weight", "0.bias"):
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name], rtol=1e-12, atol=1e-12)
+    for name in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
+        torch.testing.assert_close(parts[1][name], whole[name], rtol=1e-12, atol=1e-12)
+
+
 def test_plain_batch_norm_would_not(gloo):
     parts = cases.batches("even", "rows")
     alone = torch.cat([cases.pass_through(cases.norm("rows"), part)["output"] for part in parts])

@@ -2,7 +2,8 @@
 
 ``torch.nn.SyncBatchNorm`` refuses a CPU, reads its counts back to the host in every layer (the device idles until it
 has caught up), and cannot gather from a process without rows under autocast. This one does none of that: counts stay
-on the device and a process may have no rows at all.
+on the device and a process may have no rows at all. Under ``torch.compile`` it is plain arithmetic, which the compiler
+joins with the ReLU and the addition behind it; PyTorch's own kernels for a GPU it can neither see into nor trace.
 """
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ class _Normalize(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var, count)
         if not input.numel():
             return torch.empty_like(input), mean, var, count
-        if input.is_cuda:
+        if torch.compiler.is_compiling():
+            scale = weight.to(mean.dtype) * (var + eps).rsqrt()
+            output = _wide(input) - _in_axes(mean, input)
+            output = (output * _in_axes(scale, input) + _in_axes(bias, input)).to(input.dtype)
+        elif input.is_cuda:
             output = torch.batch_norm_elemt(input, weight, bias, mean, (var + eps).rsqrt(), eps)
         else:
             output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
@@ -121,7 +126,10 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, count = ctx.saved_tensors
         grad = grad.contiguous(memory_format=_layout(input))
-        differentiate = _backward_cuda if input.is_cuda else _backward_plain
+        if torch.compiler.is_compiling():
+            differentiate = _backward_traced
+        else:
+            differentiate = _backward_cuda if input.is_cuda else _backward_plain
         return *differentiate(grad, input, weight, mean, var, count, ctx.eps, ctx.group), None, None
 
 
@@ -131,6 +139,19 @@ def _layout(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _wide(input: Tensor) -> Tensor:
+    return input.to(torch.promote_types(input.dtype, torch.float32))
+
+
+def _all_but_channels(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def _in_axes(values: Tensor, input: Tensor) -> Tensor:
+    """One value a channel, ``[C]``, to be broadcast over ``[N, C, ...]``."""
+    return values.view([1, -1] + [1] * (input.dim() - 2))
+
+
 def _local_statistics(input: Tensor, eps: float) -> Tensor:
     """``[2C + 1]``: mean, biased variance and number of values a channel; zeros without rows. float32 or wider."""
     channels = input.shape[1]
@@ -138,11 +159,13 @@ def _local_statistics(input: Tensor, eps: float) -> Tensor:
     if not input.numel():
         return torch.zeros(2 * channels + 1, dtype=wide, device=input.device)
     count = torch.full((1,), input.numel() // channels, dtype=wide, device=input.device)
-    if input.is_cuda:
+    if torch.compiler.is_compiling():
+        var, mean = torch.var_mean(_wide(input), _all_but_channels(input), correction=0)
+    elif input.is_cuda:
         mean, invstd = torch.batch_norm_stats(input, eps)
         var = (invstd.pow(-2) - eps).clamp(min=0)
     else:
-        mean, var = torch.batch_norm_update_stats(input.to(wide), None, None, 0.0)
+        mean, var = torch.batch_norm_update_stats(_wide(input), None, None, 0.0)
     return torch.cat([mean, var, count])
 
 
@@ -184,6 +207,21 @@ def _backward_cuda(
     return grad_input, sums[2], sums[3]
 
 
+def _backward_traced(
+    grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In operations that a compiler sees through; the two sums in one pass over both tensors."""
+    dy, invstd = _wide(grad), (var + eps).rsqrt()
+    normalized = (_wide(input) - _in_axes(mean, input)) * _in_axes(invstd, input)
+    axes = _all_but_channels(input)
+    dw, db = (dy * normalized).sum(axes), dy.sum(axes)
+    sum_dw, sum_db = _total(dw, db, group)
+    total = count.clamp(min=1)
+    dx = dy - _in_axes(sum_db / total, input) - normalized * _in_axes(sum_dw / total, input)
+    dx = dx * _in_axes(weight.to(mean.dtype) * invstd, input)
+    return dx.to(input.dtype), dw.to(weight.dtype), db.to(weight.dtype)
+
+
 def _backward_plain(
     grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +239,5 @@ def _backward_plain(
     scale = scale * invstd / count.clamp(min=1)
     slope = scale * invstd * sum_dw
     offset = scale * sum_db - slope * mean
-    shape = [1, -1] + [1] * (input.dim() - 2)
-    dx = dx.addcmul_(input, slope.view(shape), value=-1).sub_(offset.view(shape))
+    dx = dx.addcmul_(input, _in_axes(slope, input), value=-1).sub_(_in_axes(offset, input))
     return dx.to(dtype), dw.to(weight.dtype), db.to(weight.dtype)
