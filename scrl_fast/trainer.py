@@ -22,7 +22,7 @@ from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import World
 from scrl_fast.metrics import StepMeter, as_rows, feature_std, rankme
 from scrl_fast.schedules import ema_momentum, learning_rate
-from scrl_fast.signals import StopRequest
+from scrl_fast.signals import OF_ANOTHER, StopRequest
 
 MONITOR_ROWS = 2048  # projections that the collapse monitors look at: an SVD of more takes longer and says the same
 CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
@@ -178,7 +178,7 @@ class SCRLTrainer:
     def stopping(self, stop: StopRequest) -> bool:
         """Whether to end after this step: in one process at any signal so far, in several at one that all heard of."""
         if self.asked and not stop:
-            stop.signal_name = "a signal to another process"
+            stop.signal_name = OF_ANOTHER
         return self.asked if self.world.several else bool(stop)
 
     def train_step(self, batches: Sequence[Batch], pairs: int | None = None) -> None:

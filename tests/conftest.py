@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +159,14 @@ def no_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw_curves", lambda *_, **__: True)
         yield
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data sets of the transfer tasks, tiny, in their official layouts; whoever changes some copies them first."""
+    from tiny_transfer import write_all
+
+    return write_all(tmp_path_factory.mktemp("data"))
 
 
 # ---- threads and accuracy ----

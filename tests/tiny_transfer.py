@@ -1,16 +1,28 @@
-"""Tiny data sets in the official layouts that only the transfer tasks read: COCO keypoints, Cityscapes."""
+"""What the tests of transfer share: tiny data sets in the official layouts, and the options for a small, short run."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny_data import HEIGHT, WIDTH, draw
+from tiny_data import HEIGHT, WIDTH, draw, write_coco, write_voc
+
+from scrl_fast.transfer.__main__ import parse
+from scrl_fast.transfer.trainer import Transfer
 
 KEYPOINTS = 17
 CAR, PERSON, ROAD = 26, 24, 7
+SMALL = [
+    *("--model.backbone=resnet10_tiny", "--model.short_side=[48,64]", "--model.short_side_step=16"),
+    *("--model.test_short_side=48", "--model.fpn_channels=16", "--model.head_channels=32", "--model.mask_channels=8"),
+    *("--model.keypoint_channels=8", "--model.proposals=[40,40]", "--model.rois_per_image=16", "--data.workers=2"),
+    *("--train.batch_size=3", "--train.steps=8", "--train.device=cpu", "--optim.reference_batch=3", "--optim.lr=0.01"),
+    *("--optim.decay_at=[8,8]", "--optim.warmup_steps=2", "--run.log_every=1", "--run.tensorboard=false"),
+]
 
 
 def write_keypoints(root: Path, split: str, images: int = 8, seed: int = 0) -> Path:
@@ -70,3 +82,44 @@ def write_cityscapes(root: Path, split: str, images: int = 6, seed: int = 0) -> 
             else:
                 draw(rng, shapes).save(path)
     return root
+
+
+def write_all(folder: Path) -> Path:
+    """All data sets in one folder: their names do not meet."""
+    write_coco(folder, "train2017", images=12)
+    write_coco(folder, "val2017", images=5, seed=1)
+    write_keypoints(folder, "train2017")
+    write_keypoints(folder, "val2017", images=4, seed=1)
+    write_voc(folder, "trainval", images=5)
+    write_voc(folder, "trainval", images=4, year="2012", seed=2)
+    write_voc(folder, "test", images=4, seed=1)
+    for split in ("train", "val"):
+        write_cityscapes(folder, split)
+    return folder
+
+
+def arguments(task, root, run, *more):
+    return [task, f"--data.root={root}", f"--run.dir={run}", *SMALL, *more]
+
+
+def transfer(task, root, run, *more):
+    return Transfer(parse(arguments(task, root, run, *more)))
+
+
+@contextmanager
+def edited(root, tmp_path, name):
+    """The annotations of that file, of a copy of the data in tmp_path / "data", written back when changed."""
+    shutil.copytree(root, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / name
+    document = json.loads(path.read_text())
+    yield document
+    path.write_text(json.dumps(document))
+
+
+def without_masks(root, tmp_path, every=1):
+    """As files made for boxes alone have it: no polygon at all, or one that has no inside."""
+    with edited(root, tmp_path, "instances_train2017.json") as document:
+        single = [annotation for annotation in document["annotations"] if not annotation["iscrowd"]]
+        for n, annotation in enumerate(single[::every]):
+            annotation["segmentation"] = ([], [[1, 1, 5, 5]])[n % 2]
+    return ["instance", f"--data.root={tmp_path / 'data'}"]

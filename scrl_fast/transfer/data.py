@@ -19,6 +19,8 @@ from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 Target = dict[str, Tensor]
 Example = tuple[Tensor, Target]
 
+KEYPOINTS = 17
+"""Of a person, as COCO's metric is defined for them."""
 KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
 """COCO's keypoints that change places in a mirror: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
 
@@ -130,6 +132,26 @@ def _objects(source: Any, index: int) -> Objects | None:
     return None if objects is None else objects[index]
 
 
+def check_categories(train: Any, val: Any) -> None:
+    """Raise ValueError naming the files when the two splits have different classes."""
+    if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):
+        only = [name for name in train.classes if name not in val.classes]
+        lacks = [name for name in val.classes if name not in train.classes]
+        raise ValueError(
+            f"the categories of {train.annotation_file} and {val.annotation_file} differ: "
+            f"only in the first {only[:5]}, only in the second {lacks[:5]}"
+            + ("" if only or lacks else "; the names agree, their ids do not")
+        )
+
+
+def check_keypoints(source: Any) -> None:
+    """Raise ValueError when no object has keypoints, or not the number that COCO's metric is defined for."""
+    counts = {objects.keypoints.shape[1] for objects in source.objects if objects.keypoints is not None}
+    if counts != {KEYPOINTS}:
+        said = f"objects have {', '.join(map(str, sorted(counts)))} keypoints" if counts else "no object has keypoints"
+        raise ValueError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")
+
+
 # ---- examples ----
 
 
@@ -191,7 +213,7 @@ def mirrored(image: Tensor, target: Target) -> Example:
         points = target["keypoints"].clone()
         points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
         order = list(range(points.shape[1]))
-        for left, right in KEYPOINT_PAIRS if points.shape[1] == 17 else ():
+        for left, right in KEYPOINT_PAIRS if points.shape[1] == KEYPOINTS else ():
             order[left], order[right] = right, left
         result["keypoints"] = points[:, order]
     return image.flip(-1), result

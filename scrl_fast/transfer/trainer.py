@@ -21,15 +21,24 @@ from scrl_fast.data.bad import BadImage
 from scrl_fast.distributed import World
 from scrl_fast.errors import UsageError
 from scrl_fast.resume import changed_options, choose, step_in_name
-from scrl_fast.signals import StopRequest
+from scrl_fast.signals import OF_ANOTHER, StopRequest
 from scrl_fast.transfer.config import TransferConfig
-from scrl_fast.transfer.data import Ahead, Example, Examples, maskless, read_split, trainable
+from scrl_fast.transfer.data import (
+    KEYPOINTS,
+    Ahead,
+    Example,
+    Examples,
+    check_categories,
+    check_keypoints,
+    maskless,
+    read_split,
+    trainable,
+)
 from scrl_fast.transfer.detector import build_detector
 from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
 from scrl_fast.transfer.predict import Detections, detect
 from scrl_fast.transfer.pyramid import SUPERVISED
 
-KEYPOINTS = 17
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,8 +147,7 @@ class Transfer:
                 if self.step % save_every == 0 or self.step == self.last_step:
                     self.save()
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.last_step:
-                    with stop.at_once():
-                        self.measure()
+                    self.measure(stop)
 
     def next_batch(self, source: Iterator[list[Example]], stop: StopRequest) -> list[Example] | None:
         """The next batch; None at the end, or when a process was asked to stop. Then there is a checkpoint of the step.
@@ -151,12 +159,13 @@ class Transfer:
         batch: list[Example] | None = None
         try:
             with self.clock.waiting():
-                batch = next(source) if self.step < self.last_step else None
+                if self.step < self.last_step:
+                    batch = stop.until_signal(lambda: next(source))  # slow data must not keep a request waiting
         except BadImage as error:
             failure = error
         asked, failed = self.world.sums([int(bool(stop)), int(failure is not None)])
         if asked and not stop:
-            stop.signal_name = "a signal to another process"
+            stop.signal_name = OF_ANOTHER
         if (asked or failed) and self.saved < self.step:
             self.save()
         if failure is not None:
@@ -291,21 +300,33 @@ class Transfer:
                 "was trained with (its run folder has them in config.yaml)"
             )
 
-    def measure(self) -> dict[str, float]:
-        """The task's metric on the validation split, in points (0 to 100), and into the log."""
+    def measure(self, stop: StopRequest) -> dict[str, float] | None:
+        """The task's metric on the validation split, in points (0 to 100), and into the log.
+
+        None when a signal to any process came before or ended it there and then: all of them hear of it.
+        """
         from scrl_fast.transfer.tasks import measure
 
         count = min(len(self.val), self.config.eval.images or len(self.val))
-        self.log.say(f"measuring on {count} images of {self.config.data.val} ...")
-        found = self.detections(range(self.world.rank, count, self.world.size))
-        result = self.world.from_first(lambda: measure(self.config.task, found, self.val))
+        if not stop:
+            self.log.say(f"measuring on {count} images of {self.config.data.val} ...")
+        own = stop.until_signal(lambda: self.detections(range(self.world.rank, count, self.world.size)))
+        result: dict[str, float] | None = None
+        if self.world.sums([int(own is None)]) == [0]:  # else some would wait for what others have broken off
+            found = sorted(self.world.gathered(own or []), key=lambda image: image.index)
+            result = self.world.from_first(
+                lambda: stop.until_signal(lambda: measure(self.config.task, found, self.val))
+            )
+        if result is None:
+            stop.signal_name = stop.signal_name or OF_ANOTHER
+            return None
         self.log.amend({self.config.task: result})
         self.log.say(f"step {self.step}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
         return result
 
     def detections(self, indices: Sequence[int]) -> list[Detections]:
-        """Detections in the images of the validation split that all processes name, in process 0 in order."""
-        found = list(
+        """Detections in these images of the validation split, in order."""
+        return list(
             detect(
                 self.network,
                 self.val,
@@ -315,7 +336,6 @@ class Transfer:
                 autocast=self.autocast,
             )
         )
-        return sorted(self.world.gathered(found), key=lambda image: image.index)
 
     def introduce(self, notes: Sequence[str]) -> None:
         """What this run is, for the person at the terminal and, in files, for whoever asks later."""
@@ -346,9 +366,8 @@ class Transfer:
         self.log.end_progress()
         row = (runlog.read_metrics(self.folder / runlog.METRICS) or [{}])[-1]
         summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "loss": row.get("loss", math.nan)}
-        if not stop:
-            with stop.at_once():
-                summary["result"] = self.measure()
+        if (result := self.measure(stop)) is not None:
+            summary["result"] = result
         summary["interrupted"] = stop.signal_name
         path = self.checkpoints.folder / "last.pt"
         summary["checkpoint"] = str(path) if path.exists() else self.config.resume
@@ -371,23 +390,3 @@ def goes_on(config: TransferConfig) -> bool:
     """Whether a checkpoint is there to resume from, so that ``init``, perhaps gone by now, is not read again."""
     checkpoints = Path(config.run.dir, runlog.CHECKPOINTS)
     return bool(config.resume) and (config.resume != "auto" or any(checkpoints.glob("step_*.pt")))
-
-
-def check_categories(train: Any, val: Any) -> None:
-    """Raise ValueError naming the files when the two splits have different classes."""
-    if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):
-        only = [name for name in train.classes if name not in val.classes]
-        lacks = [name for name in val.classes if name not in train.classes]
-        raise ValueError(
-            f"the categories of {train.annotation_file} and {val.annotation_file} differ: "
-            f"only in the first {only[:5]}, only in the second {lacks[:5]}"
-            + ("" if only or lacks else "; the names agree, their ids do not")
-        )
-
-
-def check_keypoints(source: Any) -> None:
-    """Raise ValueError when no object has keypoints, or not the number that COCO's metric is defined for."""
-    counts = {objects.keypoints.shape[1] for objects in source.objects if objects.keypoints is not None}
-    if counts != {KEYPOINTS}:
-        said = f"objects have {', '.join(map(str, sorted(counts)))} keypoints" if counts else "no object has keypoints"
-        raise ValueError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")

@@ -1,0 +1,140 @@
+"""A transfer that is asked to stop, or cannot read an image, keeps its steps; all processes hear of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+from tiny_transfer import arguments, transfer
+
+from scrl_fast import checkpoint
+from scrl_fast.distributed import PeerFailed, World
+from scrl_fast.runlog import read_metrics
+from scrl_fast.transfer.__main__ import main, parse
+from scrl_fast.transfer.trainer import Transfer
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
+
+
+def test_signal_saves_and_resumes(data_root, tmp_path):
+    run = transfer("detection", data_root, tmp_path / "a")
+    step_once = run.step_once
+
+    def stopping(batch):
+        step_once(batch)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.step_once = stopping
+    summary = run.fit()
+    assert summary["interrupted"] == "SIGTERM" and summary["step"] == 3 and "result" not in summary
+    assert "scrl_fast.transfer detection --config=" in summary["resume_command"]
+    command = summary["resume_command"].split()[3:]
+    assert (
+        parse(command).resume == "auto" and transfer("detection", data_root, tmp_path / "a", "--resume=auto").restore()
+    )
+
+
+def test_a_signal_while_data_are_waited_for_stops_there_and_then(data_root, tmp_path):
+    run, released = transfer("detection", data_root, tmp_path / "a"), threading.Event()
+    plain, read = run.step_once, run.train.read
+
+    def step(batch):
+        plain(batch)
+        if run.step == 2:
+            run.train.read = lambda index: released.wait(60) and read(index)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    run.step_once, started = step, time.monotonic()
+    summary = run.fit()
+    released.set()
+    assert time.monotonic() - started < 30 and "result" not in summary
+    assert summary["interrupted"] == "SIGTERM" and 2 <= summary["step"] < 8  # some batches had been read ahead
+    assert checkpoint.load(summary["checkpoint"])["step"] == summary["step"]
+
+
+@pytest.mark.parametrize("signalled", ["this", "another"])
+def test_a_signal_ends_the_measurement_in_all_processes(data_root, tmp_path, signalled):
+    @dataclass(frozen=True)
+    class Fellow(World):
+        def sums(self, numbers):
+            return [1] if len(numbers) == 1 and signalled == "another" else super().sums(numbers)
+
+        def gathered(self, items):
+            raise AssertionError("the others do not come")
+
+    run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", "--train.steps=1")), world=Fellow())
+    if signalled == "this":
+        run.detections = lambda indices: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+    else:
+        run.detections = lambda indices: []
+    summary = run.fit()
+    assert summary["interrupted"] == ("SIGTERM" if signalled == "this" else "a signal to another process")
+    assert summary["step"] == 1 and "result" not in summary
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_with_a_checkpoint(data_root, tmp_path, capsys):
+    shutil.copytree(data_root, tmp_path / "data")
+    bad = tmp_path / "data" / "train2017" / "000000001005.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(b"junk")
+    options = ["--eval.images=1", "--train.steps=11", "--train.batch_size=1", "--eval.every=8"]  # one epoch
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments("detection", tmp_path / "data", tmp_path / "run", *options))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"cannot read {bad}" in said
+    bad.write_bytes(good)
+    assert main(arguments("detection", tmp_path / "data", tmp_path / "run", *options, "--resume=auto")) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 12))
+    assert [row["step"] for row in rows if "detection" in row] == [8, 11]
+
+
+def test_all_processes_hear_of_a_bad_image_and_of_a_signal_at_the_end(data_root, tmp_path):
+    @dataclass(frozen=True)
+    class Fellow(World):
+        """A world where another process says this, in the step after so many."""
+
+        says: tuple = (0, 0)
+        after: int = 0
+
+        def sums(self, numbers):
+            heard = len(numbers) == 2 and run.step == self.after
+            return [a + b for a, b in zip(numbers, self.says, strict=True)] if heard else super().sums(numbers)
+
+    config = parse(arguments("detection", data_root, tmp_path / "a", "--train.steps=3"))
+    run = Transfer(config, world=Fellow(says=(0, 1), after=2))
+    with pytest.raises(PeerFailed, match="data of another process"):
+        run.fit()
+    assert run.saved == 2 and (tmp_path / "a" / "checkpoints" / "step_00000002.pt").exists()
+    run = Transfer(
+        parse(arguments("detection", data_root, tmp_path / "b", "--train.steps=2")), world=Fellow(says=(1, 0), after=2)
+    )
+    summary = run.fit()  # at the last step: nobody must be left alone in the measurement
+    assert summary["interrupted"] == "a signal to another process" and "result" not in summary
+
+
+def test_two_processes_train_and_measure_together(data_root, tmp_path):
+    options = ["--train.batch_size=4", "--train.steps=3", "--model.score_threshold=0.0", "--optim.clip_norm=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "scrl_fast.transfer", *arguments("instance", data_root, tmp_path / "run", *options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--json={tmp_path}/r.json"], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes with 2 images each" in done.stderr
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    result = json.loads((tmp_path / "r.json").read_text())["result"]
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    again = transfer("instance", data_root, tmp_path / "b", "--eval.only=true", f"--resume={path}", *options)
+    assert again.fit()["result"] == pytest.approx(result, abs=1e-3)  # the same detector, measured by one process
