@@ -133,7 +133,9 @@ class LARS(Optimizer):
         if not rest:
             return
         if before is not None:  # a skipped step leaves these alone too
-            momentum = torch.where(before == self._skipped, torch.as_tensor(momentum, device=before.device), 1.0)
+            if not isinstance(momentum, Tensor):  # filled in there: a copy from the host would wait for the device
+                momentum = torch.full((), momentum, dtype=torch.float64, device=before.device)
+            momentum = torch.where(before == self._skipped, momentum.to(before.device), 1.0)
         ema_update_([target for target, _ in rest], [source for _, source in rest], momentum)
 
 

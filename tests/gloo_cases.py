@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo.backends.debugging  # what torch.compile would import in each process
 import torch.distributed as dist
-from test_trainer import Pictures, make_config
+from tiny_trainer import Pictures, make_config
 from torch import nn
 
 from scrl_fast import pictures, runlog

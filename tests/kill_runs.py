@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from test_trainer import Pictures, make_config
+from tiny_trainer import Pictures, make_config
 
 from scrl_fast import pictures, runlog
 from scrl_fast.trainer import SCRLTrainer

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_trainer import Pictures, make_config, make_trainer
+from tiny_trainer import Pictures, make_config, make_trainer
 
 from scrl_fast import prepare
 from scrl_fast.backends import _choose, triton_failure

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from test_trainer import Pictures, make_config
+from tiny_trainer import Pictures, make_config
 
 from scrl_fast import runlog, train
 from scrl_fast.resume import restore
@@ -278,7 +278,7 @@ def test_sigterm_to_the_command_saves_exits_0_and_the_printed_command_resumes(tm
     """The whole way, as a scheduler would do it: start, SIGTERM, and the command that was printed."""
     options = "--data.demo_images=32 --data.demo_size=48 --views.size=32 --boxes.min_size=8 --train.batch_size=4"
     options += f" --train.epochs=40 --eval.roi_linear=false --run.tensorboard=false --run.dir={tmp_path / 'run'}"
-    start = [sys.executable, "-m", "scrl_fast.train", *options.split(), "--run.log_every=1"]
+    start = [sys.executable, "-m", "scrl_fast.train", *options.split(), "--run.log_every=1", "--train.device=cpu"]
     process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics_file = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -17,7 +17,7 @@ from scrl_fast import runlog, train
 
 OPTIONS = (
     "--data.demo_images=32 --data.demo_size=48 --views.size=32 --boxes.min_size=8 --train.epochs=40 "
-    "--eval.roi_linear=false --run.tensorboard=false --run.log_every=1 --run.checkpoint_every=1"
+    "--eval.roi_linear=false --run.tensorboard=false --run.log_every=1 --run.checkpoint_every=1 --train.device=cpu"
 )
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 import torch
 from PIL import Image
-from test_trainer import Pictures, make_config
+from tiny_trainer import Pictures, make_config
 
 from scrl_fast import evaluate, prepare, runlog
 from scrl_fast.evaluate import RoILinearResult
