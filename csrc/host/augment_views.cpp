@@ -193,6 +193,7 @@ void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<
     static thread_local Scratch scratch;
     Scratch* volatile mine = &scratch;  // found once: compilers know the address of a thread's variable by a call only
     for (int64_t view = begin; view < end; ++view) make_view(job, view, *mine);
+    streamed();
   });
 }
 

@@ -15,7 +15,7 @@ namespace scrl_fast::host {
 struct Axis {
   int size = 0, taps = 0, pitch = 0;
   std::vector<int> first;
-  std::vector<float> weight, offset, sum;
+  Buffer<float> weight, offset, sum;
 
   void reset(int results, int most_taps) {
     size = results, taps = most_taps, pitch = round_up(results, kGroup);

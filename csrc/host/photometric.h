@@ -133,7 +133,7 @@ template <int L>
 SCRL_INLINE int64_t apply(const Steps& steps, int begin, int end, const Shape& shape, float mean_grey, bool sum,
                           uint8_t* picture) {
   int64_t total = 0;
-  float values[3][kChunk];
+  alignas(64) float values[3][kChunk];
   for (int64_t start = 0; start < shape.plane; start += kChunk) {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, shape.plane - start));
     for (int c = 0; c < 3; ++c) {

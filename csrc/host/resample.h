@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "host/filter_axis.h"
 #include "host/levels.h"
@@ -43,8 +42,8 @@ SCRL_INLINE void rows_to_lanes(const uint8_t* const (&row)[L], int n, float* lan
 
 struct Scratch {
   Axis along, down;
-  std::vector<float> lanes, strip, unrounded;
-  std::vector<uint8_t> narrow, picture, shrunk;
+  Buffer<float> lanes, strip, unrounded;
+  Buffer<uint8_t> narrow, picture, shrunk;
 };
 
 // A picture of interleaved channels, or one plane.

@@ -1,7 +1,9 @@
 // One view: its row of the table, and the memory in which it is made.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "host/levels.h"
@@ -24,9 +26,25 @@ enum Blur : uint8_t { kNoBlur, kResizeBlur, kGaussianBlur };
 
 constexpr int kGroup = 64;  // levels in the widest vector of words: pictures are padded to whole groups
 
+// Begins with a cache line: the widest vectors are one line long, and each that lies across two costs two accesses.
+template <typename T>
+struct OnLines {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  OnLines() = default;
+  template <typename U>
+  OnLines(const OnLines<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+  bool operator==(const OnLines&) const { return true; }
+};
+template <typename T>
+using Buffer = std::vector<T, OnLines<T>>;
+
 // Grows and never shrinks: sizes repeat from view to view. Room for a group more, so that whole vectors can be used.
 template <typename T>
-T* at_least(std::vector<T>& buffer, int64_t count) {
+T* at_least(Buffer<T>& buffer, int64_t count) {
   if (static_cast<int64_t>(buffer.size()) < count + kGroup) buffer.resize(count + kGroup);
   return buffer.data();
 }

@@ -4,9 +4,9 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <cstring>
 
 #include "host/levels.h"
+#include "host/stream.h"
 
 namespace scrl_fast::host {
 
@@ -50,6 +50,31 @@ SCRL_INLINE void store_lanes(Words<L>* rows, uint8_t* out, std::integer_sequence
   (store_lane<L, k, parts>(rows, out, 4 * count), ...);
 }
 
+// The same for four words or a multiple of four, in whole vectors and without spoiling anything.
+template <int L, int count>
+SCRL_INLINE void store_vectors(Words<L>* rows, uint8_t* out) {
+  constexpr int parts = count / 4, quads = L / 4;  // sixteen bytes each: in a lane's words, in a vector
+#pragma GCC unroll 3
+  for (int part = 0; part < parts; ++part) transpose<L, 4>(rows + 4 * part);
+  // rows[4 p + m] now holds part p of lanes m, m + 4, ...; n = parts * m + p counts sixteen bytes of every four lanes
+#pragma GCC unroll 12
+  for (int n = 0; n < 4 * parts; n += quads) {
+    Words<L> block[quads];
+#pragma GCC unroll 4
+    for (int i = 0; i < quads; ++i) block[i] = rows[(n + i) % parts * 4 + (n + i) / parts];
+    if constexpr (quads >= 2) {
+#pragma GCC unroll 2
+      for (int i = 0; i < quads; i += 2) exchange<L, 4>(block[i], block[i + 1], std::make_integer_sequence<int, L>());
+    }
+    if constexpr (quads == 4) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) exchange<L, 8>(block[i], block[i + 2], std::make_integer_sequence<int, L>());
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < quads; ++j) store_words<L>(out + 16 * (4 * parts * j + n), block[j]);
+  }
+}
+
 // values[m] for m < 4 or 12 elements of each lane, side by side.
 template <int L, Format format, int elements>
 SCRL_INLINE void store_elements(const Words<L>* values, uint8_t* out) {
@@ -59,6 +84,8 @@ SCRL_INLINE void store_elements(const Words<L>* values, uint8_t* out) {
   for (int m = 0; m < elements; ++m) rows[m / per_word] |= values[m] << (8 * each * (m % per_word));
   if constexpr (count == 1) {
     store_words<L>(out, rows[0]);
+  } else if constexpr (count % 4 == 0) {
+    store_vectors<L, count>(rows, out);
   } else {
     store_lanes<L, count>(rows, out, std::make_integer_sequence<int, L>());
   }
@@ -92,20 +119,24 @@ SCRL_INLINE void format_group(const uint8_t* const (&levels)[3], const Normaliza
   }
 }
 
-// `count` pixels that lie side by side in the planes and in the result.
+// `count` pixels that lie side by side in the planes and in the result; the planes can be read to whole groups. Made in
+// pieces that stay in the first cache.
 template <int L, Format format, bool channels_last>
 SCRL_INLINE void format_run(const uint8_t* const (&planes)[3], int64_t count, const Normalization& n, uint8_t* out,
                             int64_t plane) {
-  constexpr int kGroupPixels = 4 * L, each = element_bytes(format), step = (channels_last ? 3 : 1) * each;
-  constexpr int kPart = kGroupPixels * each + kOverrun;
-  uint8_t apart[3 * kPart];  // for a last group, which may be short, and behind which nothing may be spoilt
-  for (int64_t i = 0; i < count; i += kGroupPixels) {
-    const bool inside = (count - i - kGroupPixels) * step >= kOverrun;
-    const uint8_t* const levels[] = {planes[0] + i, planes[1] + i, planes[2] + i};
-    format_group<L, format, channels_last>(levels, n, inside ? out + i * step : apart, inside ? plane : kPart);
-    if (inside) continue;
-    for (int c = 0; c < (channels_last ? 1 : 3); ++c) {
-      std::memcpy(out + c * plane + i * step, apart + c * kPart, std::min<int64_t>(kGroupPixels, count - i) * step);
+  constexpr int kPiece = 512, kEach = (channels_last ? 3 : 1) * element_bytes(format), kParts = channels_last ? 1 : 3;
+  constexpr int kPart = kPiece * kEach + kLine;
+  static_assert(kOverrun <= kLine);
+  alignas(kLine) uint8_t piece[kParts * kPart];
+  for (int64_t start = 0; start < count; start += kPiece) {
+    const int64_t pixels = std::min<int64_t>(kPiece, count - start);
+    for (int64_t i = 0; i < pixels; i += 4 * L) {
+      const int64_t at = start + i;
+      format_group<L, format, channels_last>({planes[0] + at, planes[1] + at, planes[2] + at}, n, piece + i * kEach,
+                                             kPart);
+    }
+    for (int part = 0; part < kParts; ++part) {
+      stream<L>(out + part * plane + start * kEach, piece + part * kPart, pixels * kEach);
     }
   }
 }
