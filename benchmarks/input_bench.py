@@ -1,12 +1,14 @@
 """From JPEG files to two normalised views per image: images a second, for every pipeline at hand.
 
-Three groups of cases: whole pipelines on one core; their stages, each alone on decoded images; loaders over workers.
+Four groups of cases: whole pipelines on one core; their stages, each alone on decoded images; decoders; loaders over
+workers.
 Images are real photographs out of scikit-image, 500 x 375, JPEG quality 90.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,13 +18,24 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from input_rivals import Albumentations, Kornia, Pillow, Pipeline, TorchvisionV2, ViewsDataset, available
+from input_rivals import (
+    Albumentations,
+    Dali,
+    DaliDecode,
+    Kornia,
+    Pillow,
+    Pipeline,
+    TorchvisionV2,
+    ViewsDataset,
+    available,
+    covered,
+)
 from PIL import Image
 from torch import Tensor
 
 from scrl_fast.config import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
-from scrl_fast.data.decode import Encoded, Room, decode, jpeg_decoder
+from scrl_fast.data.decode import Encoded, Room, decode, decoders, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.ops.augment_views import augment_views, pack_images
 from scrl_fast.prepare import keep_memory
@@ -91,10 +104,11 @@ def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> N
     jpegs, table = photographs(images), views_of(config, images)
     arguments = (jpegs, table, config)
     ours = Ours(*arguments)
+    bfloat16, uint8 = (Ours(*arguments, dtype=dtype) for dtype in (torch.bfloat16, torch.uint8))
     providers: dict[str, Callable[[], Any]] = {
         "scrl_fast/float32": ours,
-        "scrl_fast/bfloat16": Ours(*arguments, dtype=torch.bfloat16),
-        "scrl_fast/uint8": Ours(*arguments, dtype=torch.uint8),
+        "scrl_fast/bfloat16": bfloat16,
+        "scrl_fast/uint8": uint8,
         f"scrl_fast/decode only ({jpeg_decoder()})": lambda: [ours.decode(jpeg) for jpeg in jpegs],
     }
     if bench.device.type == "cuda":
@@ -102,8 +116,12 @@ def whole_pipelines(bench: harness.Bench, config: ViewsConfig, images: int) -> N
     providers |= {name: rival(*arguments) for name, rival in available().items()}
 
     def agree() -> None:  # levels, so that the tolerance is the promised one
-        off = (ours() - Ours(*arguments, backend="reference")()).abs() * 255 * torch.tensor(config.std).view(3, 1, 1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+        made = ours()
+        off = (made - Ours(*arguments, backend="reference")()).abs() * 255 * std
         assert off.mean() <= 1 and (off > 4.5).float().mean() <= 0.001, f"mean {off.mean():.3f} levels off"
+        assert torch.equal(bfloat16(), made.bfloat16()), "bfloat16 is not float32, rounded"
+        assert torch.equal(uint8(), ((made * std + mean) * 255).round().byte()), "uint8 is not float32's levels"
         uncoloured = table.copy()
         for field in _COLOUR:
             uncoloured[field] = 0
@@ -198,6 +216,41 @@ def views(pipeline: Pipeline, images: list[Any], table: np.ndarray) -> list[Tens
     return [pipeline.view(image, row) for rows in table for image, row in zip(images, rows, strict=True)]
 
 
+def jpeg_decoders(bench: harness.Bench, config: ViewsConfig, images: int) -> None:
+    """Every decoder through our interface, and what decoding no more than both crops cover would gain where a decoder
+    can: DALI's against itself."""
+    jpegs, table = photographs(images), views_of(config, images)
+
+    def decode_by(name: str) -> list[np.ndarray]:
+        before = os.environ.get("SCRL_FAST_JPEG")
+        os.environ["SCRL_FAST_JPEG"] = name
+        try:
+            return [decode(jpeg, max_pixels=1 << 24) for jpeg in jpegs]
+        finally:
+            os.environ.pop("SCRL_FAST_JPEG") if before is None else os.environ.update(SCRL_FAST_JPEG=before)
+
+    names = [name for name, state in decoders().items() if state in ("in use", "works")]
+    providers: dict[str, Callable[[], Any]] = {f"scrl_fast/{name}": lambda n=name: decode_by(n) for name in names}
+    if Dali in available(quiet=True).values():
+        providers["dali/whole"] = DaliDecode(jpegs, table, config)
+        providers["dali/region"] = DaliDecode(jpegs, table, config, region=True)
+
+    def agree() -> None:
+        plain = decode_by("pillow")
+        for name in names:
+            assert all(map(np.array_equal, decode_by(name), plain)), f"the pixels of {name} are not Pillow's"
+        if "dali/region" in providers:
+            regions = [
+                image[y : y + h, x : x + w] for image, (y, x), (h, w) in zip(plain, *covered(table), strict=True)
+            ]
+            for name, wanted in (("dali/whole", plain), ("dali/region", regions)):
+                for theirs, image in zip(providers[name](), wanted, strict=True):
+                    assert theirs.shape == image.shape, f"{name} gives {theirs.shape} for {image.shape}"
+                    assert np.abs(theirs.astype(int) - image).mean() < 1, f"the pixels of {name} are not Pillow's"
+
+    bench.case("jpeg decoders", providers, items=images, dtype="uint8", check=agree)
+
+
 class BatchesDataset(torch.utils.data.Dataset[Tensor]):
     """Whole batches of ours, for the worker processes of a DataLoader: what threads are compared with."""
 
@@ -224,6 +277,7 @@ def loaders(bench: harness.Bench, config: ViewsConfig, images: int, workers: lis
             "scrl_fast/processes, float32": (BatchesDataset(files, config, torch.float32), None),
             "scrl_fast/processes, uint8": (BatchesDataset(files, config, torch.uint8), None),
             "torch/DataLoader of the published pipeline": (ViewsDataset(files, table, config), 16),
+            "torch/DataLoader of torchvision v2": (ViewsDataset(files, table, config, TorchvisionV2), 16),
         }
         if Albumentations in available(quiet=True).values():
             items["torch/DataLoader of albumentations"] = (ViewsDataset(files, table, config, Albumentations), 16)
@@ -275,6 +329,7 @@ def main() -> int:
     if bench.device.type == "cuda":
         pixels_on_gpu(bench, config)
     stages(bench, config, args.images)
+    jpeg_decoders(bench, config, args.images)
     loaders(bench, config, max(64, 4 * args.images) // 16 * 16, args.workers)
     return bench.finish()
 

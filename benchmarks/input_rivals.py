@@ -189,17 +189,23 @@ class Dali(Pipeline):
     def _graph(self) -> Any:
         from nvidia.dali import fn, types
 
-        encoded = fn.external_source(lambda: [np.frombuffer(jpeg, np.uint8) for jpeg in self.jpegs], batch=True)
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        images = fn.decoders.image(self._encoded(), device="cpu", output_type=types.RGB)
         return tuple(self._views(images, rows) for rows in self.table)
+
+    def _encoded(self) -> Any:
+        from nvidia.dali import fn
+
+        return fn.external_source(lambda: [np.frombuffer(jpeg, np.uint8) for jpeg in self.jpegs], batch=True)
+
+    def _feed(self, values: np.ndarray, kind: type = np.float32) -> Any:
+        from nvidia.dali import fn
+
+        return fn.external_source(lambda: list(values.astype(kind)), batch=True)
 
     def _views(self, images: Any, rows: np.ndarray) -> Any:
         from nvidia.dali import fn, types
 
-        c, cubic = self.config, {"interp_type": types.INTERP_CUBIC, "antialias": True}
-
-        def feed(values: np.ndarray, kind: type = np.float32) -> Any:
-            return fn.external_source(lambda: list(values.astype(kind)), batch=True)
+        c, cubic, feed = self.config, {"interp_type": types.INTERP_CUBIC, "antialias": True}, self._feed
 
         jittered = rows["jitter"] != 0
         blurred = np.where(rows["blur"] == RESIZE_BLUR, np.round(c.size / rows["blur_amount"]), c.size)
@@ -235,6 +241,35 @@ class Dali(Pipeline):
         return torch.cat([torch.from_dlpack(views.as_tensor()) for views in self._pipeline.run()])
 
 
+def covered(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row and column, and height and width, int32 `[B, 2]` each, of what the crops `[2, B]` cover together."""
+    start = np.stack([rows["y"].min(0), rows["x"].min(0)], 1)
+    end = np.stack([(rows["y"] + rows["h"]).max(0), (rows["x"] + rows["w"]).max(0)], 1)
+    return start, end - start
+
+
+class DaliDecode(Dali):
+    """DALI's decoder alone. region: it is asked only for what both crops of an image cover together."""
+
+    def __init__(self, *args: Any, region: bool = False) -> None:
+        self._region = region
+        super().__init__(*args)
+
+    def _graph(self) -> Any:
+        from nvidia.dali import fn, types
+
+        if not self._region:
+            return fn.decoders.image(self._encoded(), device="cpu", output_type=types.RGB)
+        start, shape = (self._feed(values, np.int32) for values in covered(self.table))
+        return fn.decoders.image_slice(
+            self._encoded(), start=start, shape=shape, axes=(0, 1), device="cpu", output_type=types.RGB
+        )
+
+    def __call__(self) -> list[np.ndarray]:  # type: ignore[override]
+        (images,) = self._pipeline.run()
+        return [np.asarray(images.at(index)) for index in range(len(self.jpegs))]
+
+
 _RIVALS: dict[str, Callable[..., Pipeline]] = {
     "pillow/published": Pillow,
     "torchvision/v2": TorchvisionV2,
@@ -259,16 +294,21 @@ def available(quiet: bool = False) -> dict[str, Callable[..., Pipeline]]:
 
 
 class ViewsDataset(torch.utils.data.Dataset[Tensor]):
-    """Files through a pipeline, as a DataLoader's worker processes do it."""
+    """Files through a pipeline, which each worker process of a DataLoader makes once."""
 
     def __init__(
         self, files: list[str], table: np.ndarray, config: ViewsConfig, pipeline: type[Pipeline] = Pillow
     ) -> None:
         self.files, self.table, self.config, self.pipeline = files, table, config, pipeline
+        self._made: Pipeline | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
+        if self._made is None:
+            self._made = self.pipeline([], self.table, self.config)
         with open(self.files[index], "rb") as file:
-            return self.pipeline([file.read()], self.table[:, index : index + 1], self.config)()
+            self._made.jpegs = [file.read()]
+        self._made.table = self.table[:, index : index + 1]
+        return self._made()

@@ -312,8 +312,8 @@ def _pillow_shrunk(data: bytes, shrink: int) -> Pixels:
 
 
 _JPEG_DECODERS: dict[str, Callable[[], JpegDecoder]] = {
-    # 500 x 375 at quality 90 on one core of an EPYC: 0.78, 0.82, 0.81 and 1.08 ms. The first also notices more damage;
-    # the third is on its way out of torchvision.
+    # By speed, as benchmarks/input_bench.py times them. The first also notices more damage; the third, as fast as the
+    # second, is on its way out of torchvision.
     "simplejpeg": _simplejpeg,
     "torchcodec": _torchcodec,
     "torchvision": _torchvision,
