@@ -127,11 +127,17 @@ class World:
         )
 
 
-def join(device: torch.device) -> World:
+def exchange_timeout(data_seconds: float = 0.0) -> timedelta:
+    """How long a process waits for the others, of which each may wait for its data `data_seconds`."""
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=data_seconds) + COLLECTIVE_TIMEOUT / 2)
+
+
+def join(device: torch.device, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """This process's world: torch.distributed's if it runs, else the one that torchrun announces, else a single one.
 
-    device: this process's, from `device_of`. Under ``torchrun --max-restarts`` each attempt has its own keys in the
-    agent's store; without that it may connect to the dead processes of the attempt before, and hang.
+    device: this process's, from `device_of`. timeout: from `exchange_timeout`. Under ``torchrun --max-restarts`` each
+    attempt has its own keys in the agent's store; without that it may connect to the dead processes of the attempt
+    before, and hang.
     Raises ValueError for an announcement that lacks something.
     """
     global _store
@@ -152,7 +158,7 @@ def join(device: torch.device) -> World:
     rank = int(os.environ["RANK"])
     _store = dist.PrefixStore(f"scrl_fast/attempt_{attempt()}", _open_store(rank, size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank)
 
 
@@ -237,6 +243,10 @@ def explain(error: Exception) -> Exception:
         return PeerFailed(f"stopped because another process did: {_store.get('failed').decode()}")
     except (RuntimeError, OSError):
         first = " ".join(str(error).split())[:160]
+        if "timed out" in first.lower():
+            return PeerFailed(
+                f"another process has not answered for so long that it or its machine must hang ({first})"
+            )
         return PeerFailed(
             f"another process is gone without a word, probably killed; torchrun's report names it ({first})"
         )

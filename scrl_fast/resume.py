@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,11 @@ SPREAD = ("train.batch_size", "train.accumulate", "train.threads")
 """Options that change with the number of processes, for the same global batch."""
 
 
-def training_state(trainer: SCRLTrainer) -> dict[str, Any]:
-    """All that the run needs to go on as if it had never stopped (DESIGN, "Conventions", and ``log``)."""
+def training_state(trainer: SCRLTrainer, loaders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All that the run needs to go on as if it had never stopped (DESIGN, "Conventions", and ``log``).
+
+    loaders: what `Loader.state` gave in each process.
+    """
     epoch, done = divmod(trainer.step, trainer.steps_per_epoch)
     train = trainer.config.train
     return {
@@ -40,7 +43,7 @@ def training_state(trainer: SCRLTrainer) -> dict[str, Any]:
         "rng": {"torch": torch.get_rng_state()},  # every step seeds it anew; here for whoever goes on by other means
         "loader": {
             **{"epoch": epoch, "batch": done * train.accumulate, "world_size": trainer.world.size},
-            **trainer.loader.state(),  # of the first process; the others count anew
+            "processes": list(loaders),
         },
         "version": __version__,
         "log": {"pending": trainer.pending, "scores": trainer.scores, "best": trainer.best},
@@ -123,8 +126,7 @@ def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
         group.update(mine)
     torch.set_rng_state(state["rng"]["torch"])
     trainer.step = trainer.saved = state["step"]
-    if trainer.rank == 0:
-        trainer.loader.load_state(state["loader"])
+    trainer.loader.load_state(state["loader"].get("processes", [state["loader"]]))
     log = state.get("log", {})
     trainer.pending = [list(row) for row in log.get("pending", [])]
     trainer.scores, trainer.best = list(log.get("scores", [])), log.get("best", trainer.best)

@@ -47,7 +47,8 @@ class SCRLTrainer:
         train = config.train
         config.check_ready()
         self.device = distributed.device_of(train.device)
-        self.world = distributed.join(self.device) if world is None else world
+        patience = distributed.exchange_timeout(config.data.timeout)
+        self.world = distributed.join(self.device, timeout=patience) if world is None else world
         self.rank, world_size = self.world.rank, self.world.size
         self.source: Any = make_source(config) if source is None else source
         prepare.check_run(config, images=len(self.source), world_size=world_size, device_type=self.device.type)
@@ -73,6 +74,7 @@ class SCRLTrainer:
             pin_memory=on_gpu,
             packed=views_on_gpu(config.data, self.device),
             gpu=self.device if config.data.decode == "gpu" else None,
+            longest=0.9 * patience.total_seconds() if self.world.several else math.inf,
             bad_files_path=self.folder / ("bad_files.jsonl" if self.rank == 0 else f"bad_files_{self.rank}.jsonl"),
             reading_path=self.folder / ("reading.txt" if self.rank == 0 else f"reading_{self.rank}.txt"),
         )
@@ -311,8 +313,9 @@ class SCRLTrainer:
         if planned and self.scores:
             score = fmean(self.scores)
             better, self.best, self.scores = score > self.best, max(score, self.best), []
+        loaders = self.world.gathered([self.loader.state()])
         if self.rank == 0:
-            self.checkpoints.save(resume.training_state(self), self.step, best=better)
+            self.checkpoints.save(resume.training_state(self, loaders), self.step, best=better)
             if time.monotonic() - self.drawn > CURVES_EVERY:
                 self.draw_curves()
 
@@ -343,6 +346,7 @@ class SCRLTrainer:
     def finish(self, stop: StopRequest) -> dict[str, Any]:
         """Curves, evaluation and the last words."""
         self.log.end_progress()
+        bad = len(set(self.world.gathered(list(self.loader.bad_files))))
         row = self.last_row or (runlog.read_metrics(self.folder / runlog.METRICS) or [{}])[-1]
         keys = ("loss", "feature_std", "rankme", "probe_accuracy")
         summary: dict[str, Any] = {"run_dir": str(self.folder), "step": self.step, "epoch": row.get("epoch")}
@@ -359,8 +363,9 @@ class SCRLTrainer:
             self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
             self.log.say(f"  {summary['resume_command']}")
         else:
-            if bad := len(self.loader.bad_files):
-                self.log.say(f"{bad} images could not be read, others stood in for them: {self.folder}/bad_files.jsonl")
+            if bad:
+                files = "bad_files*.jsonl" if self.world.several else "bad_files.jsonl"
+                self.log.say(f"{bad} images could not be read, others stood in for them: {self.folder}/{files}")
             self.log.say(f"done: {self.step} steps; checkpoint and curves are in {self.folder}")
         return summary
 

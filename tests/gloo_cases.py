@@ -25,9 +25,11 @@ from torch import nn
 
 from scrl_fast import pictures, runlog
 from scrl_fast.checkpoint import CheckpointError
+from scrl_fast.data import BadImage
 from scrl_fast.distributed import World
 from scrl_fast.models.heads import RowBatchNorm
 from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
+from scrl_fast.resume import restore
 from scrl_fast.trainer import SCRLTrainer
 
 SIZE = 4
@@ -80,11 +82,21 @@ def compiled_norm_case(rank: int, group: Any) -> dict:
     return pass_through(layer, batches("uneven", "channels last")[rank])
 
 
-def trainer_of(folder: Path, world: World, images: int = 24, resume: str = "", **train) -> SCRLTrainer:
+class SomeBad(Pictures):
+    """Every third cannot be read."""
+
+    def read(self, index):
+        if index % 3 == 0:
+            raise BadImage(self.name_of(index), "no picture")
+        return super().read(index)
+
+
+def trainer_of(folder: Path, world: World, kind: type = Pictures, resume: str = "", **train) -> SCRLTrainer:
     """A trainer in float64, on whose batches the number of processes has no influence."""
     config = make_config(folder, **({"epochs": 2} | train))
     config.run.log_every, config.resume = 1, resume
-    source = Pictures(images, num_classes=3)
+    config.data.max_bad_fraction = 1.0
+    source = kind(24, num_classes=3)
     source.label = lambda index: -1 if index % 5 == 0 else index % 3  # some have no label
     trainer = SCRLTrainer(config, source=source, world=world)
     trainer.model.double()
@@ -146,6 +158,15 @@ def resume_case(folder: Path, world: World) -> None:
     """Two steps in two processes; the test goes on in one."""
     trainer = trainer_of(folder / "moved", world, batch_size=4, max_steps=2)
     trainer.fit()
+
+
+def bad_case(folder: Path, world: World) -> dict:
+    """What each process counted in the first step of three, what it goes on from, and how long it waits for data."""
+    trainer = trainer_of(folder / "bad", world, SomeBad, batch_size=4, max_steps=1)
+    trainer.fit()
+    again = trainer_of(folder / "bad", world, SomeBad, batch_size=4, resume="auto")
+    restore(again)
+    return {"bad": [trainer.loader.state(), again.loader.state()], "longest": trainer.loader._longest}
 
 
 def before_third_data(trainer, act) -> None:
@@ -220,6 +241,7 @@ def main(folder: Path, rank: int) -> None:
         results["compiled norm"] = compiled_norm_case(rank, two.group)
     else:
         resume_case(folder, two)
+        results |= bad_case(folder, two)
         results["failing"] = failing_case(folder, two)
         results["waiting"] = waiting_case(folder, two)
     torch.save(results, folder / f"results_{rank}.pt")

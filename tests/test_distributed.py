@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import gloo_cases as cases
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from scrl_fast import distributed, runlog
 from scrl_fast.distributed import World
 from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
+from scrl_fast.resume import restore
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 HERE = Path(__file__).parent
@@ -157,6 +160,18 @@ def test_a_run_moves_from_two_processes_to_one(gloo, tmp_path):
     assert "not the same run" not in log
 
 
+def test_each_process_goes_on_counting_bad_images_from_its_own(gloo, tmp_path):
+    (first, again), (second, other) = (gloo[1][rank]["bad"] for rank in (2, 3))
+    assert first == again != second == other and first["bad"][0] and second["bad"][0]
+    path = gloo[0] / "bad" / "checkpoints" / "last.pt"
+    assert torch.load(path, weights_only=True)["loader"]["processes"] == [first, second]
+    alone = cases.trainer_of(tmp_path, World(), cases.SomeBad, batch_size=8, epochs=1, resume=str(path))
+    restore(alone)
+    assert alone.loader.state()["bad"] == {0: sorted({*first["bad"][0], *second["bad"][0]})}
+    alone.fit()  # from the same file: nothing is counted twice, and nothing is left out
+    assert alone.loader.state()["bad"] == {0: sorted(f"picture {index}" for index in range(0, 24, 3))}
+
+
 def test_another_global_batch_is_refused_on_resume(gloo):
     trainer = cases.trainer_of(gloo[0] / "of2", World(), batch_size=4, resume="auto")
     with pytest.raises(ValueError, match=r"train\.batch_size=4 x .* makes 4 images a step.* 4 x 1 x 2 = 8: .*--init"):
@@ -209,6 +224,16 @@ def test_devices_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"finds 1 CUDA devices for process 1 of this machine: --nproc-per-node=1"):
         distributed.device_of("auto")
+
+
+def test_the_others_wait_longer_than_any_process_for_its_data(gloo, monkeypatch):
+    minutes = [distributed.exchange_timeout(60.0 * least).total_seconds() / 60 for least in (1, 5, 20)]
+    assert minutes == [10, 10, 25]
+    assert 300 < gloo[1][3]["longest"] < 600
+    monkeypatch.setattr(distributed, "_store", dist.HashStore())
+    monkeypatch.setattr(distributed, "NOTE_TIMEOUT", timedelta(milliseconds=1))
+    said = str(distributed.explain(RuntimeError("gloo: Timed out waiting 600000ms for recv operation to complete")))
+    assert "has not answered for so long that it must hang" in said
 
 
 def test_the_command_to_resume_starts_as_many_again(monkeypatch):

@@ -35,6 +35,7 @@ class BadFiles:
         self._written = _already_in(path)
         self._lock = threading.Lock()
         self._names: dict[int, set[str]] = {}  # by epoch
+        self._others: dict[int, set[str]] = {}  # counted by other processes before a resume in another number of them
         self._in_a_row = 0
 
     def good(self) -> None:
@@ -47,7 +48,8 @@ class BadFiles:
             # two epochs at once: batches of the next are begun before the last of this one are done
             self._names = {e: names for e, names in self._names.items() if abs(e - epoch) <= 1}
             names = self._names.setdefault(epoch, set())
-            names.add(bad.name)
+            if bad.name not in self._others.get(epoch, ()):
+                names.add(bad.name)
             self._in_a_row += 1
             if bad.name not in self.errors:
                 self.errors[bad.name] = bad.cause
@@ -64,14 +66,27 @@ class BadFiles:
                 )
 
     def state(self) -> dict[int, list[str]]:
-        """The names counted, by epoch: with it a resumed run stops where an uninterrupted one would have."""
+        """The names counted, by epoch: with those of all processes a resumed run stops where this one would have."""
         with self._lock:
-            return {epoch: sorted(names) for epoch, names in self._names.items()}
+            return {epoch: sorted(names) for epoch, names in self._names.items() if names}
 
-    def load_state(self, state: Mapping[int, Sequence[str]]) -> None:
-        """Go on counting from what `state` gave, but not from what stopped the run: somebody has seen to that since."""
+    def load_state(self, states: Sequence[Mapping[int, Sequence[str]]], rank: int = 0, world_size: int = 1) -> None:
+        """Go on counting from what `state` gave in each process: from this one's own, or, if they are as many no more,
+        from an equal share of all names; none of those is then counted again by another process.
+
+        Not from what stopped the run: somebody has seen to that since.
+        """
+        own, others = dict[int, set[str]](), dict[int, set[str]]()
+        for epoch in {int(epoch) for state in states for epoch in state}:
+            if len(states) == world_size:
+                own[epoch] = set(states[rank].get(epoch, ()))
+            else:
+                names = sorted({name for state in states for name in state.get(epoch, ())})
+                own[epoch] = set(names[rank::world_size])
+                others[epoch] = set(names) - own[epoch]
         with self._lock:
-            self._names = {int(epoch): set(names) for epoch, names in state.items() if len(names) <= self._allowed}
+            self._names = {epoch: names for epoch, names in own.items() if len(names) <= self._allowed}
+            self._others = others
 
     def _where(self) -> str:
         return f" (all of them: {self._path})" if self._path else ""

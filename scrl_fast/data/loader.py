@@ -7,9 +7,11 @@ give the same stream, so a checkpoint needs to hold no more of the loader than e
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -37,7 +39,7 @@ _log = logging.getLogger("scrl_fast")
 
 
 class LoaderStalled(RuntimeError):
-    """No image was finished within the time limit."""
+    """No image was finished within the time limit, or a batch not as long as other processes wait."""
 
 
 class Loader:
@@ -50,6 +52,7 @@ class Loader:
     dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
     packed: hand over decoded images, for a GPU to make the views of; batches too large for that come with views.
     gpu: where JPEGs are to be decoded, if packed; None: on the CPU.
+    longest: seconds that a step's batches may be waited for, however steadily images come: other processes wait, too.
     bad_files_path: bad_files.jsonl. reading_path: a file that names what is being read, should the process crash; what
     one that did left there is said in a warning.
     Raises UsageError if the source has fewer images than one step of all processes.
@@ -66,6 +69,7 @@ class Loader:
         pin_memory: bool = False,
         packed: bool = False,
         gpu: torch.device | None = None,
+        longest: float = math.inf,
         bad_files_path: str | os.PathLike[str] | None = None,
         reading_path: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -74,6 +78,7 @@ class Loader:
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
         self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
+        self._longest, self._spent = longest, 0.0  # on the present step
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
         if trace and trace.left:
@@ -120,12 +125,12 @@ class Loader:
             epoch, start_batch, count = epoch + 1, 0, count - here
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside epoch and batch: the bad images counted so far."""
+        """What a resumed run needs of each process beside epoch and batch: the bad images counted so far."""
         return {"bad": self._bad.state()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; from {} too."""
-        self._bad.load_state(state.get("bad", {}))
+    def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what `state` gave in each process, in however many there were; from {} too."""
+        self._bad.load_state([state.get("bad", {}) for state in states], self.rank, self.world_size)
 
     def close(self) -> None:
         """End the threads. The loader cannot be used after it."""
@@ -162,14 +167,14 @@ class Loader:
     def _next(self) -> Batch | PackedBatch:
         pending = self._ahead.popleft()
         epoch, number = pending.place
-        timeout = self.config.data.timeout
-        if not pending.work.wait(timeout, self._workers.progress):
+        timeout, start = self.config.data.timeout, time.monotonic()
+        if number % self.config.train.accumulate == 0:
+            self._spent = 0.0
+        done = pending.work.wait(timeout, self._workers.progress, self._longest - self._spent)
+        self._spent += time.monotonic() - start
+        if not done:
             pending.work.cancelled = True
-            raise LoaderStalled(
-                f"no image was finished for {timeout:g} s (data.timeout) while batch {number} of epoch {epoch} was "
-                f"waited for; the workers are reading {self._workers.stalled()}. Is the disk or network share "
-                f"answering? If it is only slow, use --data.timeout={2 * timeout:g}"
-            )
+            raise LoaderStalled(self._why_stalled(epoch, number, timeout))
         error = pending.work.error
         if isinstance(error, (UsageError, KeyboardInterrupt)):
             raise error
@@ -178,6 +183,20 @@ class Loader:
                 f"batch {number} of epoch {epoch} cannot be made: {type(error).__name__}: {error}"
             ) from error
         return pending.batch()
+
+    def _why_stalled(self, epoch: int, number: int, timeout: float) -> str:
+        reading = f"the workers are reading {self._workers.stalled()}"
+        if self._spent < self._longest:
+            return (
+                f"no image was finished for {timeout:g} s (data.timeout) while batch {number} of epoch {epoch} was "
+                f"waited for; {reading}. Is the disk or network share answering? If it is only slow, use "
+                f"--data.timeout={2 * timeout:g}"
+            )
+        return (
+            f"batch {number} of epoch {epoch} is not complete after {self._spent:.0f} s, and other processes wait no "
+            f"longer; {reading}. The disk or network share is too slow: --data.timeout={2 * self._longest:.0f} lets "
+            "all wait longer, smaller files (python -m scrl_fast.data.pack) are read sooner"
+        )
 
     def _start(self, place: tuple[int, int]) -> Pending:
         epoch, number = place

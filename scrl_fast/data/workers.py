@@ -6,6 +6,7 @@ one process to another.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -41,11 +42,12 @@ class Work:
             self.error = self.error or error
             self._done.set()
 
-    def wait(self, seconds: float, progress: Callable[[], float]) -> bool:
-        """Wait until it is done; False once `seconds` went by since the call and since the time `progress()`."""
+    def wait(self, seconds: float, progress: Callable[[], float], at_most: float = math.inf) -> bool:
+        """Wait until it is done; False once `seconds` went by since the call and since the time `progress()`, or
+        `at_most` since the call."""
         called = time.monotonic()
-        while (left := max(called, progress()) + seconds - time.monotonic()) > 0:
-            if self._done.wait(left):
+        while (left := min(max(called, progress()) + seconds, called + at_most) - time.monotonic()) > 0:
+            if self._done.wait(min(left, threading.TIMEOUT_MAX)):
                 return True
         return self._done.is_set()
 

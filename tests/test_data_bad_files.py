@@ -1,0 +1,144 @@
+"""Images that cannot be read: replaced, counted, named once, and a run stopped when there are too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from photos import write_bad, write_photos
+from tiny_loader import Pictures, config_of, epoch_of
+
+from scrl_fast.data import BadImage, Loader, TooManyBadImages, make_source
+from scrl_fast.data import bad as bad_module
+from scrl_fast.data.bad import BadFiles
+from scrl_fast.errors import UsageError
+from scrl_fast.philox import permutation
+
+
+def test_a_bad_image_is_replaced_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "bad_files.jsonl"
+    config = config_of(data__max_bad_fraction=0.5, data__workers=1)  # two may find one in the next epoch first
+    loader = Loader(Pictures(24, bad=[3, 11]), config, bad_files_path=file)
+    with caplog.at_level(logging.WARNING, "scrl_fast"):
+        epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
+    loader.close()
+    for batches in epochs:
+        keys = torch.cat([batch.keys for batch in batches])
+        assert len(keys) == 24 and not {3, 11} & set(keys.tolist())
+        labels = torch.cat([batch.labels for batch in batches])
+        assert torch.equal(labels, keys % 3 - 1)
+    assert loader.bad_files == {"picture 3": "no picture", "picture 11": "no picture"}
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"skipped an image that cannot be read: picture {index}: no picture" for index in (11, 3)
+    ]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == ["picture 11", "picture 3"]
+    assert all(line["error"] == "no picture" and line["epoch"] == 0 for line in lines)
+    place = permutation(0, 0, 24).tolist()
+    assert {line["path"]: line["step"] for line in lines} == {f"picture {k}": place.index(k) // 4 + 1 for k in (3, 11)}
+    # a resumed run goes on in the same file
+    with file.open("a") as cut:
+        cut.write('{"path": "pic')
+    again = Loader(Pictures(24, bad=[3, 11, 12]), config, bad_files_path=file)
+    list(again.epoch(0))
+    again.close()
+    assert file.read_text().count("picture 3") == 1 and file.read_text().count("picture 12") == 1
+
+
+def test_a_handful_of_bad_files_in_a_small_folder_does_not_stop_it(tmp_path: Path) -> None:
+    write_photos(tmp_path / "good", 12, 60, 80)
+    bad = write_bad(tmp_path)
+    config = config_of(data__source="folder", data__root=str(tmp_path))
+    loader = Loader(make_source(config), config)
+    assert len(list(loader.epoch(0))) == 4
+    assert set(loader.bad_files) == {str(path) for path in bad}
+    loader.close()
+
+
+@pytest.mark.parametrize("fraction, bad", [(0.01, 11), (0.2, 20), (0.0, 1), (0.5, 100)])
+def test_too_many_bad_images_stop_the_run(fraction: float, bad: int) -> None:
+    config = config_of(data__max_bad_fraction=fraction, train__batch_size=10)
+    allowed = Pictures(100, bad=range(bad - 1)) if bad < 100 else Pictures(100)
+    assert len(epoch_of(allowed, config)) == 10
+    source = Pictures(100, bad=range(bad + 1) if bad > 1 else [0])
+    with pytest.raises(TooManyBadImages, match=r"of the 100 images of epoch 0 cannot be read.*picture \d+: no picture"):
+        epoch_of(source, config)
+    assert issubclass(TooManyBadImages, UsageError)
+
+
+def test_bad_images_are_counted_by_epoch_and_a_good_one_breaks_the_row() -> None:
+    tally = BadFiles(100, 0.1)
+    for epoch in (0, 1, 0, 1, 2):  # the next epoch is begun before the last batch of this one is done
+        for index in range(9):
+            tally.add(BadImage(f"{epoch}-{index}", "no picture"), epoch)
+    tally.add(BadImage("2-9", "no picture"), 2)
+    tally.add(BadImage("1-9", "no picture"), 1)
+    with pytest.raises(TooManyBadImages, match="11 of the 100 images of epoch 1"):
+        tally.add(BadImage("1-10", "no picture"), 1)
+    tally = BadFiles(100, 0.1)
+    for index in range(300):
+        tally.add(BadImage(f"{index % 5}", "no picture"), 0)
+        if index % 99 == 98:
+            tally.good()
+
+
+def test_a_resumed_epoch_stops_where_an_uninterrupted_one_would() -> None:
+    bad = [int(key) for key in permutation(0, 0, 100)[[*range(0, 48, 4), *range(52, 100, 4)]]]
+    config = config_of(data__max_bad_fraction=0.2, data__workers=0, train__epochs=1)
+    first, second = (Loader(Pictures(100, bad=bad), config) for _ in range(2))
+    assert len(list(first.stream(0, 0, 12))) == 12
+    state = first.state()
+    assert len(state["bad"][0]) >= 12 and len(list(second.stream(0, 13, 12))) == 12  # alone, half of them are allowed
+    third = Loader(Pictures(100, bad=bad), config)
+    third.load_state([state])
+    with pytest.raises(TooManyBadImages, match="21 of the 100"):
+        list(third.stream(0, 13, 12))
+
+
+def test_what_stopped_a_run_is_not_held_against_the_next() -> None:
+    """A disk that was away for a while: the names that it took stay in the checkpoint."""
+
+    def add(tally: BadFiles, count: int) -> None:
+        for index in range(count):
+            tally.add(BadImage(f"{index}", "no picture"), 0)
+
+    stopped, again, running = (BadFiles(100, 0.1) for _ in range(3))
+    with pytest.raises(TooManyBadImages):
+        add(stopped, 30)
+    again.load_state([stopped.state()])
+    add(again, 10)
+    running.load_state([again.state()])
+    with pytest.raises(TooManyBadImages, match="11 of the 100"):
+        running.add(BadImage("10", "no picture"), 0)
+
+
+def test_another_number_of_processes_shares_what_was_counted() -> None:
+    states = [{0: ["a", "b"], 1: ["f"]}, {0: ["b", "c", "d"]}, {0: ["e"]}]
+    tallies = [BadFiles(100, 0.1) for _ in range(2)]
+    for rank, tally in enumerate(tallies):
+        tally.load_state(states, rank, 2)
+        tally.add(BadImage("b", "no picture"), 0)  # which both now find
+        tally.add(BadImage(f"new {rank}", "no picture"), 0)
+    assert [tally.state() for tally in tallies] == [{0: ["a", "c", "e", "new 0"], 1: ["f"]}, {0: ["b", "d", "new 1"]}]
+    for index in range(7):
+        tallies[1].add(BadImage(f"more {index}", "no picture"), 0)
+    with pytest.raises(TooManyBadImages, match="11 of the 100"):
+        tallies[1].add(BadImage("last", "no picture"), 0)
+
+
+def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:
+    source = Pictures(10_000, bad=range(10_000))
+    config = config_of(data__max_bad_fraction=0.5)
+    with pytest.raises(TooManyBadImages, match="100 images in a row cannot be read"):
+        epoch_of(source, config)
+    assert len(source.reads) < 150
+
+
+def test_bad_images_opened_ahead_are_no_row_if_good_ones_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bad_module, "IN_A_ROW", 12)
+    keys = permutation(0, 0, 96).tolist()
+    config = config_of(data__max_bad_fraction=1.0, data__workers=1, train__batch_size=48)
+    assert len(epoch_of(Pictures(96, bad=keys[::2]), config)) == 2
