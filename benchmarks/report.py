@@ -65,14 +65,15 @@ def name_of(row: Row) -> str:
 
 def write_csv(rows: list[Row], environment: Row, file: Path) -> None:
     """One line per row, the environment repeated in its last columns: a file that can be read alone."""
-    about = {key: environment[key] for key in ("device_name", "threads", "copy_gb_per_s", "commit")}
+    keys = ("device_name", "threads", "cache", "copy_gb_per_s", "commit")
+    about = {key: environment[key] for key in keys if key in environment}
     about |= {f"{name}_version": value for name, value in environment["versions"].items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as stream:
         fields = dict.fromkeys(key for row in rows for key in row)  # rows of the step's stages hold others, too
-        writer = csv.DictWriter(stream, [*fields, *about])
+        writer = csv.DictWriter(stream, list(dict.fromkeys([*fields, *about])))
         writer.writeheader()
-        writer.writerows(row | about for row in rows)
+        writer.writerows(about | row for row in rows)  # what a row says of its own cache counts
 
 
 def parameters(case: str) -> tuple[str, dict[str, float]]:

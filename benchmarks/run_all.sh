@@ -3,7 +3,7 @@
 #   benchmarks/run_all.sh [--device cuda] [--dtype bfloat16] ...      arguments go to every benchmark
 # RESULTS is where results go (benchmarks/results), BENCHES which benchmarks run, OMP_NUM_THREADS how many CPU threads.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python} results=${RESULTS:-benchmarks/results}
 benches=${BENCHES:-roi_align normalized_mse_loss ema_update lars_step sample_box_pairs}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -146,6 +146,7 @@ def configuration(args: argparse.Namespace, batch: int, folder: str) -> Config:
             compile=args.compile,
             cuda_graphs=args.cuda_graphs,
             checkpoint_activations=args.checkpoint_activations,
+            deterministic=args.deterministic,
             precision={"float32": "fp32", "bfloat16": "bf16"}[args.dtype],
         ),
     )
@@ -210,11 +211,11 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
         def agree() -> None:
             if plain is None:
                 return
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=trainer.bf16):
-                ours = model(views, ready.boxes).loss
-            torch.testing.assert_close(
-                ours, plain.loss(ready.boxes).detach(), rtol=2e-2 if trainer.bf16 else 1e-3, atol=0
-            )
+            with torch.no_grad():
+                with torch.autocast(args.device, torch.bfloat16, enabled=trainer.bf16):
+                    ours = model(views, ready.boxes).loss
+                expected = plain.loss(ready.boxes)
+            torch.testing.assert_close(ours, expected, rtol=2e-2 if trainer.bf16 else 1e-3, atol=0)
 
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
         if timed is not None:
@@ -321,12 +322,13 @@ def main() -> int:
     parser = harness.parser("step", __doc__, dtype="bfloat16" if cuda else "float32")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch", type=int, nargs="+", default=[256] if cuda else [8, 16], help="images a step")
-    parser.add_argument("--rival-batch", type=int, help="batch at which the plain step runs too (default: the first)")
+    parser.add_argument("--rival-batch", type=int, help="at which the plain step runs, too (default: the first; 0: none)")
     parser.add_argument("--size", type=int, help="of the views in pixels (default: 224, or 64 for resnet10_tiny)")
     parser.add_argument("--workers", type=int, default=16 if cuda else 2, help="threads that make views")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the encoders, the floor's too")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the encoders as graphs, the floor's too")
     parser.add_argument("--checkpoint-activations", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic, for all that runs")
     parser.set_defaults(repeats=20 if cuda else 5, seconds=30.0, cache="warm")
     args = parser.parse_args()
     if args.dtype not in ("float32", "bfloat16"):
@@ -334,7 +336,7 @@ def main() -> int:
     timing.WARM_UP_CALLS = 3 if args.device == "cuda" else 1  # a step of seconds is warm after one
     bench = harness.Bench("step", args)
     for batch in args.batch:
-        measure(bench, batch, rival=batch == (args.rival_batch or args.batch[0]))
+        measure(bench, batch, rival=batch == (args.batch[0] if args.rival_batch is None else args.rival_batch))
     picture, args.plot = args.plot, None
     if picture and bench.rows:
         draw(bench.rows, picture)

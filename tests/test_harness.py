@@ -151,6 +151,18 @@ def test_saved_rows_can_be_printed(tmp_path, capsys):
     assert "scrl_fast" in capsys.readouterr().out
 
 
+def test_rows_by_the_clock_on_a_gpu_say_that_caches_were_warm(tmp_path, monkeypatch):
+    bench = start("--cache=cold", f"--csv={tmp_path}/rows.csv")
+    monkeypatch.setattr(bench.timer, "cuda", True)  # played by the CPU
+    monkeypatch.setattr(bench.timer, "_synchronize", lambda: None)
+    monkeypatch.setattr(bench.timer, "peak_bytes", lambda call: None)
+    bench.case("call", {"scrl_fast": nap(0)}, wall=True)
+    monkeypatch.setattr(bench.timer, "cuda", False)
+    bench.case("work", {"scrl_fast": nap(0)}, wall=True)
+    bench.finish()
+    assert [row["cache"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["warm", "cold"]
+
+
 def test_rows_of_different_fields_share_a_csv_file(tmp_path):
     environment = dict.fromkeys(("device_name", "threads", "copy_gb_per_s", "commit")) | {"versions": {}}
     report.write_csv([{"case": "step"}, {"case": "stages", "beyond_floor": 0.5}], environment, tmp_path / "rows.csv")
