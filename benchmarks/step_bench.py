@@ -322,7 +322,7 @@ def main() -> int:
     parser = harness.parser("step", __doc__, dtype="bfloat16" if cuda else "float32")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch", type=int, nargs="+", default=[256] if cuda else [8, 16], help="images a step")
-    parser.add_argument("--rival-batch", type=int, help="at which the plain step runs, too (default: the first; 0: none)")
+    parser.add_argument("--rival-batch", type=int, help="at which the plain step runs (default: the first; 0: none)")
     parser.add_argument("--size", type=int, help="of the views in pixels (default: 224, or 64 for resnet10_tiny)")
     parser.add_argument("--workers", type=int, default=16 if cuda else 2, help="threads that make views")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the encoders, the floor's too")
