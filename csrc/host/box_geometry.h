@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/vectorize.h"
@@ -32,7 +34,7 @@ struct BoxOptions {
   double jitter;
 };
 
-// A number is one float64 or eight, of eight images or eight tries: the arithmetic below is written once for both.
+// A number is one float64 or eight, of eight images: the arithmetic below is written once for both.
 // What holds numbers says its alignment, because GCC otherwise takes that of the baseline (16), while the AVX-512 clone
 // relies on 64.
 using Doubles = double __attribute__((vector_size(64)));
@@ -88,6 +90,31 @@ template <class Number>
 SCRL_INLINE Number whole(Number value) {
   const Number near = nearest(value);
   return near > value ? near - 1.0 : near;
+}
+
+SCRL_INLINE double from_bits(uint64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+using DoubleBits = uint64_t __attribute__((vector_size(64)));
+
+SCRL_INLINE Doubles from_bits(DoubleBits bits) {
+  Doubles value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Floor of 0 <= value < 2^20 that is a multiple of 2^-32, or further than that below the next integer: adding 2^20
+// leaves 32 bits for the fraction, and they are cut off.
+template <class Number>
+SCRL_INLINE Number whole_part(Number value) {
+  using Word = std::conditional_t<std::is_same_v<Number, double>, uint64_t, DoubleBits>;
+  const Number sum = value + 0x1p20;
+  Word bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  return from_bits(bits & 0xFFFFFFFF00000000) - 0x1p20;
 }
 
 inline bool crop_in_range(const int64_t* crop) {
@@ -162,9 +189,10 @@ SCRL_INLINE Draw<Number> draw_box(const Overlap<Number>& o, double min_size, Bel
     const Number columns = 1.0 + below(o.columns), rows = 1.0 + below(o.rows);
     const Number cell_w = across / columns, cell_h = down / rows;
     const Number column = below(columns), row = below(rows);
-    const Number w = least + below(whole(cell_w) - least + 1.0), h = least + below(whole(cell_h) - least + 1.0);
-    const Number x = below(whole(cell_w - w) + 1.0) + whole(column * cell_w);
-    const Number y = below(whole(cell_h - h) + 1.0) + whole(row * cell_h);
+    const Number whole_w = whole_part(cell_w), whole_h = whole_part(cell_h);
+    const Number w = least + below(whole_w - (least - 1.0)), h = least + below(whole_h - (least - 1.0));
+    const Number x = below(whole_w - w + 1.0) + whole(column * cell_w);
+    const Number y = below(whole_h - h + 1.0) + whole(row * cell_h);
     return {x, y, w, h};
   }
 }

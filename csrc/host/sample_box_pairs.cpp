@@ -1,13 +1,14 @@
 // Matched boxes in the overlap of two crops (SCRL, arXiv 2103.06122): counter-based random numbers, so each image is
-// drawn by whichever thread comes to it, and the result is the same for any number of threads. Eight images are drawn
-// side by side; what is too close to an earlier box is drawn again eight tries at a time, of which the first good one
-// counts.
+// drawn by whichever thread comes to it, and the result is the same for any number of threads. Sixteen images are drawn
+// side by side, each at a box and a try of its own: one that is done makes room for the next, so no lane waits.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -26,8 +27,11 @@ using Boxes = py::array_t<float>;
 constexpr uint32_t kPurpose = 0x626F7873;
 // A counter's first word holds the box in 24 bits, the attempt in 6 and the block in 2.
 static_assert(kLimit + 8 <= int64_t{1} << 24 && kTries <= 64, "boxes or attempts would share random numbers");
-constexpr int64_t kLanes = 8;            // float64 numbers in the widest register
-constexpr int64_t kBoxesPerPiece = 640;  // about 15 us: enough to pay for waking a thread
+constexpr int64_t kLanes = 8;   // float64 numbers in the widest register
+constexpr int64_t kGroups = 2;  // of eight images each: the latency of one hides behind the other
+// Waking a thread takes 25 to 40 us, and then it fetches what the other one has in its cache; a box takes 22 ns.
+constexpr int64_t kBoxesPerThread = 8192;
+constexpr double kNowhere = -0x1p60;  // as its right edge lets a box overlap nothing
 
 const PhiloxEight philox_one = philox_eight_here<1>(), philox_two = philox_eight_here<2>();
 
@@ -35,52 +39,55 @@ struct Keys {
   uint32_t key0, key1, step;
 };
 
+using Flags = int64_t __attribute__((vector_size(8 * kLanes)));  // 0 or -1
+
+// word * 2^-32, exact.
 SCRL_INLINE Doubles number(const uint64_t (&words)[kLanes]) {
-  using Bits = uint64_t __attribute__((vector_size(8 * kLanes)));
-  Bits bits;
+  DoubleBits bits;
   std::memcpy(&bits, words, sizeof bits);
-  bits = (bits & 0xFFFFFFFF) | 0x4330000000000000;  // 2^52 + word
-  Doubles sum;
-  std::memcpy(&sum, &bits, sizeof sum);
-  return sum - 0x1p52;
+  return from_bits((bits & 0xFFFFFFFF) | 0x4130000000000000) - 0x1p20;  // 2^20 + word * 2^-32
 }
 
 // Random words in the order in which they are used; word * count < 2^52, so the product is exact.
 struct Numbers {
   const uint64_t (*next)[kLanes];
-  SCRL_INLINE Doubles operator()(Doubles count) { return whole(number(*next++) * count * 0x1p-32); }
+  SCRL_INLINE Doubles operator()(Doubles count) { return whole_part(number(*next++) * count); }
 };
 
-// One box each of eight images, or eight tries at one box of one image. The alignment is said because GCC otherwise
-// takes that of the baseline (16), while the AVX-512 clone relies on 64.
-struct alignas(64) Group {
-  Draw<Doubles> draw;
-  Box<Doubles> box;  // in view 1
+// One box of eight images. The alignment is said because GCC otherwise takes that of the baseline (16), while the
+// AVX-512 clone relies on 64.
+struct alignas(64) Slot {
+  Box<Doubles> box;
   Doubles area;
-  uint64_t attempt[kLanes];
 };
 
-// Eight images side by side.
-struct alignas(64) Images {
+// What all threads share.
+struct Job {
+  const BoxOptions& options;
+  const Keys& keys;
+  const int64_t *crops1, *crops2, *names;  // names: the images' keys, or null for their indices
+  int64_t images;
+  const int64_t* yielding;
+  int64_t found;
+  float *rows1, *rows2;
+  std::atomic<int64_t>& next;  // of the list of those that yield boxes, the first that no thread has taken
+};
+
+// Eight images side by side, each at a box of its own.
+struct alignas(64) Lanes {
   Overlap<Doubles> overlap;
-  uint64_t name0[kLanes], name1[kLanes];  // the low and the high half of their keys
-  int64_t image[kLanes];
-  int64_t count;  // lanes in use; the others repeat the last one
+  WideCounter counter;
+  Flags active;  // the others have no image any more; what they draw goes nowhere
+  Slot own;      // the box just drawn, in view 1
+  Box<Doubles> box2;
+  float* rows1[kLanes];  // where it will stand
+  float* rows2[kLanes];
+  double* place[kLanes];
+  float image1[kLanes], image2[kLanes];
+  Slot* slots;   // the boxes kept, by box
+  int64_t used;  // slots that hold a box of any lane
+  float idle[2 * kBoxFields];
 };
-
-SCRL_INLINE void draw_group(const Overlap<Doubles>& overlap, const BoxOptions& o, const Keys& keys,
-                            const WideCounter& counter, Group& group) {
-  WideWords words[2];
-  (o.grid ? philox_two : philox_one)(counter, 0, keys.key0, keys.key1, words);
-  const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
-  Numbers numbers{words[0].value};
-  group.draw =
-      o.grid ? draw_box<true, Doubles>(overlap, least, numbers) : draw_box<false, Doubles>(overlap, least, numbers);
-  group.box = clip(to_view(overlap, 0, group.draw, size), size);
-  group.area = area(group.box);
-}
-
-using Flags = int64_t __attribute__((vector_size(8 * kLanes)));
 
 // 0xFF in the byte of each lane that is not 0.
 SCRL_INLINE uint64_t lanes_set(Flags flags) {
@@ -91,138 +98,226 @@ SCRL_INLINE uint64_t lanes_set(Flags flags) {
   return set;
 }
 
-// Adds the lanes in which the IoU of both is the threshold or more (multiplied out: no division).
-SCRL_INLINE void add_close(const Group& own, const Box<Doubles>& box, Doubles other_area, double threshold,
-                           Flags& close) {
-  const Doubles shared = shared_area(own.box, box);
-  const Doubles reach = threshold * (own.area + other_area - shared);
-  close = shared >= reach ? Flags{} - 1 : close;  // selections: a comparison kept as a value is taken apart by GCC 12
+// Images that follow each other in a list (null: all of them), the last one repeated where there are fewer than eight.
+struct alignas(64) EightCrops {
+  Crop<Doubles> view[2];
+};
+
+// False where a crop is out of range; those of a list have been looked at.
+SCRL_INLINE bool gather(const int64_t* list, int64_t first, int64_t count, const int64_t* crops1, const int64_t* crops2,
+                        EightCrops& crops) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const int64_t at = std::min(first + lane, count - 1), image = list ? list[at] : at;
+    for (int v = 0; v < 2; ++v) {
+      const int64_t* row = (v == 0 ? crops1 : crops2) + image * kCropFields;
+      if (!list && !crop_in_range(row)) return false;
+      const Crop<double> crop = crop_of(row);
+      Crop<Doubles>& c = crops.view[v];
+      c.y[lane] = crop.y, c.x[lane] = crop.x, c.h[lane] = crop.h, c.w[lane] = crop.w, c.flip[lane] = crop.flip;
+    }
+  }
+  return true;
 }
 
-// Draws box `box` of the image in one lane again, eight tries at a time, until one keeps apart from those before it.
-SCRL_INLINE void draw_again(const Images& images, const BoxOptions& o, const Keys& keys, uint64_t box, int64_t lane,
-                            Group* groups) {
+// The images a thread has taken and not yet begun.
+struct alignas(64) Queue {
   Overlap<Doubles> overlap;
-  const double* from = reinterpret_cast<const double*>(&images.overlap);
-  auto* to = reinterpret_cast<Doubles*>(&overlap);
-  for (size_t i = 0; i < sizeof overlap / sizeof *to; ++i) to[i] = Doubles{} + from[kLanes * i + lane];
-  WideCounter counter;
-  Group tries;
-  for (uint64_t first = 1; first < kTries; first += kLanes) {
-    for (uint64_t k = 0; k < kLanes; ++k) {
-      counter.first[k] = box << 8 | (first + k) << 2;
-      counter.second[k] = images.name0[lane], counter.third[k] = images.name1[lane];
-    }
-    counter.fourth = keys.step;
-    draw_group(overlap, o, keys, counter, tries);
-    Flags close = {};
-    for (uint64_t j = 0; j < box; ++j) {
-      const Group& g = groups[j];
-      const Doubles none = {};
-      const Box<Doubles> other{none + g.box.x0[lane], none + g.box.y0[lane], none + g.box.x1[lane],
-                               none + g.box.y1[lane]};
-      add_close(tries, other, none + g.area[lane], o.iou_threshold, close);
-    }
-    const uint64_t apart = ~lanes_set(close);
-    uint64_t chosen = apart ? static_cast<uint64_t>(__builtin_ctzll(apart)) / 8 : kLanes;
-    if (first + chosen >= kTries) chosen = kTries - 1 - first;  // the last try is kept as it is
-    if (chosen >= kLanes) continue;
-    const auto* source = reinterpret_cast<const double*>(&tries);
-    auto* target = reinterpret_cast<double*>(&groups[box]);
-    constexpr size_t numbers = offsetof(Group, attempt) / sizeof(Doubles);
-    for (size_t i = 0; i < numbers; ++i) target[kLanes * i + lane] = source[kLanes * i + chosen];
-    groups[box].attempt[lane] = first + chosen;
+  int64_t at = 0, end = 0;
+};
+
+SCRL_INLINE void take_images(const Job& job, Queue& queue) {
+  queue.at = std::min(job.next.fetch_add(kLanes, std::memory_order_relaxed), job.found);
+  queue.end = std::min(queue.at + kLanes, job.found);
+  if (queue.at == queue.end) return;
+  EightCrops crops;
+  gather(job.yielding, queue.at, job.found, job.crops1, job.crops2, crops);
+  queue.overlap = overlap_of(crops.view[0], crops.view[1], job.options);
+}
+
+// Gives a lane its next image.
+SCRL_INLINE void load_image(const Job& job, Queue& queue, Lanes& lanes, int64_t lane) {
+  if (queue.at == queue.end) take_images(job, queue);
+  lanes.counter.first[lane] = 0;
+  if (queue.at == queue.end) {
+    lanes.active[lane] = 0;
+    lanes.place[lane] = reinterpret_cast<double*>(lanes.slots) + lane;
+    lanes.rows1[lane] = lanes.idle, lanes.rows2[lane] = lanes.idle + kBoxFields;
     return;
   }
+  const int64_t n = queue.at++, image = job.yielding[n];
+  const auto name = static_cast<uint64_t>(job.names ? job.names[image] : image);
+  lanes.counter.second[lane] = name & 0xFFFFFFFF, lanes.counter.third[lane] = name >> 32;
+  const auto* from = reinterpret_cast<const double*>(&queue.overlap) + n % kLanes;
+  auto* to = reinterpret_cast<double*>(&lanes.overlap) + lane;
+  for (size_t i = 0; i < sizeof(Overlap<Doubles>) / sizeof(Doubles); ++i) to[kLanes * i] = from[kLanes * i];
+  for (int64_t j = 0; j < lanes.used; ++j) lanes.slots[j].box.x1[lane] = kNowhere;
+  lanes.active[lane] = -1;
+  const int64_t place = n * job.options.boxes_per_image * kBoxFields;
+  lanes.rows1[lane] = job.rows1 + place, lanes.rows2[lane] = job.rows2 + place;
+  lanes.image1[lane] = static_cast<float>(image), lanes.image2[lane] = static_cast<float>(image + job.images);
+  lanes.place[lane] = reinterpret_cast<double*>(lanes.slots) + lane;
 }
 
-SCRL_INLINE void draw_boxes(const Images& images, const BoxOptions& o, const Keys& keys, Group* groups) {
-  WideCounter counter;
-  std::memcpy(counter.second, images.name0, sizeof counter.second);
-  std::memcpy(counter.third, images.name1, sizeof counter.third);
-  counter.fourth = keys.step;
-  const uint64_t used = ~uint64_t{0} >> (8 * (kLanes - images.count));
-  for (uint64_t box = 0; box < static_cast<uint64_t>(o.boxes_per_image); ++box) {
-    Group& group = groups[box];
-    for (int64_t lane = 0; lane < kLanes; ++lane) counter.first[lane] = box << 8, group.attempt[lane] = 0;
-    draw_group(images.overlap, o, keys, counter, group);
-    if (o.iou_threshold == 1.0) continue;
-    Flags close = {};
-    for (uint64_t j = 0; j < box; ++j) add_close(group, groups[j].box, groups[j].area, o.iou_threshold, close);
-    for (uint64_t again = lanes_set(close) & used; again;) {
-      const int64_t lane = __builtin_ctzll(again) / 8;
-      again &= ~(uint64_t{0xFF} << 8 * lane);
-      draw_again(images, o, keys, box, lane, groups);
+// What either compiler calls a choice of elements of two vectors.
+#ifdef __clang__
+#define SCRL_SHUFFLE(a, b, Places, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SCRL_SHUFFLE(a, b, Places, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
+
+// Boxes as rows of four float32 numbers.
+SCRL_INLINE void transposed(const Box<Doubles>& box, float (&edges)[kLanes][4]) {
+  using Floats = float __attribute__((vector_size(4 * kLanes)));
+  using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+  using Pairs = double __attribute__((vector_size(4 * kLanes)));
+  using Longs = int64_t __attribute__((vector_size(4 * kLanes)));
+  const Floats x0 = __builtin_convertvector(box.x0, Floats), y0 = __builtin_convertvector(box.y0, Floats),
+               x1 = __builtin_convertvector(box.x1, Floats), y1 = __builtin_convertvector(box.y1, Floats);
+  const auto near_low = (Pairs)SCRL_SHUFFLE(x0, y0, Ints, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto far_low = (Pairs)SCRL_SHUFFLE(x1, y1, Ints, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto near_high = (Pairs)SCRL_SHUFFLE(x0, y0, Ints, 2, 10, 3, 11, 6, 14, 7, 15);
+  const auto far_high = (Pairs)SCRL_SHUFFLE(x1, y1, Ints, 2, 10, 3, 11, 6, 14, 7, 15);
+  const Pairs rows[4] = {
+      SCRL_SHUFFLE(near_low, far_low, Longs, 0, 4, 2, 6), SCRL_SHUFFLE(near_low, far_low, Longs, 1, 5, 3, 7),
+      SCRL_SHUFFLE(near_high, far_high, Longs, 0, 4, 2, 6), SCRL_SHUFFLE(near_high, far_high, Longs, 1, 5, 3, 7)};
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(edges[i], &rows[i], 16);
+    std::memcpy(edges[i + 4], reinterpret_cast<const char*>(&rows[i]) + 16, 16);
+  }
+}
+
+// Draws a box for each lane.
+SCRL_INLINE void draw_group(const Job& job, Lanes& lanes, const WideWords* words) {
+  const BoxOptions& o = job.options;
+  const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
+  Numbers numbers{words[0].value};
+  const Overlap<Doubles>& overlap = lanes.overlap;
+  const Draw<Doubles> draw =
+      o.grid ? draw_box<true, Doubles>(overlap, least, numbers) : draw_box<false, Doubles>(overlap, least, numbers);
+  lanes.own.box = clip(to_view(overlap, 0, draw, size), size);
+  lanes.own.area = area(lanes.own.box);
+  Box<Doubles> box2 = to_view(overlap, 1, draw, size);
+  if (o.jitter > 0.0) {
+    const double low = 1.0 - o.jitter, span = (1.0 + o.jitter) - low;
+    Doubles factors[4];
+    for (int j = 0; j < 4; ++j) factors[j] = low + span * number(words[2].value[j]);
+    box2 = jittered(box2, factors);
+  }
+  lanes.box2 = clip(box2, size);
+}
+
+// The lanes whose box keeps apart from those before it: the IoU of none is the threshold or more (multiplied out: no
+// division). The last try is kept as it is.
+SCRL_INLINE Flags accepted_of(const Job& job, const Lanes& lanes) {
+  const BoxOptions& o = job.options;
+  const Slot own = lanes.own;
+  Flags close = {};
+  if (o.iou_threshold < 1.0) {
+    for (int64_t j = 0; j < lanes.used; ++j) {
+      const Slot& other = lanes.slots[j];
+      const Doubles shared = shared_area(own.box, other.box);
+      const Doubles reach = o.iou_threshold * (own.area + other.area - shared);
+      close = shared >= reach ? Flags{} - 1 : close;  // a comparison kept as a value is taken apart by GCC 12
     }
   }
+  Flags counter;
+  std::memcpy(&counter, lanes.counter.first, sizeof counter);
+  const Flags last_try = (counter & 0xFC) == ((kTries - 1) << 2);
+  return lanes.active & (~close | last_try);
 }
 
-SCRL_INLINE Box<Doubles> jittered_group(const Box<Doubles>& box, const Images& images, const Keys& keys, uint64_t index,
-                                        const Group& group, double ratio) {
-  WideCounter counter;
+SCRL_INLINE void advance(void* pointers, Flags accepted, int64_t bytes) {
+  Flags moved;
+  std::memcpy(&moved, pointers, sizeof moved);
+  moved += accepted & bytes;
+  std::memcpy(pointers, &moved, sizeof moved);
+}
+
+// Writes every lane's box, moves on those that accepted theirs and loads images where one is done: a box that was not
+// accepted overlaps nothing and is written over by the next, which costs less than choosing.
+SCRL_INLINE void keep(const Job& job, Lanes& lanes, Flags accepted, Queue& queue) {
+  const BoxOptions& o = job.options;
+  alignas(64) float edges1[kLanes][4], edges2[kLanes][4];
+  transposed(lanes.own.box, edges1), transposed(lanes.box2, edges2);
+  const Doubles nowhere = Doubles{} + kNowhere;
+  lanes.own.box.x1 = accepted ? lanes.own.box.x1 : nowhere;
+  const auto* from = reinterpret_cast<const double*>(&lanes.own);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    counter.first[lane] = index << 8 | group.attempt[lane] << 2;
-    counter.second[lane] = images.name0[lane], counter.third[lane] = images.name1[lane];
+    float *row1 = lanes.rows1[lane], *row2 = lanes.rows2[lane];
+    row1[0] = lanes.image1[lane], row2[0] = lanes.image2[lane];
+    std::memcpy(row1 + 1, edges1[lane], 16), std::memcpy(row2 + 1, edges2[lane], 16);
+    double* slot = lanes.place[lane];
+    for (int i = 0; i < 5; ++i) slot[kLanes * i] = from[kLanes * i + lane];
   }
-  counter.fourth = keys.step;
-  WideWords words;
-  philox_one(counter, 2, keys.key0, keys.key1, &words);
-  const double low = 1.0 - ratio, span = (1.0 + ratio) - low;
-  Doubles factors[4];
-  for (int j = 0; j < 4; ++j) factors[j] = low + span * (number(words.value[j]) * 0x1p-32);
-  return jittered(box, factors);
-}
-
-// One row for each image: its index plus `offset`, then the box.
-SCRL_INLINE void write_rows(float* rows, int64_t stride, const Images& images, int64_t offset,
-                            const Box<Doubles>& box) {
-  using Eight = float __attribute__((vector_size(4 * kLanes)));
-  using Four = float __attribute__((vector_size(16)));
-  const Eight x0 = __builtin_convertvector(box.x0, Eight), y0 = __builtin_convertvector(box.y0, Eight),
-              x1 = __builtin_convertvector(box.x1, Eight), y1 = __builtin_convertvector(box.y1, Eight);
-  for (int64_t i = 0; i < images.count; ++i, rows += stride) {
-    rows[0] = static_cast<float>(images.image[i] + offset);
-    const Four edges{x0[i], y0[i], x1[i], y1[i]};
-    std::memcpy(rows + 1, &edges, sizeof edges);
+  advance(lanes.rows1, accepted, sizeof(float) * kBoxFields);
+  advance(lanes.rows2, accepted, sizeof(float) * kBoxFields);
+  advance(lanes.place, accepted, sizeof(Slot));
+  Flags counter;
+  std::memcpy(&counter, lanes.counter.first, sizeof counter);
+  counter = accepted ? (counter & ~Flags{} << 8) + 0x100 : counter + (lanes.active & 4);
+  std::memcpy(lanes.counter.first, &counter, sizeof counter);
+  lanes.used = std::min(lanes.used + 1, o.boxes_per_image);
+  const Flags ended = counter >= o.boxes_per_image << 8;
+  for (uint64_t done = lanes_set(ended); done;) {
+    const int64_t lane = __builtin_ctzll(done) / 8;
+    done &= ~(uint64_t{0xFF} << 8 * lane);
+    load_image(job, queue, lanes, lane);
   }
 }
 
-// All boxes of eight images: boxes_per_image rows in each of rows1 and rows2. groups: scratch, one a box.
-SCRL_MULTIVERSION void sample_images(const Images& images, const BoxOptions& o, const Keys& keys, int64_t second_view,
-                                     Group* groups, float* rows1, float* rows2) {
-  const auto size = static_cast<double>(o.view_size);
-  draw_boxes(images, o, keys, groups);
-  const int64_t stride = o.boxes_per_image * kBoxFields;
-  for (int64_t i = 0; i < o.boxes_per_image; ++i) {
-    const Group& group = groups[i];
-    Box<Doubles> box2 = to_view(images.overlap, 1, group.draw, size);
-    if (o.jitter > 0.0) box2 = jittered_group(box2, images, keys, static_cast<uint64_t>(i), group, o.jitter);
-    write_rows(rows1 + i * kBoxFields, stride, images, 0, group.box);
-    write_rows(rows2 + i * kBoxFields, stride, images, second_view, clip(box2, size));
+// Draws images until there are no more. Each part is done for both groups before the next, so that they overlap.
+SCRL_MULTIVERSION void sample_images(const Job& job, Lanes* groups, Slot* slots) {
+  const BoxOptions& o = job.options;
+  Queue queue = {};
+  for (int64_t i = 0; i < kGroups * o.boxes_per_image; ++i) {
+    const Doubles none = {};
+    slots[i].box = {none, none, none + kNowhere, none};
+    slots[i].area = none + 1.0;
+  }
+  for (int64_t g = 0; g < kGroups; ++g) {
+    Lanes& lanes = groups[g];
+    lanes.counter.fourth = job.keys.step;
+    lanes.slots = slots + g * o.boxes_per_image, lanes.used = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) load_image(job, queue, lanes, lane);
+  }
+  const PhiloxEight philox = o.grid ? philox_two : philox_one;
+  for (;;) {
+    WideWords words[kGroups][3];
+    bool busy[kGroups], any = false;
+    for (int64_t g = 0; g < kGroups; ++g) {
+      any |= busy[g] = lanes_set(groups[g].active) != 0;
+      if (!busy[g]) continue;
+      philox(groups[g].counter, 0, job.keys.key0, job.keys.key1, words[g]);
+      if (o.jitter > 0.0) philox_one(groups[g].counter, 2, job.keys.key0, job.keys.key1, words[g] + 2);
+    }
+    if (!any) return;
+    for (int64_t g = 0; g < kGroups; ++g)
+      if (busy[g]) draw_group(job, groups[g], words[g]);
+    alignas(64) Flags accepted[kGroups];
+    for (int64_t g = 0; g < kGroups; ++g)
+      if (busy[g]) accepted[g] = accepted_of(job, groups[g]);
+    for (int64_t g = 0; g < kGroups; ++g)
+      if (busy[g]) keep(job, groups[g], accepted[g], queue);
   }
 }
 
-SCRL_MULTIVERSION void overlaps_of(const Crop<Doubles>& a, const Crop<Doubles>& b, const BoxOptions& o,
-                                   Overlap<Doubles>& overlap) {
-  overlap = overlap_of(a, b, o);
-}
-
-// `count` images of a list, count > 0; `names`: their keys, or null for their indices.
-void gather(const int64_t* list, int64_t count, const int64_t* crops1, const int64_t* crops2, const int64_t* names,
-            const BoxOptions& o, Images& images) {
-  images.count = std::min(count, kLanes);
-  alignas(64) Crop<Doubles> crops[2];  // not the alignment of the baseline: see Group
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const int64_t image = list[std::min(lane, images.count - 1)];
-    const auto name = static_cast<uint64_t>(names ? names[image] : image);
-    images.image[lane] = image, images.name0[lane] = name & 0xFFFFFFFF, images.name1[lane] = name >> 32;
-    for (int v = 0; v < 2; ++v) {
-      const Crop<double> crop = crop_of((v == 0 ? crops1 : crops2) + image * kCropFields);
-      crops[v].y[lane] = crop.y, crops[v].x[lane] = crop.x, crops[v].h[lane] = crop.h, crops[v].w[lane] = crop.w;
-      crops[v].flip[lane] = crop.flip;
+// Lists the images that yield boxes, which needs no random number; false where a crop is out of range.
+SCRL_MULTIVERSION bool find_yielding(const int64_t* crops1, const int64_t* crops2, int64_t images, const BoxOptions& o,
+                                     int64_t* yielding, int64_t* found) {
+  const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
+  *found = 0;
+  for (int64_t first = 0; first < images; first += kLanes) {
+    EightCrops crops;
+    if (!gather(nullptr, first, images, crops1, crops2, crops)) return false;
+    const Crop<Doubles>&c = crops.view[0], &d = crops.view[1];
+    const Doubles side = smaller(drawn_extent(c.x, c.w, d.x, d.w, size), drawn_extent(c.y, c.h, d.y, d.h, size));
+    const Flags enough = side > least ? Flags{} - 1 : Flags{};
+    for (int64_t lane = 0; lane < std::min(kLanes, images - first); ++lane) {
+      yielding[*found] = first + lane;
+      *found -= enough[lane];
     }
   }
-  overlaps_of(crops[0], crops[1], o, images.overlap);
+  return true;
 }
 
 // None where a crop is out of range; the caller says which.
@@ -234,24 +329,22 @@ std::optional<std::pair<Boxes, Boxes>> sample_box_pairs(const Crops& crops1, con
   const BoxOptions options{view_size, boxes_per_image, min_size, iou_threshold, grid, jitter};
   const int64_t images = crops1.shape(0);
   const int64_t *a = crops1.data(), *b = crops2.data(), *names = keys ? keys->data() : nullptr;
-  const auto yielding = images_with_boxes(a, b, images, options);
-  if (!yielding) return std::nullopt;
-  const auto found = static_cast<int64_t>(yielding->size()), stride = boxes_per_image * kBoxFields;
+  const auto yielding = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(images) + 1);
+  int64_t found = 0;
+  if (!find_yielding(a, b, images, options, yielding.get(), &found)) return std::nullopt;
   const std::vector<py::ssize_t> shape{found * boxes_per_image, kBoxFields};
   std::pair<Boxes, Boxes> boxes{Boxes(shape), Boxes(shape)};
   float *rows1 = boxes.first.mutable_data(), *rows2 = boxes.second.mutable_data();
   {
     py::gil_scoped_release release;
     const Keys words{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ kPurpose, step};
-    const int64_t groups_of_images = (found + kLanes - 1) / kLanes;
-    const int64_t grain = std::max<int64_t>(kBoxesPerPiece / (boxes_per_image * kLanes), 1);
-    parallel_for(groups_of_images, grain, threads, [&](int64_t begin, int64_t end) {
-      std::vector<Group> groups(static_cast<size_t>(boxes_per_image));
-      Images eight;
-      for (int64_t n = begin * kLanes; n < std::min(end * kLanes, found); n += kLanes) {
-        gather(yielding->data() + n, found - n, a, b, names, options, eight);
-        sample_images(eight, options, words, images, groups.data(), rows1 + n * stride, rows2 + n * stride);
-      }
+    std::atomic<int64_t> next{0};
+    const Job job{options, words, a, b, names, images, yielding.get(), found, rows1, rows2, next};
+    const int64_t pieces = std::clamp<int64_t>(found * boxes_per_image / kBoxesPerThread, 1, std::max(threads, 1));
+    parallel_for(pieces, 1, threads, [&](int64_t, int64_t) {
+      Lanes groups[kGroups] = {};
+      const auto slots = std::make_unique_for_overwrite<Slot[]>(static_cast<size_t>(kGroups * boxes_per_image));
+      sample_images(job, groups, slots.get());
     });
   }
   return boxes;
