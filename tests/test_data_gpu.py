@@ -106,16 +106,20 @@ def test_a_small_region_does_not_keep_its_image() -> None:
 # ---- JPEGs decoded there ----
 
 
-def test_decoded_elsewhere_the_pictures_are_the_same(tmp_path: Path) -> None:
+def test_decoded_elsewhere_the_pictures_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every format; EXIF rotation, PNG, CMYK and progressive files take the CPU's way, plain JPEGs the other."""
     write_formats(tmp_path / "formats")
     write_photos(tmp_path / "photos", 5)
     config = config_of(tmp_path, scaled_decode=False)  # that is the CPU's alone
     source = make_source(config)
-    decoded = gpu.decode_on_gpu(source, range(len(source)), CPU)
+    decoded = gpu.decode_on_gpu([source.open(key) for key in range(len(source))], CPU)
     names = {Path(source.name_of(key)).name for key in decoded}
     assert {"photo.jpg", "0000.jpg"} <= names and not names & {"turned.jpg", "cmyk.jpg", "rgb.png", "wrong-name.jpg"}
+    read: list[int] = []
+    data = source.data
+    monkeypatch.setattr(source, "data", lambda index: read.append(index) or data(index))
     ours = batches(source, config, packed=True, gpu=CPU)
+    assert len(read) == len(set(read)) == 4 * len(ours)  # also those that the CPU decodes
     for made, plain in zip(ours, batches(source, config), strict=True):
         assert_same(made.make("cpu", config.views), plain)
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from scrl_fast.backends import triton_failure
 from scrl_fast.config import DataConfig
-from scrl_fast.data.decode import BadImage, Encoded
-from scrl_fast.data.source import EncodedImages, Source
+from scrl_fast.data.decode import Encoded
 from scrl_fast.ops.augment_views import PackedImages
 
 _log = logging.getLogger("scrl_fast")
@@ -77,22 +76,17 @@ def pack_regions(
     return PackedImages(buffer, offsets, shapes[:, 0].copy(), shapes[:, 1].copy())
 
 
-def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dict[int, Tensor]:
-    """Those of the images that are plain, upright JPEGs, decoded by the GPU: key -> uint8 `[H, W, 3]` in its memory.
+def decode_on_gpu(images: Sequence[Any], gpu: torch.device) -> dict[int, Tensor]:
+    """Those of the opened images that are plain, upright JPEGs, decoded by the GPU: place -> uint8 `[H, W, 3]` there.
 
-    Others, damaged ones among them, are left to the CPU's decoders, which name what is wrong. When the GPU decodes none
-    of them, out of memory for example, the first error of each kind is logged.
+    images: `Encoded`, or others, which are left out. Damaged ones are left to the CPU's decoders, which name what is
+    wrong. When the GPU decodes none of them, out of memory for example, the first error of each kind is logged.
     """
-    if not isinstance(source, EncodedImages):
-        return {}
-    found: dict[int, Encoded] = {}
-    for key in keys:
-        try:
-            encoded = source.open(int(key))
-        except BadImage:
-            continue
-        if encoded.is_upright_baseline_jpeg:
-            found[int(key)] = encoded
+    found = {
+        place: image
+        for place, image in enumerate(images)
+        if isinstance(image, Encoded) and image.is_upright_baseline_jpeg
+    }
     try:
         with _beside_training(gpu):
             pixels = _decode([encoded.data for encoded in found.values()], gpu)
@@ -100,9 +94,9 @@ def decode_on_gpu(source: Source, keys: Sequence[int], gpu: torch.device) -> dic
         _tell_once(type(error), f"{error}".partition("\n")[0])
         return {}
     made = {}
-    for (key, encoded), image in zip(found.items(), pixels, strict=True):
+    for (place, encoded), image in zip(found.items(), pixels, strict=True):
         if image.shape == (encoded.height, encoded.width, 3):
-            made[key] = image
+            made[place] = image
     return made
 
 

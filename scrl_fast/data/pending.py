@@ -111,25 +111,23 @@ class Pending:
     def _open(self, first: int, end: int) -> Iterator[tuple[int, list[Slot]]]:
         """Images `first` to `end` with the place of the first of them, in lots that end at `_MOST_HELD` bytes."""
         loader, epoch = self._loader, self.place[0]
-        ready: dict[int, Tensor] = {}
-        if loader._gpu is not None:
-            with loader._reader.reading(
-                f"{loader.source.name_of(int(self._keys[first]))} and {end - first - 1} others"
-            ):
-                ready = decode_on_gpu(loader.source, self._keys[first:end], loader._gpu)
         low, held, slots = first, 0, list[Slot]()
         for place in range(first, end):
-            key = int(self._keys[place])
-            slots.append(
-                Slot(key, 0, key, Whole(ready.pop(key)))
-                if key in ready
-                else loader._reader.open(key, epoch, self._step)
-            )
+            slots.append(loader._reader.open(int(self._keys[place]), epoch, self._step))
             data = slots[-1].image.data
             held += len(data) if isinstance(data, bytes) else data.nbytes
             if place + 1 == end or held >= _MOST_HELD:
+                if loader._gpu is not None:
+                    self._decode_on_gpu(slots, loader._gpu)
                 yield low, slots
                 low, held, slots = place + 1, 0, []
+
+    def _decode_on_gpu(self, slots: list[Slot], gpu: torch.device) -> None:
+        """Puts pixels in place of the files that the GPU decodes; the others stay, and are not read again."""
+        reader, first = self._loader._reader, self._loader.source.name_of(slots[0].key)
+        with reader.reading(f"{first} and {len(slots) - 1} others"):
+            for index, pixels in decode_on_gpu([slot.image for slot in slots], gpu).items():
+                slots[index] = slots[index]._replace(image=Whole(pixels))
 
     def _make_views(self, packed: PackedImages, rows: np.ndarray, place: int) -> None:
         """The views of n images with rows `[2, n]`, into their places from `place` on."""
