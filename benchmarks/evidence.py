@@ -48,7 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--ema", nargs="+", default=[], metavar="METHOD=MOMENTUM", help=f"in place of {EMA}")
     p.add_argument("--tune", action="store_true", help=f"try each (lr, ema) of {GRID} for both methods instead")
     p.add_argument("--objects", choices=OBJECTS, default="many", help="digits in a scene of pre-training")
-    p.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help="options of training")
+    changes = "options of training; the measures stay as they are, but for views.mean and views.std"
+    p.add_argument("--set", nargs="+", default=[], metavar="SECTION.FIELD=VALUE", help=changes)
     p.add_argument("--measures", nargs="*", choices=STAGES, default=list(STAGES), help="fewer of them, for tuning")
     p.add_argument("--device", default=device, choices=("cpu", "cuda"))
     jobs = 1 if device == "cuda" else min(4, os.cpu_count() or 1)
@@ -65,11 +66,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     kind = "-tuning" if args.tune else "-one" if args.objects == "one" else ""
     args.work = args.work or Path(f"runs/evidence-{args.budget}{kind}")
     args.measures = tuple(name for name in (TUNING_MEASURES if args.tune else STAGES) if name in args.measures)
-    whole = args.tune or kind or args.measures == STAGES
-    if args.lr or args.ema or (args.seeds, args.methods) != (list(SEEDS), list(METHODS)):
-        whole = False  # another set of rows must not take the place of the documented one
-    args.documented = args.json is None and bool(whole) and args.budget == "standard" and args.device == "cpu"
-    if args.json is None and args.budget in ("standard", "long") and whole:
+    measured = bool(args.tune or kind or args.measures == STAGES)
+    given = args.lr or args.ema or (args.seeds, args.methods) != (list(SEEDS), list(METHODS))
+    # another set of rows must not take the place of the documented one
+    whole = args.json is None and measured and not given and args.budget in ("standard", "long")
+    args.documented = whole and args.budget == "standard" and args.device == "cpu"
+    if whole:
         args.json = Path(__file__).parent / "results" / f"evidence{kind.replace('-', '_')}_{args.device}.json"
     return args
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -125,6 +126,7 @@ class Line:
         self.reload()  # another call may have done another stage meanwhile
         self.state[name] = result
         self.state["seconds"][name] = round(time.perf_counter() - started, 1)
+        self.state.setdefault("commits", {})[name] = harness._commit()
         self.folder.mkdir(parents=True, exist_ok=True)
         durable.write_text(self.path, json.dumps(self.state, indent=1))
         print(
@@ -194,9 +196,10 @@ class Line:
         return {"value": result.accuracy, **asdict(result)}
 
     def dense_retrieval(self) -> dict[str, Any]:
-        config = self.config()
+        recipe, trained = _recipe(), self.config().views
+        views = replace(recipe.views, mean=trained.mean, std=trained.std)  # views and boxes are every method's, else
         scenes = self.scenes("test", self.budget.dense_scenes)
-        result = dense_consistency(self.encoder(), scenes, config.views, config.boxes, images=len(scenes))
+        result = dense_consistency(self.encoder(), scenes, views, recipe.boxes, images=len(scenes))
         return {"value": result.retrieval, **asdict(result)}
 
     def image_probe(self) -> dict[str, Any]:

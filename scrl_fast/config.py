@@ -2,7 +2,8 @@
 
 This file holds names, types, defaults and ranges; ``cli.py`` holds the parsing. Each field's docstring is what
 ``python -m scrl_fast.train --help`` shows. Whatever way a config is made, a value out of range is a ValueError, and one
-of the wrong type a TypeError, that names the option, the value and what is allowed.
+of the wrong type a TypeError, that names the option, the value and what is allowed. All options stand in one place:
+that is why this file is a long one.
 """
 
 from __future__ import annotations

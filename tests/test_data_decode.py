@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import io
 import re
+import resource
 import struct
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +211,27 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [16_000, 48_000])  # below and above the limit that Pillow itself has
+@contextmanager
+def memory_for(more: int) -> Iterator[None]:
+    """So many bytes beyond what the process has, and no more."""
+    before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from Linux's /proc")
+@pytest.mark.parametrize("side", [16_000, 50_000])  # below and above the limit that Pillow itself has
 def test_bombs_are_refused_before_they_are_decoded(side: int) -> None:
     data = png_bomb(side)
     start = time.perf_counter()
-    with pytest.raises(BadImage, match="pixels"):
+    with memory_for(256 << 20), pytest.raises(BadImage, match="pixels"):
         decode(data, max_pixels=178_000_000, name="bomb.png")
     assert time.perf_counter() - start < 0.5
+    with memory_for(256 << 20), pytest.raises(MemoryError):  # the limit would have been felt
+        np.zeros((side, side, 3), np.uint8)
 
 
 def test_the_limit_counts_pixels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,13 @@ import evidence_runs
 from evidence_runs import MEASURES, METHODS, Budget, Line
 
 from scrl_fast.evaluate import regions
+from scrl_fast.evaluate.dense import DenseResult
 from scrl_fast.models import build_encoder
 
 TINY = Budget(1, 64, 32, 2, 24, 24, 16, 16, 2, 4, detector_test=8)
+
+
+NOTHING = DenseResult(*[0.0] * len(fields(DenseResult)))
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,7 @@ def test_rows_of_every_method_and_seed(tmp_path, capsys):
     assert all(set(row) == {"method", "seed", *MEASURES} and all(0 <= row[n] <= 1 for n in MEASURES) for row in rows)
     curves = {each["method"]: [point["step"] for point in each["curve"]] for each in document["details"]}
     assert curves == {"random": [0], "byol": [1, 2], "scrl": [1, 2]}
+    assert all(set(each["commits"]) == set(each["seconds"]) >= {*MEASURES} for each in document["details"])
     assert document["summary"]["scrl"]["roi_linear"]["mean"] == rows[2]["roi_linear"]
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     capsys.readouterr()
@@ -105,12 +111,18 @@ def test_tuning_tries_the_same_grid_for_both_methods(tmp_path, monkeypatch, caps
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(evidence.GRID) + 1
 
 
-def test_options_of_training_are_changed_for_both_methods_alike(tmp_path, capsys):
+def test_options_of_training_are_changed_for_both_methods_alike_and_not_the_measures(tmp_path, capsys, monkeypatch):
     where = [f"--work={tmp_path}", f"--json={tmp_path / 'a.json'}"]
     args = evidence.parse(["--set", "boxes.per_image=1", "views.scale=[0.5, 1]", *where])
     for each in evidence.planned(args)[1:3]:
         config = each.config()
         assert config.boxes.per_image == 1 and config.views.scale == (0.5, 1)
+    seen = []
+    monkeypatch.setattr(Line, "encoder", lambda line: None)
+    monkeypatch.setattr(evidence_runs, "dense_consistency", lambda *args, **_: seen.append(args[2:]) or NOTHING)
+    for each in evidence.planned(args)[:3]:
+        each.dense_retrieval()
+    assert seen[0] == seen[1] == seen[2] and seen[0][1].per_image > 1
     for wrong, said in (("boxes.perimage=1", "with an option of"), ("boxes.per_image=1", "its own --work and --json")):
         with pytest.raises(SystemExit):
             evidence.parse(["--set", wrong])
