@@ -170,7 +170,7 @@ def test_a_lost_disk_is_no_set_of_bad_images(tmp_path: Path) -> None:
     assert sorted(files(tmp_path / "out")) == ["00000.tar", "00001.tar"]
 
 
-def test_two_at_once_and_damage_of_the_pack(tmp_path: Path) -> None:
+def test_two_at_once_and_damage_of_the_pack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import fcntl
 
     write_photos(tmp_path / "in", 4, 40, 50)
@@ -183,6 +183,10 @@ def test_two_at_once_and_damage_of_the_pack(tmp_path: Path) -> None:
     os.truncate(out / "00001.tar", 700)
     with pytest.raises(ValueError, match=r"should hold 4 images and holds 2: .*is cut inside"):
         source(out)
+    whole = files(out)["00000.tar"]
+    with caplog.at_level("WARNING", "scrl_fast"):
+        assert pack(found, out, shard_images=2)["images"] == 4  # the same command makes it good
+    assert "00001.tar is cut inside" in caplog.text and len(source(out)) == 4 and files(out)["00000.tar"] == whole
     (out / "00001.tar").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 shards .* are gone"):
         source(out)

@@ -1,7 +1,7 @@
 """``python -m scrl_fast.data.pack DIR OUT``: images made smaller once, in tar shards that train with source=packed.
 
 Shard s holds images s * N to s * N + N - 1 of the source, whatever is bad among them, and appears under its name only
-when it is whole: after a kill the same command goes on with the first one missing.
+when it is whole: after a kill the same command goes on with the first one missing, or cut since.
 Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import tarfile
@@ -33,6 +34,7 @@ from scrl_fast.durable import publish, write_synced, write_text
 from scrl_fast.errors import UsageError, friendly_errors
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
+_log = logging.getLogger("scrl_fast")
 _SUSPICIOUS = 10  # so many images in a shard, all of them bad, are a lost disk rather than bad images
 
 
@@ -70,7 +72,7 @@ def pack(
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, bar:
             for start, path in zip(starts, paths, strict=True):
                 numbers = range(start, min(start + shard_images, len(source)))
-                if path.exists():
+                if _is_whole(path):
                     bar.update(len(numbers))
                     continue
                 try:
@@ -132,6 +134,14 @@ def _write_shard(
         publish(temporary, path, write_synced(temporary, write))
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the shard is there and, as far as its headers tell, undamaged; what was cut since is written anew."""
+    problems = shard_index(str(path)).problems if path.exists() else []
+    for problem in problems:
+        _log.warning("%s %s: it is written anew", path, problem)
+    return path.exists() and not problems
 
 
 def smaller(image: Encoded, shorter_side: int, quality: int) -> bytes:
