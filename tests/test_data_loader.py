@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ def test_layout_and_dtype() -> None:
     moved = batch.to("cpu", channels_last=True)
     assert moved.views.is_contiguous(memory_format=torch.channels_last) and torch.equal(moved.views, batch.views)
     assert moved.boxes is not None and len(moved.boxes) == 2 and moved.keys is batch.keys
+    part = replace(batch, views=batch.views.to("meta")).to("meta", channels_last=False)  # as views made on a GPU are
+    assert part.boxes is not None and part.labels.is_meta and all(boxes.is_meta for boxes in part.boxes)
 
 
 # ---- the stream does not depend on how it is made ----

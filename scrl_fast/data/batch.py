@@ -32,7 +32,8 @@ class Batch:
     def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
         """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        if self.views.device == torch.device(device) and self.views.is_contiguous(memory_format=layout):
+        there = {tensor.device for tensor in (self.views, self.labels, *(self.boxes or ()))} == {torch.device(device)}
+        if there and self.views.is_contiguous(memory_format=layout):
             return self  # each operation would let go of the interpreter, and have to wait until a loader's thread does
         return replace(
             self,
