@@ -46,7 +46,7 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of a name: told apart, and looked up, by identity
 class Operation:
     """The implementations of one operation.
 
@@ -89,15 +89,8 @@ class Operation:
 
 
 def _chosen(name: str, device_type: str, backend: str | None) -> str:
-    operation = OPERATIONS[name]
-    return _choose(
-        operation, device_type, _forced_by_environment(operation, device_type) if backend is None else backend
-    )
-
-
-def _forced_by_environment(operation: Operation, device_type: str) -> str | None:
-    forced = os.environ.get("SCRL_FAST_BACKEND") or None
-    return None if forced in BACKENDS and not operation.has_form(forced, device_type) else forced
+    environment = os.environ.get("SCRL_FAST_BACKEND") if backend is None else None
+    return _choose(OPERATIONS[name], device_type, backend, environment)
 
 
 def check_forced(device_type: str) -> None:
@@ -107,7 +100,7 @@ def check_forced(device_type: str) -> None:
     """
     for operation in OPERATIONS.values():
         try:
-            _choose(operation, device_type, _forced_by_environment(operation, device_type))
+            _choose(operation, device_type, None, os.environ.get("SCRL_FAST_BACKEND"))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"SCRL_FAST_BACKEND: {error}") from error
 
@@ -117,8 +110,15 @@ def check_forced(device_type: str) -> None:
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _forced_by(environment: str | None, operation: Operation, device_type: str) -> str | None:
+    if not environment or (environment in BACKENDS and not operation.has_form(environment, device_type)):
+        return None
+    return environment
+
+
 @functools.cache
-def _choose(operation: Operation, device_type: str, forced: str | None) -> str:
+def _choose(operation: Operation, device_type: str, backend: str | None, environment: str | None) -> str:
+    forced = _forced_by(environment, operation, device_type) if backend is None else backend
     if forced is not None:
         if forced not in BACKENDS:
             raise ValueError(f"backend {forced!r} is unknown; choose one of {', '.join(BACKENDS)}")

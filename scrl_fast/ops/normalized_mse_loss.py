@@ -118,26 +118,26 @@ def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: in
     wanted = input.requires_grad, target.requires_grad
     if not any(wanted) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return operator(input, target, two_views, reduction, *wanted)[0]
-    return _Eager.apply(input, target, two_views, reduction, *wanted, operator)
+    return _Eager.apply(input, target, operator, (two_views, reduction, *wanted))
 
 
 class _Eager(torch.autograd.Function):
-    """The operator's own autograd formula with less around it.
+    """The operator's own autograd formula with less around it. Tracers and torch.func still take the operator's.
 
-    Forward and backward of 5120 x 256 float32 through torch.library's formula take 0.60 ms on two Xeon cores, through
-    this 0.40 ms, of which the kernel is 0.29 ms. Tracers and torch.func still take the operator's.
+    A call of 8 rows, forward and backward, takes 39 us through this and 101 through torch.library's formula (two Xeon
+    cores); a Function that does nothing takes 25.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *inputs, operator = args
-        loss, *grads = operator(*inputs)
-        _remember(ctx, inputs, grads)
+    def forward(ctx: Any, input: Tensor, target: Tensor, operator: Any, options: tuple[Any, ...]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():  # past the formula, which would only find that nothing is wanted
+            loss, *grads = operator(input, target, *options)
+        _remember(ctx, input, options, grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grads[0]), None, None, None, None, None
+        return *_gradients(ctx, grads[0]), None, None
 
 
 def _fake(
@@ -151,15 +151,15 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    _remember(ctx, inputs, output[1:])
+    _remember(ctx, inputs[0], inputs[2:], output[1:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     return *_gradients(ctx, grad_loss), None, None, None, None
 
 
-def _remember(ctx: Any, inputs: Sequence[Any], grads: Sequence[Tensor]) -> None:
-    input, _, two_views, reduction, *ctx.made = inputs
+def _remember(ctx: Any, input: Tensor, options: Sequence[Any], grads: Sequence[Tensor]) -> None:
+    two_views, reduction, *ctx.made = options
     ctx.save_for_backward(*grads)
     divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
@@ -168,9 +168,9 @@ def _remember(ctx: Any, inputs: Sequence[Any], grads: Sequence[Tensor]) -> None:
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
     grads: list[Tensor | None] = [None, None]
-    for k, (made, grad) in enumerate(zip(ctx.made, ctx.saved_tensors, strict=True)):
+    for k, grad in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[k] and grad_loss is not None:
-            if not made:
+            if not ctx.made[k]:
                 raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
             grads[k] = _scaled(grad, grad_loss, ctx.divisor)
     return refuse_double_backward("normalized_mse_loss", *grads)
@@ -181,7 +181,7 @@ def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
     # Not where the graph stays: who writes into the gradient handed out would spoil the next pass over it.
     # Tracers bring subclasses of Tensor, whose values cannot be looked at.
     scalar = not factor.dim()
-    plain = divisor == 1 and scalar and type(factor) is Tensor and factor.device.type == "cpu"
+    plain = divisor == 1 and scalar and type(factor) is Tensor and factor.is_cpu
     if plain and not torch._C._autograd._get_current_graph_task_keep_graph() and factor.item() == 1:
         return grad
     factor = factor / divisor if divisor > 1 else factor
