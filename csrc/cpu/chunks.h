@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -29,18 +30,23 @@ inline std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
   return chunks;
 }
 
-// run(c) for every chunk c, each thread taking the next one when it is free: loader processes share these cores, and a
-// thread that lost its core would hold up all others at the end of a fixed share. A thread more for every 32 k
-// elements.
+// run(c) for the chunks c of [first, last), backwards if asked. Each thread has a share of neighbours, so that it reads
+// memory in order and a second loop over the same chunks finds in a core's cache what the first left there. Who is done
+// helps the others: loader processes share these cores, and a thread that lost its core would hold up all of them. A
+// thread more for every 32 k elements.
 template <class Run>
-void for_each_chunk(const std::vector<Chunk>& chunks, const Run& run) {
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t first, int64_t last, bool backwards, const Run& run) {
   int64_t elements = 0;
-  for (const Chunk& chunk : chunks) elements += chunk.count;
+  for (int64_t c = first; c < last; ++c) elements += chunks[c].count;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + elements / (2 * kChunk));
-  const auto count = static_cast<int64_t>(chunks.size());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(c);
+  const auto start = [&](int64_t share) { return first + (last - first) * share / threads; };
+  std::vector<std::atomic<int64_t>> taken(threads);  // chunks of each share
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t turn = begin; turn < end + threads - 1; ++turn) {
+      const int64_t share = turn % threads, low = start(share), size = start(share + 1) - low;
+      for (int64_t i; (i = taken[share].fetch_add(1, std::memory_order_relaxed)) < size;)
+        run(backwards ? low + size - 1 - i : low + i);
+    }
   });
 }
 

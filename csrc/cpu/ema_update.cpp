@@ -50,7 +50,7 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
   momentum *= number_on_host(momentum_tensor, 0);
   if (momentum == 1) return;
   const std::vector<Chunk> chunks = chunks_of(targets);
-  for_each_chunk(chunks, [&](int64_t c) {
+  for_each_chunk(chunks, 0, chunks.size(), false, [&](int64_t c) {
     const Tensor &t = targets[chunks[c].tensor], &s = sources[chunks[c].tensor];
     ema_any(t.scalar_type(), t.mutable_data_ptr(), s.const_data_ptr(), chunks[c].begin, chunks[c].count, momentum);
   });

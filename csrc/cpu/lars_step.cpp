@@ -16,6 +16,8 @@
 namespace {
 using namespace scrl;
 
+constexpr int64_t kGroup = 1 << 17;  // elements of a thread in a group: 1 MB of parameters and gradients in float32
+
 struct Squares {
   double param = 0, gradient = 0;
 };
@@ -122,15 +124,29 @@ SCRL_MULTIVERSION void update_any(const Item& item, int64_t begin, int64_t count
   return update_chunk<f16>(item, begin, count, ema_momentum);
 }
 
-// Sums of squares of every tensor: chunk by chunk, then over its chunks in their order.
-void measure(std::vector<Item>& items, const std::vector<Chunk>& chunks) {
-  std::vector<Squares> squares(chunks.size());
-  for_each_chunk(
-      chunks, [&](int64_t c) { squares[c] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count); });
-  for (size_t c = 0; c < chunks.size(); ++c) {
+// Where the group of tensors ends that begins with chunk `first`: parameters and gradients that are measured together
+// stay in the cores' own caches (1 MB a core) until they are updated. At least one tensor, whatever its size.
+int64_t group_end(const std::vector<Chunk>& chunks, int64_t first) {
+  const int64_t most = kGroup * torch::stable::get_num_threads(), count = chunks.size();
+  int64_t end = first, elements = 0;
+  for (int64_t c = first; c < count; end = c) {
+    for (const int32_t tensor = chunks[c].tensor; c < count && chunks[c].tensor == tensor; ++c)
+      elements += chunks[c].count;
+    if (end > first && elements > most) break;
+  }
+  return end;
+}
+
+// Sums of squares of the tensors of chunks [first, last): chunk by chunk, then over a tensor's chunks in their order.
+void measure(std::vector<Item>& items, const std::vector<Chunk>& chunks, int64_t first, int64_t last) {
+  std::vector<Squares> squares(last - first);
+  for_each_chunk(chunks, first, last, false, [&](int64_t c) {
+    squares[c - first] = squares_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count);
+  });
+  for (int64_t c = first; c < last; ++c) {
     Squares& sum = items[chunks[c].tensor].squares;
-    sum.param += squares[c].param;
-    sum.gradient += squares[c].gradient;
+    sum.param += squares[c - first].param;
+    sum.gradient += squares[c - first].gradient;
   }
 }
 
@@ -175,12 +191,16 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
     for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
 
   const std::vector<Chunk> chunks = chunks_of(params);
-  measure(items, chunks);
-  if (skip_counter && !gradients_finite(items)) return count_skip(*skip_counter);
-  for_each_chunk(chunks, [&](int64_t k) {
-    const int64_t c = chunks.size() - 1 - k;  // backwards: what was measured last is still in the cache
-    update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, ema_momentum);
-  });
+  const auto count = static_cast<int64_t>(chunks.size());
+  for (int64_t first = 0, last; first < count; first = last) {
+    last = skip_counter ? count : group_end(chunks, first);  // all gradients are seen before anything changes
+    measure(items, chunks, first, last);
+    if (skip_counter && !gradients_finite(items)) return count_skip(*skip_counter);
+    // backwards: what was measured last is still in the cache
+    for_each_chunk(chunks, first, last, true, [&](int64_t c) {
+      update_any(items[chunks[c].tensor], chunks[c].begin, chunks[c].count, ema_momentum);
+    });
+  }
 }
 }  // namespace
 
