@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scrl_fast import backends
 from scrl_fast.ops import two_view_loss
+from scrl_fast.ops.normalized_mse_loss import REDUCTIONS
 
 MOSTLY_OVERHEAD = 64  # pairs: fewer show what a call costs
 
@@ -76,6 +77,23 @@ def case(bench: harness.Bench, pairs: int, width: int, backward: bool) -> None:
     bench.case(name, forms, bytes=bytes_moved, items=pairs, check=agree, wall=pairs < MOSTLY_OVERHEAD)
 
 
+def bound(bench: harness.Bench, pairs: int, width: int) -> None:
+    """The operator without autograd, beside an addition that moves the same bytes to memory that is there already."""
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shape, options = (2 * pairs, width), {"device": bench.device, "dtype": bench.dtype}
+    online, target = (torch.randn(shape, generator=generator, **options) for _ in range(2))
+    result = torch.empty_like(online)
+    providers = {"torch/add_out": lambda: torch.add(online, target, out=result)}
+    form = "native" if bench.device.type == "cpu" else "triton"
+    if not backends.OPERATIONS["two_view_loss"].failure(form, bench.device.type):
+        name = "normalized_mse_loss" + ("" if form == "native" else "_triton")
+        operator = getattr(torch.ops.scrl_fast, name).default
+        ours = {f"scrl_fast/{form}": lambda: operator(online, target, True, REDUCTIONS.index("mean"), True, False)}
+        providers = ours | providers
+    bytes_moved = 3 * 2 * pairs * width * online.element_size()
+    bench.case(harness.case_name("operator", pairs=pairs, width=width), providers, bytes=bytes_moved, items=pairs)
+
+
 def main() -> int:
     parser = harness.parser("normalized_mse_loss", __doc__)
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 640, 2560], help="box pairs (default: 4 640 2560)")
@@ -85,6 +103,7 @@ def main() -> int:
     for pairs in args.pairs:
         case(bench, pairs, args.width, backward=True)
     case(bench, max(args.pairs), args.width, backward=False)
+    bound(bench, max(args.pairs), args.width)
     return bench.finish()
 
 
