@@ -94,6 +94,22 @@ def test_boxes_and_final_state_are_the_published_ones(backend, size, options):
         assert np.array_equal(got, want)
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the compiled sampler is not built")
+def test_native_leaves_the_state_where_numpy_does():
+    """From every place in a block of 624 words on, beyond its end included; and one draw that uses no word."""
+    crops, single = random_crops(1), np.tile([0, 0, 33, 33, 0], (2, 1, 1))
+    for place in [*range(500, 625, 4), 621, 622, 623]:
+        for views, options in ((crops, {"view_size": 224}), (single, {"view_size": 33, "boxes_per_image": 1})):
+            after = []
+            for backend in ("native", "reference"):
+                state = np.random.RandomState(5)
+                state.set_state(("MT19937", state.get_state()[1], place))
+                boxes = sample_box_pairs_replay(*views, **options, random_state=state, backend=backend)
+                after.append([*boxes, *state.get_state()[1:3], state.randint(0, 1 << 30, 700)])
+            for ours, theirs in zip(*after, strict=True):
+                assert np.array_equal(ours, theirs), (place, options)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_state_goes_on_and_leaves_the_global_one(backend):
     crops = torch.from_numpy(random_crops(8))

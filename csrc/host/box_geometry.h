@@ -26,6 +26,7 @@ namespace scrl_fast::host {
 constexpr int kTries = 50;
 constexpr int64_t kLimit = int64_t{1} << 20;  // sizes and coordinates stay below: every product here is exact
 constexpr int kCropFields = 5, kBoxFields = 5;
+constexpr double kNowhere = -0x1p60;  // as its right edge lets a box overlap nothing
 
 struct BoxOptions {
   int64_t view_size, boxes_per_image, min_size;

@@ -31,7 +31,6 @@ constexpr int64_t kLanes = 8;   // float64 numbers in the widest register
 constexpr int64_t kGroups = 2;  // of eight images each: the latency of one hides behind the other
 // Waking a thread takes 25 to 40 us, and then it fetches what the other one has in its cache; a box takes 22 ns.
 constexpr int64_t kBoxesPerThread = 8192;
-constexpr double kNowhere = -0x1p60;  // as its right edge lets a box overlap nothing
 
 const PhiloxEight philox_one = philox_eight_here<1>(), philox_two = philox_eight_here<2>();
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -30,10 +31,25 @@ struct BitGenerator {
   uint64_t (*next_raw)(void*);
 };
 
+// The lowest bits that can hold `last`; none where it is 0. RandomState.randint takes a word's bits under this mask,
+// and another word until they do not exceed `last`; a single choice takes no word.
+SCRL_INLINE uint32_t mask_of(uint32_t last) {
+  return (~uint32_t{0} >> __builtin_clz(last | 1)) & (0 - static_cast<uint32_t>(last != 0));
+}
+
 // Numbers of any bit generator, one call each.
 struct AnyNumbers {
   const BitGenerator& generator;
-  SCRL_INLINE uint32_t word() { return generator.next_uint32(generator.state); }
+
+  void begin() {}
+  SCRL_INLINE uint32_t below_or_at(uint32_t last) {
+    if (last == 0) return 0;
+    const uint32_t mask = mask_of(last);
+    uint32_t drawn;
+    do drawn = generator.next_uint32(generator.state) & mask;
+    while (drawn > last);
+    return drawn;
+  }
   SCRL_INLINE double uniform() { return generator.next_double(generator.state); }
   void finish() {}
 };
@@ -51,14 +67,14 @@ SCRL_INLINE uint32_t twisted(uint32_t here, uint32_t next, uint32_t far) {
   return far ^ (mixed >> 1) ^ ((mixed & 1) ? 0x9908B0DF : 0);
 }
 
-SCRL_MULTIVERSION void twist(uint32_t* key) {
+SCRL_MULTIVERSION void twist(const uint32_t* SCRL_RESTRICT key, uint32_t* SCRL_RESTRICT next) {
   constexpr int left = kStateWords - kStateReach;
-  for (int i = 0; i < left; ++i) key[i] = twisted(key[i], key[i + 1], key[i + kStateReach]);
-  for (int i = left; i < kStateWords - 1; ++i) key[i] = twisted(key[i], key[i + 1], key[i - left]);
-  key[kStateWords - 1] = twisted(key[kStateWords - 1], key[0], key[kStateReach - 1]);
+  for (int i = 0; i < left; ++i) next[i] = twisted(key[i], key[i + 1], key[i + kStateReach]);
+  for (int i = left; i < kStateWords - 1; ++i) next[i] = twisted(key[i], key[i + 1], next[i - left]);
+  next[kStateWords - 1] = twisted(key[kStateWords - 1], next[0], next[kStateReach - 1]);
 }
 
-SCRL_MULTIVERSION void temper(const uint32_t* key, uint32_t* words) {
+SCRL_MULTIVERSION void temper(const uint32_t* SCRL_RESTRICT key, uint32_t* SCRL_RESTRICT words) {
   for (int i = 0; i < kStateWords; ++i) {
     uint32_t word = key[i];
     word ^= word >> 11;
@@ -68,69 +84,130 @@ SCRL_MULTIVERSION void temper(const uint32_t* key, uint32_t* words) {
   }
 }
 
-// The same numbers as AnyNumbers over a Mersenne Twister, a block of 624 made at once (4 -> 1 ns a word).
+// The same numbers as AnyNumbers over a Mersenne Twister. A block of 624 words is made at once, and always one more
+// than is needed, so that words can be looked at before it is known how many of them will be used: which of the next
+// three is the first to fit is counted, not branched on, since no processor predicts it.
 struct TwisterNumbers {
+  static constexpr int kSlack = 64;  // more than a try looks at
   MersenneTwister& state;
-  int next = state.position;
-  uint32_t words[kStateWords];
+  int64_t next = state.position;
+  uint32_t ahead[kStateWords];  // the state after the next twist
+  uint32_t words[2 * kStateWords];
 
-  explicit TwisterNumbers(MersenneTwister& s) : state(s) { temper(state.key, words); }
-  SCRL_INLINE uint32_t word() {
-    if (next == kStateWords) twist(state.key), temper(state.key, words), next = 0;
-    return words[next++];
+  explicit TwisterNumbers(MersenneTwister& s) : state(s) {
+    temper(state.key, words);
+    look_ahead();
+  }
+  void look_ahead() {
+    twist(state.key, ahead);
+    temper(ahead, words + kStateWords);
+  }
+  // NumPy twists when it needs a word: at the end of a block it still holds that block.
+  __attribute__((noinline)) void turn() {
+    std::copy(ahead, ahead + kStateWords, state.key);
+    std::copy(words + kStateWords, words + 2 * kStateWords, words);
+    look_ahead();
+    next -= kStateWords;
+  }
+  SCRL_INLINE void begin() {
+    if (next > kStateWords) turn();
+  }
+  SCRL_INLINE uint32_t below_or_at(uint32_t last) {
+    const uint32_t mask = mask_of(last);
+    const uint32_t* at = words + next;
+    const uint32_t over0 = (at[0] & mask) > last, over1 = over0 & ((at[1] & mask) > last),
+                   over2 = over1 & ((at[2] & mask) > last);
+    if (__builtin_expect(over2, 0)) return search(mask, last);
+    const uint32_t skipped = over0 + over1;
+    next += skipped + (last != 0);
+    return at[skipped] & mask;
+  }
+  __attribute__((noinline)) uint32_t search(uint32_t mask, uint32_t last) {
+    for (next += 3;; ++next) {
+      if (next > 2 * kStateWords - kSlack) turn();
+      const uint32_t drawn = words[next] & mask;
+      if (drawn <= last) return ++next, drawn;
+    }
   }
   SCRL_INLINE double uniform() {
-    const double high = word() >> 5, low = word() >> 6;
+    const double high = words[next] >> 5, low = words[next + 1] >> 6;
+    next += 2;
     return (high * 0x1p26 + low) / 0x1p53;
   }
-  void finish() { state.position = next; }
-};
-
-// numpy.random.RandomState.randint(0, count): the lowest bits that can hold count - 1, again until they do not exceed
-// it. A single choice draws nothing.
-template <class Source>
-struct LegacyIntegers {
-  Source& source;
-
-  SCRL_INLINE double operator()(double count) const {
-    const auto last = static_cast<uint32_t>(static_cast<int32_t>(count)) - 1;
-    if (last == 0) return 0.0;
-    const uint32_t mask = ~uint32_t{0} >> __builtin_clz(last);
-    uint32_t drawn;
-    do drawn = source.word() & mask;
-    while (drawn > last);
-    return static_cast<int32_t>(drawn);
+  void finish() {
+    begin();
+    state.position = static_cast<int>(next);
   }
 };
 
-// Accepted boxes, eight to a vector; what was not filled has no area and overlaps nothing. The alignment is said
-// because GCC otherwise takes that of the baseline (16), while the AVX-512 clone relies on 64.
+SCRL_INLINE int32_t whole_number(double value) { return static_cast<int32_t>(value); }
+
+// One of 0..count-1.
+template <class Source>
+SCRL_INLINE int32_t drawn_below(int32_t count, Source& source) {
+  return static_cast<int32_t>(source.below_or_at(static_cast<uint32_t>(count - 1)));
+}
+
+// One try, as draw_box, in integers.
+template <bool kGrid, class Source>
+SCRL_INLINE Draw<double> replay_box(const Overlap<double>& o, int32_t least, Source& source) {
+  const int32_t across = whole_number(o.width), down = whole_number(o.height);
+  int32_t x, y, w, h;
+  if constexpr (kGrid) {
+    const int32_t columns = 1 + drawn_below(whole_number(o.columns), source),
+                  rows = 1 + drawn_below(whole_number(o.rows), source);
+    const double cell_w = o.width / columns, cell_h = o.height / rows;
+    const int32_t whole_w = whole_number(cell_w), whole_h = whole_number(cell_h);
+    const int32_t column = drawn_below(columns, source), row = drawn_below(rows, source);
+    w = least + drawn_below(whole_w - least + 1, source), h = least + drawn_below(whole_h - least + 1, source);
+    x = drawn_below(whole_w - w + 1, source) + whole_number(column * cell_w);
+    y = drawn_below(whole_h - h + 1, source) + whole_number(row * cell_h);
+  } else {
+    w = least + drawn_below(across - least, source), h = least + drawn_below(down - least, source);
+    x = drawn_below(across - w, source), y = drawn_below(down - h, source);
+  }
+  return {static_cast<double>(x), static_cast<double>(y), static_cast<double>(w), static_cast<double>(h)};
+}
+
+// Eight accepted boxes; a place that is still empty overlaps nothing. The alignment is said because GCC otherwise takes
+// that of the baseline (16), while the AVX-512 clone relies on 64.
 struct alignas(64) Accepted {
   Box<Doubles> box;
+  Doubles area;
 };
 
-// The published loop compares the box before it is clipped with those that were clipped. The division stays: at equal
-// distance from the threshold its rounding decides. It is made only where the product says that it may matter.
-SCRL_INLINE bool too_close(const Box<double>& box, const Accepted* accepted, int64_t count, double threshold) {
-  using Flags = int64_t __attribute__((vector_size(8 * kLanes)));
-  const Doubles none = {};
-  const Box<Doubles> wide{none + box.x0, none + box.y0, none + box.x1, none + box.y1};
-  const double own = area(box), nearly = threshold * (1.0 - 0x1p-40);
-  Flags maybe = {};
+using Flags = int64_t __attribute__((vector_size(8 * kLanes)));
+
+SCRL_INLINE bool any(Flags flags) {
+  using Bytes = int8_t __attribute__((vector_size(kLanes)));
+  const Bytes narrow = __builtin_convertvector(flags, Bytes);
+  uint64_t set;
+  std::memcpy(&set, &narrow, sizeof set);
+  return set != 0;
+}
+
+// The published loop compares the box before it is clipped with those that were clipped, and its division's rounding
+// decides at equal distance from the threshold. It is made only where the product leaves it open, so hardly ever.
+SCRL_INLINE bool too_close(const Box<double>& box, const Accepted* accepted, int64_t count, double threshold,
+                           const Doubles& zero) {
+  const Box<Doubles> wide{zero + box.x0, zero + box.y0, zero + box.x1, zero + box.y1};
+  const double own = area(box), nearly = threshold * (1.0 - 0x1p-40), surely = threshold * (1.0 + 0x1p-40);
+  Flags maybe = {}, sure = {};
   for (int64_t g = 0; g * kLanes < count; ++g) {
     const Doubles shared = shared_area(wide, accepted[g].box);
-    maybe = shared >= nearly * (own + area(accepted[g].box) - shared) ? Flags{} - 1 : maybe;
+    const Doubles together = own + accepted[g].area - shared;
+    maybe = shared >= nearly * together ? Flags{} - 1 : maybe;
+    sure = shared >= surely * together ? Flags{} - 1 : sure;
   }
-  int64_t any = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) any |= maybe[lane];
-  if (!any) return false;
-  bool close = false;
-  for (int64_t i = 0; i < count; ++i) {
-    const Box<Doubles>& a = accepted[i / kLanes].box;
-    const int64_t lane = i % kLanes;
-    const Box<double> other{a.x0[lane], a.y0[lane], a.x1[lane], a.y1[lane]};
-    const double shared = shared_area(box, other);
-    close |= shared / (own + area(other) - shared) >= threshold;
+  bool close = any(sure);
+  if (__builtin_expect(any(maybe & ~sure), 0)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Box<Doubles>& a = accepted[i / kLanes].box;
+      const int64_t lane = i % kLanes;
+      const Box<double> other{a.x0[lane], a.y0[lane], a.x1[lane], a.y1[lane]};
+      const double shared = shared_area(box, other);
+      close |= shared / (own + area(other) - shared) >= threshold;
+    }
   }
   return close;
 }
@@ -140,8 +217,8 @@ SCRL_INLINE Box<double> clip_as_published(const Box<double>& b, double size) {
   return {larger(b.x0, 0.0), larger(b.y0, 0.0), smaller(b.x1, size), smaller(b.y1, size)};
 }
 
-SCRL_INLINE void write_row(float* row, int64_t image, const Box<double>& box) {
-  row[0] = static_cast<float>(image), row[1] = static_cast<float>(box.x0), row[2] = static_cast<float>(box.y0);
+SCRL_INLINE void write_row(float* row, float image, const Box<double>& box) {
+  row[0] = image, row[1] = static_cast<float>(box.x0), row[2] = static_cast<float>(box.y0);
   row[3] = static_cast<float>(box.x1), row[4] = static_cast<float>(box.y1);
 }
 
@@ -152,31 +229,40 @@ struct Work {
   float *rows1, *rows2;
 };
 
+// Whether a try is accepted does not change which words the next one takes, so nothing waits for it: a box that is too
+// close is written over by the next one.
 template <bool kGrid, class Source>
 SCRL_INLINE void replay_image(const Overlap<double>& overlap, const BoxOptions& o, Source& source, const Work& work,
                               int64_t image, std::vector<Accepted>& accepted, float* rows1, float* rows2) {
-  const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
+  const auto size = static_cast<double>(o.view_size);
+  const auto least = static_cast<int32_t>(o.min_size);
   const double low = 1.0 - o.jitter, span = (1.0 + o.jitter) - low;
+  const auto image1 = static_cast<float>(image), image2 = static_cast<float>(image + work.images);
+  // Zeros of which the compiler knows nothing: GCC 12 makes a vector of one number lane by lane, but adds one to a
+  // vector as it should.
+  alignas(64) Doubles zero = {};
+  __asm__("" : "+m"(zero));
   std::fill(accepted.begin(), accepted.end(), Accepted{});
-  for (int64_t i = 0; i < o.boxes_per_image; ++i) {
-    Draw<double> draw;
-    Box<double> box1;
-    double factors[4] = {};
-    for (int attempt = 0; attempt < kTries; ++attempt) {
-      draw = draw_box<kGrid, double>(overlap, least, LegacyIntegers<Source>{source});
-      box1 = to_view(overlap, 0, draw, size);
-      if (o.jitter > 0.0)
-        for (double& factor : factors) factor = low + span * source.uniform();
-      if (i == 0 || o.iou_threshold == 1.0 || !too_close(box1, accepted.data(), i, o.iou_threshold)) break;
+  for (int64_t i = 0, attempt = 0; i < o.boxes_per_image;) {
+    source.begin();
+    const Draw<double> draw = replay_box<kGrid>(overlap, least, source);
+    Box<double> box1 = to_view(overlap, 0, draw, size), box2 = to_view(overlap, 1, draw, size);
+    if (o.jitter > 0.0) {
+      double factors[4];
+      for (double& factor : factors) factor = low + span * source.uniform();
+      box2 = jittered(box2, factors);
     }
-    Box<double> box2 = to_view(overlap, 1, draw, size);
-    if (o.jitter > 0.0) box2 = jittered(box2, factors);
+    const bool close = o.iou_threshold < 1.0 && too_close(box1, accepted.data(), i, o.iou_threshold, zero);
+    const bool kept = !close | (attempt == kTries - 1);
     box1 = clip_as_published(box1, size);
-    Box<Doubles>& group = accepted[static_cast<size_t>(i / kLanes)].box;
+    write_row(rows1 + i * kBoxFields, image1, box1);
+    write_row(rows2 + i * kBoxFields, image2, clip_as_published(box2, size));
+    Accepted& group = accepted[static_cast<size_t>(i / kLanes)];
     const int64_t lane = i % kLanes;
-    group.x0[lane] = box1.x0, group.y0[lane] = box1.y0, group.x1[lane] = box1.x1, group.y1[lane] = box1.y1;
-    write_row(rows1 + i * kBoxFields, image, box1);
-    write_row(rows2 + i * kBoxFields, image + work.images, clip_as_published(box2, size));
+    group.box.x0[lane] = box1.x0, group.box.y0[lane] = box1.y0, group.box.y1[lane] = box1.y1;
+    group.box.x1[lane] = kept ? box1.x1 : kNowhere;
+    group.area[lane] = area(box1);
+    i += kept, attempt = kept ? 0 : attempt + 1;
   }
 }
 
