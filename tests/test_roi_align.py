@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import assert_as_accurate, guarded, implementations, num_threads, poisoned_allocator
+from conftest import assert_as_accurate, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_roi_align import (
+    LAYOUTS,
+    OPTIONS,
+    dtypes,
+    everywhere,
+    feature_map,
+    interpreted,
+    run,
+    small_work,
+    some_boxes,
+)
 from torch import Tensor
 from torchvision.ops import RoIAlign as TorchvisionRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
@@ -20,51 +29,6 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from scrl_fast import _native
 from scrl_fast.ops import RoIAlign, roi_align
 from scrl_fast.ops.roi_align import roi_align_reference
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-everywhere = pytest.mark.parametrize("device, backend", implementations("roi_align"))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-OPTIONS = list(itertools.product([1, (3, 2)], [-1, 2], [False, True]))  # output size, sampling ratio, aligned
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "images and channels swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "rows and columns swapped": lambda t: t.mT.contiguous().mT,
-    "every second channel": lambda t: t.repeat_interleave(2, 1)[:, ::2],
-}
-
-
-def feature_map(n: int = 3, c: int = 20, h: int = 7, w: int = 9, dtype=torch.float64, device="cpu", seed=0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, c, h, w, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
-
-
-def some_boxes(count: int = 25, images: int = 3, h: int = 7, w: int = 9, seed: int = 0) -> Tensor:
-    """Boxes of all sizes, in no order, some beyond the edges, one image without any where there are several."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, max(images - 1, 1), (count,), generator=generator).double()
-    corners = torch.rand(count, 2, 2, generator=generator, dtype=torch.float64).sort(1).values * 1.3 - 0.15
-    corners = (corners * torch.tensor([w, h]) * 32).round(decimals=1)  # exact enough in float32 for every backend
-    return torch.cat([image[:, None], corners.reshape(count, 4)], 1)
-
-
-def small_work(device: str, backend: str) -> dict[str, int]:
-    """Channels that tests of many cases take: the interpreter needs seconds where the others need microseconds."""
-    return {"c": 4 if interpreted(device, backend) else 20}
-
-
-def interpreted(device: str, backend: str) -> bool:
-    return device == "cpu" and backend == "triton"
-
-
-def run(input: Tensor, boxes: Tensor, options=(1, -1, False), seed: int = 1, **more) -> tuple[Tensor, Tensor]:
-    """Output and gradient for a random cotangent, the same one for every dtype and backend."""
-    size, ratio, aligned = options
-    function = more.pop("function", roi_align)
-    output = function(input, boxes, size, 1 / 32, ratio, aligned, **more)
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    (grad,) = torch.autograd.grad(output, input, cotangent.to(output.device, output.dtype))
-    return output, grad
 
 
 def by_samples(input: Tensor, boxes: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool) -> Tensor:
@@ -314,98 +278,6 @@ def test_operators_refuse_tensors_on_several_devices() -> None:
             torch.ops.scrl_fast.roi_align(*mixed, 1.0, 1, 1, -1, True)
         with pytest.raises(RuntimeError, match="on one GPU"):
             torch.ops.scrl_fast.roi_align_backward(mixed[0][..., :1, :1], mixed[1], 1.0, -1, True, [1, 1, 4, 4], False)
-
-
-# ---- gradients, tracing ----
-
-
-@everywhere
-@pytest.mark.parametrize("size", [1, (2, 2)], ids=str)
-def test_gradcheck_and_second_derivative(device: str, backend: str, size) -> None:
-    input, boxes = feature_map(2, 2, 4, 5, device=device), some_boxes(5, 2, 4, 5).to(device)
-    check = lambda x: roi_align(x, boxes, size, 1 / 32, -1, True, backend=backend)  # noqa: E731
-    torch.autograd.gradcheck(check, input, fast_mode=True)
-    torch.autograd.gradgradcheck(check, input, fast_mode=True)
-
-
-@pytest.mark.skipif(bool(_native.load_failure("_cpu")), reason="the compiled library is not here")
-@pytest.mark.parametrize("name", ["roi_align", "roi_align_triton"])
-def test_opcheck(name: str) -> None:
-    for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")):
-        input = LAYOUTS[layout](feature_map(2, 4, 3, 5, dtype).detach()).requires_grad_()
-        boxes = some_boxes(4, 2, 3, 5).float()
-        torch.library.opcheck(getattr(torch.ops.scrl_fast, name).default, (input, boxes, 1 / 32, 2, 2, -1, False))
-
-
-@everywhere
-@pytest.mark.filterwarnings("ignore:Guards may run slower")
-def test_compiles_without_graph_break(device: str, backend: str) -> None:
-    if backend == "reference":  # its work depends on the boxes' values; it is there to be compared with
-        return
-    torch._dynamo.reset()
-    module = RoIAlign(2, 1 / 32, backend=backend)
-    compiled = torch.compile(lambda x, b: module(x * 2, b).sum(), fullgraph=True, backend="aot_eager")
-    input, boxes = feature_map(device=device, dtype=torch.float32), some_boxes().float().to(device)
-    (made,) = torch.autograd.grad(compiled(input, boxes), input)
-    (expected,) = torch.autograd.grad(module(input * 2, boxes).sum(), input)
-    torch.testing.assert_close(made, expected)
-
-
-# ---- the same bits, clean memory ----
-
-
-@everywhere
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [1, (3, 3)], ids=str)
-def test_same_bits_for_any_number_of_threads(device: str, backend: str, layout: str, size) -> None:
-    if backend == "triton" and device == "cpu":
-        return  # the interpreter has one
-    input = LAYOUTS[layout](feature_map(4, 64, 7, 7, torch.float32).detach()).to(device).requires_grad_()
-    boxes = some_boxes(60, 4, 7, 7).to(device)
-    results = []
-    for count in (1, 2, 3):
-        with num_threads(count):
-            results.append(run(input, boxes, (size, -1, False), backend=backend))
-    for output, grad in results[1:]:
-        assert torch.equal(output, results[0][0]) and torch.equal(grad, results[0][1])
-
-
-@everywhere
-@dtypes
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_reads_and_writes_only_its_own(
-    device: str, backend: str, dtype: torch.dtype, layout: str, guarded_outputs: None
-) -> None:
-    input, boxes = feature_map(dtype=dtype, device=device), some_boxes().float().to(device)
-    if interpreted(device, backend):
-        input, boxes = input[:, :4], boxes[:5]
-    with guarded(LAYOUTS[layout](input.detach()), boxes) as (laid, laid_boxes), poisoned_allocator():
-        for size in (1, 2):
-            output, grad = run(laid.requires_grad_(), laid_boxes, (size, -1, False), backend=backend)
-            assert output.isfinite().all() and grad.isfinite().all()
-
-
-def test_large_map_needs_no_large_workspace() -> None:
-    """FPN sizes: weights for boxes x HW would be 537 MB here; what grows is the output and its gradient.
-
-    Beside those one thread holds, of one image's boxes, 8 to 12 bytes for each tap along an axis, at most H + 2 bins or
-    W + 2 bins of them, and one vector of channels (64 bytes a bin) of their gradients.
-    """
-    code = (
-        "import resource, torch; from scrl_fast.ops import roi_align; torch.set_num_threads(1)\n"
-        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "x = torch.randn(1, 16, 200, 336, requires_grad=True); b = torch.rand(2000, 5) * 1000; b[:, 0] = 0\n"
-        "b[:, 3:] += b[:, 1:3]; roi_align(x, b[:2], 7, 0.25, 2).sum().backward()\n"
-        "if hasattr(torch.ops.scrl_fast, 'roi_align_backward_out'):\n"
-        "    grad, out = torch.randn(2000, 16, 7, 7), torch.zeros_like(x.detach()); before = most()\n"
-        "    torch.ops.scrl_fast.roi_align_backward_out(grad, b, 0.25, 2, False, out); print(most() - before)\n"
-        "before = most(); roi_align(x, b, 7, 0.25, 2).sum().backward(); print(most() - before)\n"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    *into_memory, with_results = map(int, printed.split())  # KiB
-    if not _native.load_failure("_cpu"):
-        taps, gradients = 12 * 2000 * (200 + 14) + 8 * 2000 * (336 + 14), 64 * 2000 * 49
-        assert with_results < 100_000 and into_memory[0] * 1024 < 2 * (taps + gradients)  # vectors grow by doubling
 
 
 # ---- wrong input ----
