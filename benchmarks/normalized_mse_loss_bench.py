@@ -84,14 +84,24 @@ def bound(bench: harness.Bench, pairs: int, width: int) -> None:
     online, target = (torch.randn(shape, generator=generator, **options) for _ in range(2))
     result = torch.empty_like(online)
     providers = {"torch/add_out": lambda: torch.add(online, target, out=result)}
+    check = None
     form = "native" if bench.device.type == "cpu" else "triton"
     if not backends.OPERATIONS["two_view_loss"].failure(form, bench.device.type):
         name = "normalized_mse_loss" + ("" if form == "native" else "_triton")
         operator = getattr(torch.ops.scrl_fast, name).default
         ours = {f"scrl_fast/{form}": lambda: operator(online, target, True, REDUCTIONS.index("mean"), True, False)}
         providers = ours | providers
+
+        def check() -> None:
+            wide = online.double().requires_grad_()
+            (slope,) = torch.autograd.grad(plain(wide, target.double()), wide)
+            made = operator(online, target, True, REDUCTIONS.index("mean"), True, False)[1].double()
+            if not float((made - slope).norm() / slope.norm()) <= max(1e-5, 4 * torch.finfo(bench.dtype).eps):
+                raise AssertionError("the operator's gradient is not the loss's")
+
     bytes_moved = 3 * 2 * pairs * width * online.element_size()
-    bench.case(harness.case_name("operator", pairs=pairs, width=width), providers, bytes=bytes_moved, items=pairs)
+    name = harness.case_name("operator", pairs=pairs, width=width)
+    bench.case(name, providers, bytes=bytes_moved, items=pairs, check=check)
 
 
 def main() -> int:

@@ -42,6 +42,8 @@ LINES = [
      ["torch/composite", "torch/loops"]),
     ("LARS + SGD + moving average", "lars_step", "resnet50+ema", "scrl_fast/native",
      ["torch/composite", "torch/loops"]),
+    ("the same as the trainer calls it: a gradient that is not finite changes nothing", "lars_step", "resnet50+ema",
+     "scrl_fast/skipping", ["torch/composite", "torch/loops"]),
     ("box pairs, 256 images x 10", "sample_box_pairs", "draw images=256 boxes=10", "scrl_fast/native",
      ["numpy/step-by-step"]),
     ("box pairs, NumPy's stream replayed bit for bit", "sample_box_pairs", "replay images=256 boxes=10",

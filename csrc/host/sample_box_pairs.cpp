@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -87,6 +88,9 @@ struct alignas(64) Lanes {
   int64_t used;  // slots that hold a box of any lane
   float idle[2 * kBoxFields];
 };
+
+// Lanes' pointers are moved as eight 64-bit numbers, and the first lane is the lowest byte of a word.
+static_assert(sizeof(double*) == 8 && std::endian::native == std::endian::little);
 
 // 0xFF in the byte of each lane that is not 0.
 SCRL_INLINE uint64_t lanes_set(Flags flags) {
