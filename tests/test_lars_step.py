@@ -198,6 +198,25 @@ def test_any_thread_count_gives_the_same_bits(device: str, backend: str) -> None
 
 
 @everywhere
+def test_groups_of_tensors_change_nothing(device: str, backend: str) -> None:
+    """Tensors that fit the caches together are measured, then updated; with a counter all are measured first."""
+    group = 1 << 17 if backend == "native" else 1 << 9  # kGroup of csrc/cpu/lars_step.cpp: the group of one thread
+    sizes = [5, group - 6, 1, 2 * group + 5, 0, 3, group - 2, 2, group + 1]
+    start = Lists(torch.float32, device, [(size,) for size in sizes])
+    steps = []
+    for threads in (1, 2, 3) if backend == "native" else (1,):
+        with num_threads(threads):
+            steps.append(start.copy().step(backend))
+            counter = torch.zeros(1, dtype=torch.int64, device=device)
+            steps.append(start.copy().step(backend, skip_counter=counter))
+        assert counter.item() == 0
+    for ours, exact in zip(steps[0].written(), start.exact().written(), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    for other in steps[1:]:
+        assert_same_bits(steps[0], other)
+
+
+@everywhere
 def test_norms_keep_small_terms_of_long_tensors(device: str, backend: str) -> None:
     size = 100_000 if backend == "triton" and device == "cpu" else 3_000_000  # interpreted: slow
     param = torch.full((size,), 0.25, device=device)

@@ -58,7 +58,8 @@ def lars_step_(
 
     params, grads, momentum_buffers: lists of one length, the tensors at one place of equal shape, dtype (float32,
         float64, bfloat16, float16) and device, in any layout; dense tensors that lie alike are used as they are,
-        others are copied. Arithmetic is float32 (float64 for float64), norms are summed in float64, in fixed order.
+        others are copied. Each tensor once, sharing no memory: of what is listed twice, nothing is promised.
+        Arithmetic is float32 (float64 for float64), norms are summed in float64, in fixed order.
     lr ... grad_scale: one value for all tensors or a sequence with one for each.
     adapt: False takes plain SGD momentum instead, ``b = momentum * b + grad_scale * g + weight_decay * p``;
         grad_scale may be "lr" (the published implementation multiplies such gradients by the learning rate).
