@@ -65,7 +65,7 @@ class DataConfig:
             "data",
             workers=at_least(0),
             prefetch=at_least(1),
-            timeout=above(0),
+            timeout=from_above(0, 604_800),  # a week; what waits for it cannot count to just any number
             max_bad_fraction=SHARE,
             max_pixels=at_least(1),
             demo_images=at_least(1),

@@ -113,6 +113,9 @@ def choose(asked: str, checkpoints: checkpoint.CheckpointManager) -> tuple[Path 
 def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
     """Puts a checkpoint into the trainer; the options stay those of the trainer's configuration.
 
+    In a checkpoint from before every process kept its own count (no ``loader.processes``), the bad images are those of
+    process 0 alone, and several processes share them as if they were all.
+
     Raises ValueError when the global batch is another one: step numbers and schedules would mean something else.
     """
     check_batch(trainer, state)

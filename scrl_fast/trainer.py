@@ -36,7 +36,9 @@ class SCRLTrainer:
     """SCRL (or BYOL) pre-training of one encoder.
 
     config: see `scrl_fast.config.Config`. source: images to use instead of those that ``config.data`` names.
-    world: this process among its fellows, where it is not the one that torchrun announces; the first one writes.
+    world: this process among its fellows, where it is not the one that torchrun announces; the first one writes. Its
+    process group, or one that exists already, must wait at least `distributed.exchange_timeout(config.data.timeout)`:
+    PyTorch does not tell how long it does, and slow files are named only if the others are still there.
     Raises ValueError naming the option for whatever can be known to be wrong before the networks exist.
 
     After construction ``model``, ``optimizer``, ``loader`` and ``train_step`` may also be used without ``fit``.
@@ -144,6 +146,7 @@ class SCRLTrainer:
         made = self.loader.stream(epoch, done * accumulate, (self.last_step - self.step) * accumulate)
         with closing(on_device(made, self.device, self.config.views, **self.view_format)) as stream:
             while self.step < self.last_step:
+                self.loader.begin_step()
                 with self.clock.waiting():
                     group = [next(stream) for _ in range(accumulate)]
                 if self.step == 0:

@@ -43,6 +43,7 @@ SECTIONS = {
         ("data.workers", -1, "at least 0"),
         ("data.prefetch", 0, "at least 1"),
         ("data.timeout", 0.0, "above 0"),
+        ("data.timeout", 1e15, "at most 604800"),
         ("data.max_bad_fraction", 1.5, "from 0 to 1"),
         ("data.source", "s3", "one of demo, folder"),
         ("views.size", 0, "at least 1"),

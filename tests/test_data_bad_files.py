@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,48 @@ def test_another_number_of_processes_shares_what_was_counted() -> None:
         tallies[1].add(BadImage(f"more {index}", "no picture"), 0)
     with pytest.raises(TooManyBadImages, match="11 of the 100"):
         tallies[1].add(BadImage("last", "no picture"), 0)
+
+
+def counted(images: int, names: Iterable[str]) -> BadFiles:
+    """A tally of 1 % that has met these names, until they stopped it."""
+    tally = BadFiles(images, 0.01)
+    with suppress(TooManyBadImages):
+        for name in names:
+            tally.add(BadImage(name, "no picture"), 0)
+            tally.good()
+    return tally
+
+
+def test_what_stopped_one_process_is_not_held_against_several() -> None:
+    stopped = counted(100_000, map(str, range(2000))).state()
+    four = [BadFiles(25_000, 0.01) for _ in range(4)]
+    for rank, tally in enumerate(four):
+        tally.load_state([stopped], rank, 4)
+        for index in range(250):
+            tally.add(BadImage(f"{rank} {index}", "no picture"), 0)
+            tally.good()
+
+
+def test_what_stopped_no_process_is_held_against_one() -> None:
+    four = [counted(250, [f"{rank} {index}" for index in range(9)]).state() for rank in range(4)]
+    one = BadFiles(1000, 0.01)
+    one.load_state(four)
+    for state in four:  # counted, all of them, though one process would have been stopped by them
+        for name in state[0]:
+            one.add(BadImage(name, "no picture"), 0)
+    with pytest.raises(TooManyBadImages, match="11 of the 1000"):
+        one.add(BadImage("new", "no picture"), 0)
+
+
+def test_another_process_still_holds_its_names_after_a_second_resume() -> None:
+    states = [{0: ["a", "b"]}]
+    for _ in range(2):
+        tallies = [BadFiles(100, 0.1) for _ in range(2)]
+        for rank, tally in enumerate(tallies):
+            tally.load_state(states, rank, 2)
+        states = [tally.state() for tally in tallies]
+    tallies[1].add(BadImage("a", "no picture"), 0)
+    assert [tally.state() for tally in tallies] == [{0: ["a"]}, {0: ["b"]}]
 
 
 def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:

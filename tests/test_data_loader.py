@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tiny_loader import SCENES, Pictures, config_of, epoch_of, same
 
-from scrl_fast.data import Loader
+from scrl_fast.data import Batch, Loader
 from scrl_fast.data import pending as pending_module
 from scrl_fast.data import reader as reader_module
 from scrl_fast.errors import UsageError
@@ -68,6 +69,26 @@ def test_layout_and_dtype() -> None:
     assert moved.boxes is not None and len(moved.boxes) == 2 and moved.keys is batch.keys
     part = replace(batch, views=batch.views.to("meta")).to("meta", channels_last=False)  # as views made on a GPU are
     assert part.boxes is not None and part.labels.is_meta and all(boxes.is_meta for boxes in part.boxes)
+
+
+def test_the_gpu_without_a_number_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(name: str) -> Any:
+        def move(*_: object, **__: object) -> None:
+            raise NotImplementedError("copied")
+
+        return SimpleNamespace(device=torch.device(name), is_contiguous=lambda memory_format: True, to=move)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    here, there = on("cuda:1"), on("cuda:0")
+    batch = Batch(here, (here, here), here, here, here)
+    assert batch.to("cuda") is batch is batch.to("cuda:1")
+    cases = [(replace(batch, labels=there), "cuda"), (replace(batch, boxes=(here, there)), "cuda"), (batch, "cuda:0")]
+    for other, asked in cases:
+        with pytest.raises(NotImplementedError, match="copied"):
+            other.to(asked)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA initialised for a CPU batch"))
+    plain = epoch_of(SCENES, config_of())[0].to("cpu")
+    assert plain.to("cpu") is plain
 
 
 # ---- the stream does not depend on how it is made ----

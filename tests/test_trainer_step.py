@@ -13,6 +13,8 @@ import torch
 from tiny_trainer import Pictures, first_batch, first_batch_group, make_config, make_trainer, state_of, with_boxes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scrl_fast import trainer as trainer_module
+from scrl_fast.data.workers import Work
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
 
@@ -192,3 +194,30 @@ def test_checkpointed_activations_keep_less_and_change_nothing(tmp_path):
         kept.append(sum(saved.values()))
     assert kept[1] < 0.6 * kept[0]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_all_that_a_step_waits_for_counts_towards_one_limit(tmp_path, monkeypatch, ahead, accumulate):
+    """Also where the next batch is taken before this one is handed over, as on a GPU."""
+
+    def taken_ahead(batches, *_, **__):
+        held = []
+        for batch in batches:
+            held.append(batch)
+            if len(held) > ahead:
+                yield held.pop(0)
+        yield from held
+
+    trainer = make_trainer(tmp_path, accumulate=accumulate, batch_size=2)
+    trainer.loader._longest, left = 100.0, []
+    monkeypatch.setattr(trainer_module, "on_device", taken_ahead)
+    monkeypatch.setattr(Work, "wait", lambda self, seconds, progress, most: not left[-1].append(most))
+    stream = trainer.batches()
+    for _ in range(trainer.last_step):
+        left.append([])
+        next(stream)
+        trainer.step += 1
+    assert [len(waits) for waits in left[:2]] == [accumulate + ahead, accumulate]
+    for waits in filter(None, left):
+        assert waits[0] == 100 > max(waits[1:], default=0.0)

@@ -35,7 +35,7 @@ class BadFiles:
         self._written = _already_in(path)
         self._lock = threading.Lock()
         self._names: dict[int, set[str]] = {}  # by epoch
-        self._others: dict[int, set[str]] = {}  # counted by other processes before a resume in another number of them
+        self._others: dict[int, set[str]] = {}  # counted before the resume, by other processes
         self._in_a_row = 0
 
     def good(self) -> None:
@@ -66,27 +66,27 @@ class BadFiles:
                 )
 
     def state(self) -> dict[int, list[str]]:
-        """The names counted, by epoch: with those of all processes a resumed run stops where this one would have."""
+        """The names counted, by epoch: with those of all processes a resumed run stops where this one would have.
+
+        Not those of an epoch in which they stopped this run: somebody will have seen to that before the next.
+        """
         with self._lock:
-            return {epoch: sorted(names) for epoch, names in self._names.items() if names}
+            return {epoch: sorted(names) for epoch, names in self._names.items() if 0 < len(names) <= self._allowed}
 
     def load_state(self, states: Sequence[Mapping[int, Sequence[str]]], rank: int = 0, world_size: int = 1) -> None:
         """Go on counting from what `state` gave in each process: from this one's own, or, if they are as many no more,
         from an equal share of all names; none of those is then counted again by another process.
 
-        Not from what stopped the run: somebody has seen to that since.
+        Of more names than are allowed now, as many as are: the next one stops the run, not what was counted before.
         """
         own, others = dict[int, set[str]](), dict[int, set[str]]()
         for epoch in {int(epoch) for state in states for epoch in state}:
-            if len(states) == world_size:
-                own[epoch] = set(states[rank].get(epoch, ()))
-            else:
-                names = sorted({name for state in states for name in state.get(epoch, ())})
-                own[epoch] = set(names[rank::world_size])
-                others[epoch] = set(names) - own[epoch]
+            names = sorted({name for state in states for name in state.get(epoch, ())})
+            share = sorted(states[rank].get(epoch, ())) if len(states) == world_size else names[rank::world_size]
+            own[epoch] = set(share[: self._allowed])
+            others[epoch] = set(names) - own[epoch]
         with self._lock:
-            self._names = {epoch: names for epoch, names in own.items() if len(names) <= self._allowed}
-            self._others = others
+            self._names, self._others = own, others
 
     def _where(self) -> str:
         return f" (all of them: {self._path})" if self._path else ""

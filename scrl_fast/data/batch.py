@@ -32,7 +32,8 @@ class Batch:
     def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
         """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        there = {tensor.device for tensor in (self.views, self.labels, *(self.boxes or ()))} == {torch.device(device)}
+        device = torch.device(device)
+        there = all(_is(tensor.device, device) for tensor in (self.views, self.labels, *(self.boxes or ())))
         if there and self.views.is_contiguous(memory_format=layout):
             return self  # each operation would let go of the interpreter, and have to wait until a loader's thread does
         return replace(
@@ -79,6 +80,13 @@ class PackedBatch:
             channels_last=channels_last,
         )
         return Batch(made, self.boxes, self.crops, self.labels, self.keys).to(device, channels_last)
+
+
+def _is(place: torch.device, asked: torch.device) -> bool:
+    """Whether a tensor's device is the one asked for, which is the present one of its type if it has no number."""
+    if place.type == asked.type == "cuda" and asked.index is None:
+        return place.index == torch.cuda.current_device()  # initialised, since a tensor is there
+    return place == asked
 
 
 def each_of(pair: tuple[Any, Any] | None, function: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -52,7 +52,8 @@ class Loader:
     dtype: of the views. pin_memory: put batches where a GPU can copy them from without waiting.
     packed: hand over decoded images, for a GPU to make the views of; batches too large for that come with views.
     gpu: where JPEGs are to be decoded, if packed; None: on the CPU.
-    longest: seconds that a step's batches may be waited for, however steadily images come: other processes wait, too.
+    longest: seconds that batches may be waited for between two calls of `begin_step`, however steadily images come:
+    other processes wait, too. Without workers nothing is waited for, and the limit does not hold.
     bad_files_path: bad_files.jsonl. reading_path: a file that names what is being read, should the process crash; what
     one that did left there is said in a warning.
     Raises UsageError if the source has fewer images than one step of all processes.
@@ -78,7 +79,7 @@ class Loader:
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
         self._dtype, self._pin_memory = dtype, pin_memory
         self._packed, self._gpu = packed, gpu
-        self._longest, self._spent = longest, 0.0  # on the present step
+        self._longest, self._spent = longest, 0.0  # since the present step was begun
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
         if trace and trace.left:
@@ -115,6 +116,14 @@ class Loader:
         finally:
             if not last:  # broken off: nothing made ahead is wanted any more
                 self._drop()
+
+    def begin_step(self) -> None:
+        """Let the waits from here on count anew towards `longest`.
+
+        For whoever takes the batches of a step: how many are waited for meanwhile depends on how far ahead they are
+        read, and on a GPU those of the first step are one more.
+        """
+        self._spent = 0.0
 
     def stream(self, epoch: int, start_batch: int, count: int) -> Generator[Any, None, None]:
         """`count` batches from start_batch of an epoch on, over the ends of epochs; raises as `epoch` does."""
@@ -168,8 +177,6 @@ class Loader:
         pending = self._ahead.popleft()
         epoch, number = pending.place
         timeout, start = self.config.data.timeout, time.monotonic()
-        if number % self.config.train.accumulate == 0:
-            self._spent = 0.0
         done = pending.work.wait(timeout, self._workers.progress, self._longest - self._spent)
         self._spent += time.monotonic() - start
         if not done:
