@@ -6,26 +6,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
-def refuse_double_backward(operation: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiated_otherwise() -> bool:
+    """Whether torch.func.grad, vjp, jvp or forward mode is at work: a backward formula cannot serve these.
+
+    torch.library's formulas raise below torch.func's transforms and lose the tangent of forward mode in silence; who
+    asks takes the reference implementation instead. torch.func.vmap alone needs none of this, nor does a graph that is
+    being compiled.
+    """
+    if forward_ad._current_level >= 0:
+        return not torch.compiler.is_compiling()
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def value_is_at_hand(tensor: Tensor) -> bool:
+    """Whether ``tensor.item()`` works and costs nothing: a CPU tensor that nobody traces or batches."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not torch._C._len_torch_dispatch_stack()  # modes: make_fx, fake tensors
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad(is_grads_batched=True)
+    )
+
+
+def refuse_double_backward(
+    operation: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients that a backward formula returns, made so that differentiating them raises RuntimeError.
 
-    Only under ``create_graph=True`` is anything added. A second derivative that is silently missing would be worse than
-    none, so the gradients require grad even where nothing that came in does.
+    sources: what the gradients depend on. The refusal is part of the graph between these and the gradients, so that
+    every way to a second derivative meets it: one that is silently missing would be worse than none.
+    Only under ``create_graph=True`` is anything added.
     """
     if not torch.is_grad_enabled():
         return grads
-    return tuple(None if grad is None else _Refuse.apply(grad.detach().requires_grad_(), operation) for grad in grads)
+    return tuple(None if grad is None else _Refuse.apply(grad.detach(), operation, *sources) for grad in grads)
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(grad: Tensor, operation: str) -> Tensor:
+    def forward(grad: Tensor, operation: str, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.operation = inputs[1]
 
     @staticmethod

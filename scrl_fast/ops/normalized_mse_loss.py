@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
-from scrl_fast.ops._autograd import refuse_double_backward
+from scrl_fast.ops._autograd import differentiated_otherwise, refuse_double_backward, value_is_at_hand
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -27,7 +27,8 @@ def normalized_mse_loss(
     1e-12 is divided by 1e-12 instead of its length, as torch.nn.functional.normalize does: a zero row costs 2.
     reduction: "none" gives ``[...]``, "mean" and "sum" a scalar; all in the dtype of input, accumulated in float32 or
     wider. No rows at all: 0, not NaN, so that a batch without boxes trains on.
-    Differentiable once, with respect to input, and to target only if it requires a gradient.
+    Differentiable once, with respect to input, and to target only if it requires a gradient; a second derivative raises
+    RuntimeError. torch.func.grad, vjp and jvp and forward mode take the reference, which any derivative goes through.
     Raises TypeError or ValueError naming the argument. Source: BYOL, arXiv 2006.07733, eq. 2.
     """
     _check("input", input, "target", target)
@@ -101,6 +102,8 @@ def _rows_through(op: str) -> Callable[..., Tensor]:
     """The implementation of `normalized_mse_loss` that calls torch.ops.scrl_fast.<op>."""
 
     def rows(input: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
+        if differentiated_otherwise():
+            return normalized_mse_loss_reference(input, target, reduction)
         loss = _call(op, _rows(input), _rows(target), False, REDUCTIONS.index(reduction))
         return (loss if reduction != "none" else loss.reshape(input.shape[:-1])).to(input.dtype)
 
@@ -108,7 +111,14 @@ def _rows_through(op: str) -> Callable[..., Tensor]:
 
 
 def _two_views_through(op: str) -> Callable[..., Tensor]:
-    return lambda online, target: _call(op, _rows(online), _rows(target), True, REDUCTIONS.index("mean"))
+    """The implementation of `two_view_loss` that calls torch.ops.scrl_fast.<op>."""
+
+    def two_views(online: Tensor, target: Tensor) -> Tensor:
+        if differentiated_otherwise():
+            return two_view_loss_reference(online, target)
+        return _call(op, _rows(online), _rows(target), True, REDUCTIONS.index("mean"))
+
+    return two_views
 
 
 def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
@@ -122,7 +132,7 @@ def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: in
 
 
 class _Eager(torch.autograd.Function):
-    """The operator's own autograd formula with less around it. Tracers and torch.func still take the operator's.
+    """The operator's own autograd formula with less around it. Compilers and torch.func.vmap take the operator's.
 
     A call of 8 rows, forward and backward, takes 39 us through this and 64 through torch.library's formula (two Xeon
     cores); a Function that does nothing takes 25.
@@ -132,7 +142,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, operator: Any, options: tuple[Any, ...]) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():  # past the formula, which would only find that nothing is wanted
             loss, *grads = operator(input, target, *options)
-        _remember(ctx, input, options, grads)
+        _remember(ctx, (input, target), options, grads)
         return loss
 
     @staticmethod
@@ -151,16 +161,18 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    _remember(ctx, inputs[0], inputs[2:], output[1:])
+    _remember(ctx, inputs[:2], inputs[2:], output[1:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     return *_gradients(ctx, grad_loss), None, None, None, None
 
 
-def _remember(ctx: Any, input: Tensor, options: Sequence[Any], grads: Sequence[Tensor]) -> None:
+def _remember(ctx: Any, inputs: Sequence[Tensor], options: Sequence[Any], grads: Sequence[Tensor]) -> None:
     two_views, reduction, *ctx.made = options
-    ctx.save_for_backward(*grads)
+    input, target = inputs
+    # the rows themselves are kept for who asks for a second derivative, to be refused
+    ctx.save_for_backward(*grads, input if ctx.made[0] else None, target if ctx.made[1] else None)
     divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
 
@@ -168,20 +180,20 @@ def _remember(ctx: Any, input: Tensor, options: Sequence[Any], grads: Sequence[T
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
     grads: list[Tensor | None] = [None, None]
-    for k, grad in enumerate(ctx.saved_tensors):
+    *made, input, target = ctx.saved_tensors
+    for k, grad in enumerate(made):
         if ctx.needs_input_grad[k] and grad_loss is not None:
             if not ctx.made[k]:
                 raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
             grads[k] = _scaled(grad, grad_loss, ctx.divisor)
-    return refuse_double_backward("normalized_mse_loss", *grads)
+    return refuse_double_backward("normalized_mse_loss", (grads[0], grads[1]), (grad_loss, input, target))
 
 
 def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
     # A plain loss.backward() sends exactly 1: the pass over the data is saved where looking costs no synchronisation.
     # Not where the graph stays: who writes into the gradient handed out would spoil the next pass over it.
-    # Tracers bring subclasses of Tensor, whose values cannot be looked at.
     scalar = not factor.dim()
-    plain = divisor == 1 and scalar and type(factor) is Tensor and factor.is_cpu
+    plain = divisor == 1 and scalar and value_is_at_hand(factor)
     if plain and not torch._C._autograd._get_current_graph_task_keep_graph() and factor.item() == 1:
         return grad
     factor = factor / divisor if divisor > 1 else factor

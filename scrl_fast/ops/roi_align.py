@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops._autograd import differentiated_otherwise
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_SAMPLES = 4096  # a bin and axis; csrc/roi_align.h says why
@@ -48,6 +49,7 @@ def roi_align(
     where looking at it would wait for the device; on a CPU it raises.
     The gradient has input's layout and can be differentiated again. Where inf or NaN comes in for a box, it may spread
     to cells of the box's image that the box does not read.
+    torch.func.grad, vjp and jvp and forward mode take `roi_align_reference`.
     Raises TypeError or ValueError naming the argument before memory is touched.
     Source: Mask R-CNN, arXiv 1703.06870, section 3; semantics of torchvision.ops.roi_align.
     """
@@ -232,6 +234,8 @@ def _through(name: str) -> Callable[..., Tensor]:
 
     def run(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
         scale, sampling_ratio, aligned = options
+        if differentiated_otherwise():
+            return roi_align_reference(input, rows, size, scale, sampling_ratio, aligned)
         operator = getattr(torch.ops.scrl_fast, name).default
         arguments = (input, rows, scale, *size, sampling_ratio, aligned)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -250,7 +254,7 @@ def _through(name: str) -> Callable[..., Tensor]:
 
 
 class _Eager(torch.autograd.Function):
-    """The operator's own autograd formula with less around it. Tracers and torch.func still take the operator's."""
+    """The operator's own autograd formula with less around it. Compilers and torch.func.vmap take the operator's."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

@@ -1,0 +1,158 @@
+"""The losses and roi_align under every way PyTorch has to differentiate, beside the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import implementations
+from torch import Tensor
+from torch.autograd import forward_ad, functional
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from scrl_fast.ops import normalized_mse_loss, roi_align, two_view_loss
+
+Function = Callable[[Tensor], Tensor]
+compiled = pytest.mark.parametrize(
+    "device, backend", [p for p in implementations("two_view_loss") if "reference" not in p.values]
+)
+operations = pytest.mark.parametrize("operation", ["normalized_mse_loss", "two_view_loss", "roi_align"])
+
+
+def rows(seed: int, device: str) -> Tensor:
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+
+
+def scalar_of(operation: str, device: str) -> tuple[Callable[[Tensor, str], Tensor], Tensor]:
+    """A scalar function (point, backend) made of the operation, and a point."""
+    if operation == "roi_align":
+        boxes = torch.tensor([[0, 0.0, 0, 1.5, 2], [0, 1, 0.5, 3, 2]], dtype=torch.float64, device=device)
+        point = rows(0, device).flatten()[:8].reshape(1, 1, 2, 4)
+        return lambda x, backend: roi_align(x, boxes, 2, backend=backend).square().sum(), point
+    loss = two_view_loss if operation == "two_view_loss" else normalized_mse_loss
+    target = rows(1, device)
+    return lambda x, backend: loss(x, target, backend=backend), rows(0, device)
+
+
+def forward_mode(f: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def forward_mode_without_graph(f: Function, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return forward_mode(f, x)
+
+
+def vmapped_backward(f: Function, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    loss = f(x)
+    return torch.func.vmap(lambda v: torch.autograd.grad(loss, x, v)[0])(torch.ones(3, dtype=x.dtype, device=x.device))
+
+
+def batched_backward(f: Function, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x, torch.ones(3, dtype=x.dtype, device=x.device), is_grads_batched=True)[0]
+
+
+ONCE: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "torch.func.grad": lambda f, x: torch.func.grad(f)(x),
+    "torch.func.vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
+    "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "torch.func.vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "torch.func.vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+    "torch.func.vmap of backward": vmapped_backward,
+    "forward mode": forward_mode,
+    "forward mode without a graph": forward_mode_without_graph,
+    "forward mode beside a graph": lambda f, x: forward_mode(f, x.clone().requires_grad_()),
+    "batched backward": batched_backward,
+    "vectorised jacobian": lambda f, x: functional.jacobian(f, x, vectorize=True),
+}
+
+
+@compiled
+@operations
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit.script")
+@pytest.mark.parametrize("way", ONCE)
+def test_first_derivatives(device: str, backend: str, operation: str, way: str) -> None:
+    function, point = scalar_of(operation, device)
+    ours, reference = (ONCE[way](lambda x: function(x, name), point) for name in (backend, "reference"))  # noqa: B023
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+    assert ours.abs().sum() > 0
+
+
+@compiled
+@operations
+def test_traced_backward(device: str, backend: str, operation: str) -> None:
+    function, point = scalar_of(operation, device)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x, backend), x)[0]
+
+    torch.testing.assert_close(make_fx(gradient)(point)(point), gradient(point))
+
+
+def penalised(f: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf, and a loss with its gradient's length added."""
+    leaf = x.clone().requires_grad_()
+    loss = f(leaf * 2)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return leaf, loss + 10 * gradient.square().sum()
+
+
+def penalty_through_backward(f: Function, x: Tensor) -> Tensor:
+    leaf, loss = penalised(f, x)
+    loss.backward()
+    return leaf.grad
+
+
+def penalty_through_named_inputs(f: Function, x: Tensor) -> Tensor:
+    leaf, loss = penalised(f, x)
+    loss.backward(inputs=[leaf])
+    return leaf.grad
+
+
+def penalty_through_grad(f: Function, x: Tensor) -> Tensor:
+    leaf, loss = penalised(f, x)
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+TWICE: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "backward": penalty_through_backward,
+    "backward, inputs named": penalty_through_named_inputs,
+    "autograd.grad": penalty_through_grad,
+    "hessian": lambda f, x: functional.hessian(f, x),
+    "hessian, vectorised": lambda f, x: functional.hessian(f, x, vectorize=True),
+    "hessian-vector product": lambda f, x: functional.hvp(f, x, torch.ones_like(x))[1],
+}
+
+
+@compiled
+@operations
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", TWICE)
+def test_second_derivatives_are_right_or_refused(device: str, backend: str, operation: str, way: str) -> None:
+    function, point = scalar_of(operation, device)
+    if operation == "roi_align":
+        ours, reference = (TWICE[way](lambda x: function(x, name), point) for name in (backend, "reference"))  # noqa: B023
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+        return
+    with pytest.raises(RuntimeError, match="normalized_mse_loss is differentiable once"):
+        TWICE[way](lambda x: function(x, backend), point)
+
+
+@compiled
+@pytest.mark.parametrize("source", ["input", "target", "incoming gradient"])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_gradient_of_the_loss_refuses_for_all_it_depends_on(
+    device: str, backend: str, source: str, factor: float
+) -> None:
+    input, target = (rows(seed, device).requires_grad_() for seed in (0, 1))
+    incoming = torch.tensor(factor, dtype=torch.float64, device=device, requires_grad=True)
+    loss = two_view_loss(input, target, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, input, incoming, create_graph=True)
+    by = {"input": input, "target": target, "incoming gradient": incoming}[source]
+    with pytest.raises(RuntimeError, match="normalized_mse_loss is differentiable once"):
+        torch.autograd.grad(gradient.square().sum(), by)
