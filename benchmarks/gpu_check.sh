@@ -8,7 +8,8 @@
 # wheels in $WHEELS.
 #   benchmarks/gpu_check.sh [FOLDER]      where results and logs go (gpu_check)
 #   ONLY='build|test|demo|check_' benchmarks/gpu_check.sh      only steps whose names match: what must be right, and then
-#   ONLY='build|bench|rival' benchmarks/gpu_check.sh           what is measured, with ten minutes for each
+#   ONLY='build|bench|rival' benchmarks/gpu_check.sh           what is measured, with ten minutes for each: where
+# steps take all that they may, the operations in float32 and what stands behind them get none.
 # Goes on after a failure; the last lines say what failed, and so does the exit code.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -56,7 +57,7 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} SCRL_FAST_EXT=require MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if ! step build 180 "$python" -m pip install --no-build-isolation --no-deps -e .; then
-  failed="" # without pip, or with an older setuptools than an installation wants
+  failed=${failed%" build("*} # without pip, or with an older setuptools than an installation wants
   step build_in_place 180 "$python" setup.py -q build_ext --inplace || exit 1
 fi
 step info 30 "$python" -m scrl_fast.info
@@ -72,7 +73,8 @@ step tests_of_operations 150 "$python" -m pytest -q -p no:cacheprovider --contin
   tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}*.py \
   tests/test_{augment_views_triton,backends,optim,cuda_graphs}.py
 if "$python" -c "import jsonargparse" 2>/dev/null; then
-  step tests_of_training 100 "$python" -m pytest -q -p no:cacheprovider tests/test_{trainer_gpu,data_gpu,data_transfer}.py
+  step tests_of_training 100 env CUBLAS_WORKSPACE_CONFIG=:4096:8 "$python" -m pytest -q -p no:cacheprovider \
+    tests/test_{trainer_gpu,data_gpu,data_transfer}.py
 
   # The step of record beside its floor and the plain one, then compiled; what train.deterministic costs.
   step_bench() { # step_bench NAME LIMIT_S OPTIONS...
@@ -94,9 +96,10 @@ else
 fi
 
 export RESULTS="$out/results"
-for dtype in bfloat16 float32; do
-  step "bench_operations_$dtype" 80 benchmarks/run_all.sh --device cuda --dtype "$dtype" --seconds 0.5
-done
+bench_operations() { # bench_operations DTYPE
+  step "bench_operations_$1" 80 benchmarks/run_all.sh --device cuda --dtype "$1" --seconds 0.5
+}
+bench_operations bfloat16
 
 # Slow, so only some tests: clean memory, empty input, the same bits. Without the allocator's cache, so that the end of
 # every tensor is the end of an allocation.
@@ -119,6 +122,7 @@ if "$python" -c "import jsonargparse" 2>/dev/null; then
   step_bench bench_step_compiled 150 --compile --rival-batch 0
   step_bench bench_step_deterministic 60 --deterministic --rival-batch 0
 fi
+bench_operations float32
 
 # torchvision's deterministic path: what memory it takes. It compiles itself, so last.
 step rival_deterministic 60 "$python" benchmarks/roi_align_bench.py --device cuda --dtype float32 --deterministic \

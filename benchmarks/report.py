@@ -65,7 +65,7 @@ def name_of(row: Row) -> str:
 
 def write_csv(rows: list[Row], environment: Row, file: Path) -> None:
     """One line per row, the environment repeated in its last columns: a file that can be read alone."""
-    keys = ("device_name", "threads", "cache", "copy_gb_per_s", "commit")
+    keys = ("device_name", "threads", "cache", "copy_gb_per_s", "commit", "compile", "cuda_graphs", "deterministic")
     about = {key: environment[key] for key in keys if key in environment}
     about |= {f"{name}_version": value for name, value in environment["versions"].items()}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -210,12 +210,24 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
 
         def agree() -> None:
             if plain is None:
+                if args.compile or args.cuda_graphs:
+                    agree_with_eager()
                 return
             with torch.no_grad():
                 with torch.autocast(args.device, torch.bfloat16, enabled=trainer.bf16):
                     ours = model(views, ready.boxes).loss
                 expected = plain.loss(ready.boxes)
             torch.testing.assert_close(ours, expected, rtol=2e-2 if trainer.bf16 else 1e-3, atol=0)
+
+        def agree_with_eager() -> None:
+            losses = []
+            for stance in ("default", "force_eager"):
+                if args.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
+                # with gradients, as the step runs: without, the encoder would be compiled once more
+                with torch.compiler.set_stance(stance), torch.autocast(args.device, torch.bfloat16, trainer.bf16):
+                    losses.append(model(views, ready.boxes).loss.detach().clone())
+            torch.testing.assert_close(*losses, rtol=2e-2 if trainer.bf16 else 1e-3, atol=0)
 
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
         if timed is not None:
@@ -328,13 +340,16 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile for the encoders, the floor's too")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the encoders as graphs, the floor's too")
     parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.add_argument("--deterministic", action="store_true", help="train.deterministic, for all that runs")
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic; needs --rival-batch 0")
     parser.set_defaults(repeats=20 if cuda else 5, seconds=30.0, cache="warm")
     args = parser.parse_args()
     if args.dtype not in ("float32", "bfloat16"):
         parser.error("--dtype must be float32 or bfloat16")
+    if args.deterministic and args.rival_batch != 0:  # it would run torchvision's slow path, or on a CPU hear nothing
+        parser.error("--deterministic needs --rival-batch 0: it is not a mode of the plain step's process")
     timing.WARM_UP_CALLS = 3 if args.device == "cuda" else 1  # a step of seconds is warm after one
     bench = harness.Bench("step", args)
+    bench.environment |= {name: getattr(args, name) for name in ("compile", "cuda_graphs", "deterministic")}
     for batch in args.batch:
         measure(bench, batch, rival=batch == (args.batch[0] if args.rival_batch is None else args.rival_batch))
     picture, args.plot = args.plot, None

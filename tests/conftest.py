@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch reads it once, at the process's first product
 if not torch.cuda.is_available():  # before the first kernel is decorated: the decorator reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -56,6 +56,24 @@ def test_no_number_where_the_plain_step_disagrees(monkeypatch, capsys):
     assert torch.is_grad_enabled()
 
 
+def test_no_number_where_the_compiler_disagrees(monkeypatch, capsys):
+    def wrong(graph, inputs):
+        return lambda *values: [part.square() if part.is_floating_point() else part for part in graph(*values)]
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend=wrong))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--compile", "--rival-batch=0"])
+    assert step_bench.main() == 1
+    assert "check is red" in capsys.readouterr().out
+
+
+def test_deterministic_is_refused_beside_the_plain_step(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--deterministic"])
+    with pytest.raises(SystemExit):
+        step_bench.main()
+    assert "--rival-batch 0" in capsys.readouterr().err
+
+
 # ---- what the documents say ----
 
 DOCS = Path(__file__).parents[1] / "docs"

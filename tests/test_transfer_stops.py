@@ -10,15 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from tiny_transfer import arguments, transfer
 
 from scrl_fast import checkpoint
+from scrl_fast.data.loader import LoaderStalled
 from scrl_fast.distributed import PeerFailed, World
+from scrl_fast.errors import UsageError
 from scrl_fast.runlog import read_metrics
 from scrl_fast.transfer.__main__ import main, parse
+from scrl_fast.transfer.data import Ahead
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -41,6 +46,42 @@ def test_signal_saves_and_resumes(data_root, tmp_path):
     assert (
         parse(command).resume == "auto" and transfer("detection", data_root, tmp_path / "a", "--resume=auto").restore()
     )
+
+
+def test_a_measurement_that_is_stopped_says_how_to_measure_anew(data_root, tmp_path):
+    run = transfer("detection", data_root, tmp_path / "a", "--train.steps=1", "--eval.images=1")
+    path = run.fit()["checkpoint"]
+    again = transfer("detection", data_root, tmp_path / "b", "--eval.only=true", f"--resume={path}")
+    again.detections = lambda indices: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+    assert again.fit()["resume_command"].endswith(f" --resume={path}")
+    log = (tmp_path / "b" / "log.txt").read_text()
+    assert "stopped before the measurement was complete" in log and "is saved" not in log
+
+
+def test_a_read_that_never_returns_is_named_and_keeps_no_process_alive():
+    released, before = threading.Event(), set(threading.enumerate())
+    with closing(Ahead(2, 1, timeout=0.2, name_of="pic{}.jpg".format)) as ahead:
+        groups = ahead([[partial(released.wait if index == 3 else abs, index)] for index in range(6)])
+        assert [next(groups) for _ in range(3)] == [[0], [1], [2]]
+        own = set(threading.enumerate()) - before
+        assert len(own) == 2 and all(thread.daemon for thread in own)
+        with pytest.raises(LoaderStalled, match=r"0\.2 s \(data\.timeout\).* reading pic3\.jpg for .*timeout=0\.4"):
+            next(groups)
+        released.set()
+
+
+def test_stalled_data_end_the_run_with_a_checkpoint(data_root, tmp_path):
+    run = transfer("detection", data_root, tmp_path / "a")
+    examples = run.examples
+
+    def stalling(ahead):
+        yield next(examples(ahead))
+        raise LoaderStalled("no image was finished")
+
+    run.examples = stalling
+    with pytest.raises(UsageError, match="step 2: no image was finished; the steps so far are saved"):
+        run.fit()
+    assert run.saved == 1
 
 
 def test_a_signal_while_data_are_waited_for_stops_there_and_then(data_root, tmp_path):

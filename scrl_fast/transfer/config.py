@@ -37,10 +37,13 @@ class TransferDataConfig:
     """Threads that read images."""
     prefetch: int = 2
     """Batches read ahead of the one in training."""
+    timeout: float = 300.0
+    """Stop when a batch is waited for and no image was finished for so many seconds."""
 
     def __post_init__(self) -> None:
         share = within(0, 1)
-        check_fields(self, "data", flip=share, subset=share, workers=at_least(1), prefetch=at_least(1))
+        counts = {"workers": at_least(1), "prefetch": at_least(1)}
+        check_fields(self, "data", flip=share, subset=share, timeout=above(0), **counts)
         if self.subset == 0:
             raise refusal("data.subset", self.subset, "must be above 0")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.data.annotations import AnnotatedImages, Objects
+from scrl_fast.data.loader import LoaderStalled
+from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 
@@ -298,27 +301,55 @@ def is_wide(source: Any, index: int) -> bool:
 
 
 class Ahead:
-    """Calls made by threads ahead of their use, answered in order."""
+    """Calls made by threads ahead of their use, answered in order.
 
-    def __init__(self, workers: int, groups: int) -> None:
-        self.pool, self.groups = ThreadPoolExecutor(max(1, workers), thread_name_prefix="scrl_fast-transfer"), groups
+    timeout: how many seconds may pass without a finished call while one is waited for. name_of: what to call the image
+    whose index is a call's first argument. The threads are daemons: a read that never returns keeps no process alive.
+    """
 
-    def __call__(self, calls: Iterable[Sequence[Callable[[], Any]]]) -> Iterator[list[Any]]:
-        """For each group of calls the list of their results."""
-        waiting: deque[list[Future[Any]]] = deque()
-        source = iter(calls)
+    def __init__(
+        self, workers: int, groups: int, *, timeout: float = math.inf, name_of: Callable[[int], str] = str
+    ) -> None:
+        self.workers, self.groups, self.timeout, self.name_of = Workers(max(1, workers)), groups, timeout, name_of
+
+    def __call__(self, calls: Iterable[Sequence[functools.partial[Any]]]) -> Iterator[list[Any]]:
+        """For each group of calls the list of their results. Raises LoaderStalled, or what a call raised."""
+        waiting: deque[tuple[Work, list[Any]]] = deque()
         try:
-            for group in source:
-                waiting.append([self.pool.submit(call) for call in group])
+            for group in calls:
+                waiting.append(self._begin(group))
                 if len(waiting) > self.groups:
-                    yield [future.result() for future in waiting.popleft()]
+                    self._wait(waiting[0][0])
+                    yield waiting.popleft()[1]
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                self._wait(waiting[0][0])
+                yield waiting.popleft()[1]
         finally:
-            for group_of_futures in waiting:
-                for future in group_of_futures:
-                    future.cancel()
+            for work, _ in waiting:
+                work.cancelled = True
+
+    def _begin(self, group: Sequence[functools.partial[Any]]) -> tuple[Work, list[Any]]:
+        results: list[Any] = [None] * len(group)
+
+        def make(part: int) -> None:
+            self.workers.reads(self.name_of(group[part].args[0]))
+            results[part] = group[part]()
+            self.workers.finished()
+
+        work = Work(len(group), make, lambda: None)
+        self.workers.submit(work, len(group))
+        return work, results
+
+    def _wait(self, work: Work) -> None:
+        if not work.wait(self.timeout, self.workers.progress):
+            raise LoaderStalled(
+                f"no image was finished for {self.timeout:g} s (data.timeout); the threads are reading "
+                f"{self.workers.stalled()}. Is the disk or network share answering? If it is only slow, use "
+                f"--data.timeout={2 * self.timeout:g}"
+            )
+        if work.error is not None:
+            raise work.error
 
     def close(self) -> None:
         """Ends the threads; what they have not begun is not done."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.workers.stop()

@@ -99,7 +99,7 @@ def stream(
     wide = [is_wide(examples.source, index) for index in indices]
     per_epoch = len(indices) // batch_size
 
-    def calls() -> Iterator[list[Callable[[], Example]]]:
+    def calls() -> Iterator[list[functools.partial[Example]]]:
         epoch, order = -1, []
         for step in range(start, stop):
             if step // per_epoch != epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -43,9 +44,13 @@ def detect(
     *,
     batch_size: int = 1,
     workers: int = 2,
+    timeout: float = math.inf,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Detections]:
-    """Detections in each image, in order; the network is in eval mode meanwhile and as it was afterwards."""
+    """Detections in each image, in order; the network is in eval mode meanwhile and as it was afterwards.
+
+    timeout: raise LoaderStalled when no image was read for so many seconds.
+    """
     device = next(network.parameters()).device
     examples = Examples(source)
     chosen = list(range(len(source)) if indices is None else indices)
@@ -53,7 +58,7 @@ def detect(
     training = network.training
     network.eval()
     try:
-        with closing(Ahead(workers, 2)) as ahead:
+        with closing(Ahead(workers, 2, timeout=timeout, name_of=getattr(source, "name_of", str))) as ahead:
             reads = ([functools.partial(examples.image, index) for index in group] for group in groups)
             for group, images in zip(groups, ahead(reads), strict=True):
                 inputs = [image.to(device).float().div_(255) for image in images]

@@ -18,6 +18,7 @@ from torch import nn
 from scrl_fast import checkpoint, distributed, prepare, runlog
 from scrl_fast._version import __version__
 from scrl_fast.data.bad import BadImage
+from scrl_fast.data.loader import LoaderStalled
 from scrl_fast.distributed import World
 from scrl_fast.errors import UsageError
 from scrl_fast.resume import changed_options, choose, step_in_name
@@ -58,7 +59,8 @@ class Transfer:
         if train is None or val is None:
             config.check_ready()
         self.device = distributed.device_of(config.train.device)
-        self.world = distributed.join(self.device) if world is None else world
+        patience = distributed.exchange_timeout(config.data.timeout)
+        self.world = distributed.join(self.device, timeout=patience) if world is None else world
         self.val = read_split(config, config.data.val) if val is None else val
         self.train = None if config.eval.only else read_split(config, config.data.train) if train is None else train
         if self.train is not None:
@@ -137,7 +139,8 @@ class Transfer:
         config = self.config
         save_every = config.run.checkpoint_every or self.steps_per_epoch
         self.clock.read()
-        with closing(Ahead(config.data.workers, config.data.prefetch)) as ahead:
+        data, name_of = config.data, getattr(self.train, "name_of", str)
+        with closing(Ahead(data.workers, data.prefetch, timeout=data.timeout, name_of=name_of)) as ahead:
             source = self.examples(ahead)
             while (batch := self.next_batch(source, stop)) is not None:
                 self.step_once(batch)
@@ -152,16 +155,17 @@ class Transfer:
     def next_batch(self, source: Iterator[list[Example]], stop: StopRequest) -> list[Example] | None:
         """The next batch; None at the end, or when a process was asked to stop. Then there is a checkpoint of the step.
 
-        An image that cannot be read ends the run, after a checkpoint: its objects would be missing. All processes hear
-        of either in one message a step. Raises UsageError naming the file, PeerFailed where another process has it.
+        An image that cannot be read, since its objects would be missing, or that takes longer than ``data.timeout``
+        ends the run, after a checkpoint. All processes hear of it, or of a signal, in one message a step.
+        Raises UsageError naming the file, PeerFailed where another process has it.
         """
-        failure: BadImage | None = None
+        failure: BadImage | LoaderStalled | None = None
         batch: list[Example] | None = None
         try:
             with self.clock.waiting():
                 if self.step < self.last_step:
                     batch = stop.until_signal(lambda: next(source))  # slow data must not keep a request waiting
-        except BadImage as error:
+        except (BadImage, LoaderStalled) as error:
             failure = error
         asked, failed = self.world.sums([int(bool(stop)), int(failure is not None)])
         if asked and not stop:
@@ -170,9 +174,8 @@ class Transfer:
             self.save()
         if failure is not None:
             kept = "the steps so far are saved; put it right and go on with --resume=auto"
-            raise UsageError(
-                f"step {self.step + 1}: cannot read {failure}; {kept if self.step else 'put it right'}"
-            ) from failure
+            what = f"cannot read {failure}" if isinstance(failure, BadImage) else failure
+            raise UsageError(f"step {self.step + 1}: {what}; {kept if self.step else 'put it right'}") from failure
         if failed:
             raise distributed.PeerFailed("stopped because the data of another process failed")
         return None if asked else batch
@@ -333,6 +336,7 @@ class Transfer:
                 indices,
                 batch_size=self.config.eval.batch_size,
                 workers=self.config.data.workers,
+                timeout=self.config.data.timeout,
                 autocast=self.autocast,
             )
         )
@@ -374,15 +378,19 @@ class Transfer:
         summary["resume_command"] = self.resume_command()
         summary["seconds"] = time.perf_counter() - started
         if stop:
-            self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
+            done = f"stopped after step {self.step}, everything is saved. To continue:"
+            if self.config.eval.only:
+                done = "stopped before the measurement was complete. To measure anew:"
+            self.log.say(f"{stop.signal_name}: {done}")
             self.log.say(f"  {summary['resume_command']}")
         else:
             self.log.say(f"done: {self.step} steps; checkpoint and log are in {self.folder}")
         return summary
 
     def resume_command(self) -> str:
-        """What to type to go on from here."""
-        arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
+        """What to type to go on from here, or to measure again: that writes no checkpoint of its own."""
+        resume = self.config.resume if self.config.eval.only else "auto"
+        arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", f"--resume={resume}"]
         return f"{distributed.launcher()} -m scrl_fast.transfer {shlex.join(arguments)}"
 
 
