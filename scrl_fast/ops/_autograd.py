@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,28 +25,32 @@ def differentiated_otherwise() -> bool:
     return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
+# bound once: each look-up would show in a small call
+_modes = torch._C._len_torch_dispatch_stack
+_transformed = torch._C._are_functorch_transforms_active
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def value_is_at_hand(tensor: Tensor) -> bool:
     """Whether ``tensor.item()`` works and costs nothing: a CPU tensor that nobody traces or batches."""
     return (
         type(tensor) is Tensor
         and tensor.is_cpu
-        and not torch._C._len_torch_dispatch_stack()  # modes: make_fx, fake tensors
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad(is_grads_batched=True)
+        and not _modes()  # modes: make_fx, fake tensors
+        and not _transformed()
+        and not _legacy_batched(tensor)  # torch.autograd.grad(is_grads_batched=True)
     )
 
 
 def refuse_double_backward(
-    operation: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+    operation: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that a backward formula returns, made so that differentiating them raises RuntimeError.
 
     sources: what the gradients depend on. The refusal is part of the graph between these and the gradients, so that
     every way to a second derivative meets it: one that is silently missing would be worse than none.
-    Only under ``create_graph=True`` is anything added.
+    For calls under ``create_graph=True``, where a backward formula finds ``torch.is_grad_enabled()``.
     """
-    if not torch.is_grad_enabled():
-        return grads
     return tuple(None if grad is None else _Refuse.apply(grad.detach(), operation, *sources) for grad in grads)
 
 

@@ -169,10 +169,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _remember(ctx: Any, inputs: Sequence[Tensor], options: Sequence[Any], grads: Sequence[Tensor]) -> None:
-    two_views, reduction, *ctx.made = options
+    two_views, reduction, *made = options
+    ctx.made = made
     input, target = inputs
     # the rows themselves are kept for who asks for a second derivative, to be refused
-    ctx.save_for_backward(*grads, input if ctx.made[0] else None, target if ctx.made[1] else None)
+    ctx.save_for_backward(*grads, input if made[0] else None, target if made[1] else None)
     divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
 
@@ -180,13 +181,15 @@ def _remember(ctx: Any, inputs: Sequence[Tensor], options: Sequence[Any], grads:
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
     grads: list[Tensor | None] = [None, None]
-    *made, input, target = ctx.saved_tensors
-    for k, grad in enumerate(made):
+    saved = ctx.saved_tensors
+    for k, grad in enumerate(saved[:2]):
         if ctx.needs_input_grad[k] and grad_loss is not None:
             if not ctx.made[k]:
                 raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
             grads[k] = _scaled(grad, grad_loss, ctx.divisor)
-    return refuse_double_backward("normalized_mse_loss", (grads[0], grads[1]), (grad_loss, input, target))
+    if torch.is_grad_enabled():  # create_graph=True
+        return refuse_double_backward("normalized_mse_loss", grads, (grad_loss, *saved[2:]))
+    return tuple(grads)
 
 
 def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
