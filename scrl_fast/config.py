@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from scrl_fast.errors import did_you_mean
-from scrl_fast.ranges import SAMPLES, SHARE, above, at_least, check_fields, from_above, from_below, refusal, within
+from scrl_fast.ranges import (
+    PATIENCE,
+    SAMPLES,
+    SHARE,
+    above,
+    at_least,
+    check_fields,
+    from_above,
+    from_below,
+    refusal,
+    within,
+)
 
 BACKBONE_STRIDES = {
     "resnet10_tiny": 8,
@@ -65,7 +76,7 @@ class DataConfig:
             "data",
             workers=at_least(0),
             prefetch=at_least(1),
-            timeout=from_above(0, 604_800),  # a week; what waits for it cannot count to just any number
+            timeout=PATIENCE,
             max_bad_fraction=SHARE,
             max_pixels=at_least(1),
             demo_images=at_least(1),

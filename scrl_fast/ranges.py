@@ -45,6 +45,7 @@ def from_above(low: float, high: float) -> Range:
 
 
 SHARE = within(0, 1)
+PATIENCE = from_above(0, 604_800)  # seconds, a week at most: what waits cannot count to just any number
 SAMPLES = within(1, 4096)  # of a RoIAlign bin and axis; ops.roi_align refuses more
 
 

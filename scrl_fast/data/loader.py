@@ -192,17 +192,13 @@ class Loader:
         return pending.batch()
 
     def _why_stalled(self, epoch: int, number: int, timeout: float) -> str:
-        reading = f"the workers are reading {self._workers.stalled()}"
         if self._spent < self._longest:
-            return (
-                f"no image was finished for {timeout:g} s (data.timeout) while batch {number} of epoch {epoch} was "
-                f"waited for; {reading}. Is the disk or network share answering? If it is only slow, use "
-                f"--data.timeout={2 * timeout:g}"
-            )
+            return self._workers.why_stalled(timeout, f" while batch {number} of epoch {epoch} was waited for")
         return (
             f"batch {number} of epoch {epoch} is not complete after {self._spent:.0f} s, and other processes wait no "
-            f"longer; {reading}. The disk or network share is too slow: --data.timeout={2 * self._longest:.0f} lets "
-            "all wait longer, smaller files (python -m scrl_fast.data.pack) are read sooner"
+            f"longer; the workers are reading {self._workers.stalled()}. The disk or network share is too slow: "
+            f"--data.timeout={2 * self._longest:.0f} lets all wait longer, smaller files "
+            "(python -m scrl_fast.data.pack) are read sooner"
         )
 
     def _start(self, place: tuple[int, int]) -> Pending:

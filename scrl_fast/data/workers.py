@@ -102,6 +102,14 @@ class Workers:
         readings = sorted(((now - since, name) for name, since in list(self._reading.values())), reverse=True)
         return "; ".join(f"{name} for {seconds:.0f} s" for seconds, name in readings[:3]) or "nothing"
 
+    def why_stalled(self, timeout: float, waited_for: str = "") -> str:
+        """What to say when no image was finished for `timeout` seconds, the option data.timeout."""
+        return (
+            f"no image was finished for {timeout:g} s (data.timeout){waited_for}; the workers are reading "
+            f"{self.stalled()}. Is the disk or network share answering? If it is only slow, use "
+            f"--data.timeout={2 * timeout:g}"
+        )
+
 
 def _serve(tasks: queue.SimpleQueue[tuple[Work, int] | None], reading: dict[int, tuple[str, float]]) -> None:
     while (task := tasks.get()) is not None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from scrl_fast.config import RunConfig
-from scrl_fast.ranges import SHARE, above, at_least, check_fields, from_above, from_below, refusal, within
+from scrl_fast.ranges import PATIENCE, SHARE, above, at_least, check_fields, from_below, refusal, within
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
 
@@ -43,7 +43,7 @@ class TransferDataConfig:
     def __post_init__(self) -> None:
         share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
-        check_fields(self, "data", flip=share, subset=share, timeout=from_above(0, 604_800), **counts)
+        check_fields(self, "data", flip=share, subset=share, timeout=PATIENCE, **counts)
         if self.subset == 0:
             raise refusal("data.subset", self.subset, "must be above 0")
 

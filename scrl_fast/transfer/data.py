@@ -342,11 +342,7 @@ class Ahead:
 
     def _wait(self, work: Work) -> None:
         if not work.wait(self.timeout, self.workers.progress):
-            raise LoaderStalled(
-                f"no image was finished for {self.timeout:g} s (data.timeout); the threads are reading "
-                f"{self.workers.stalled()}. Is the disk or network share answering? If it is only slow, use "
-                f"--data.timeout={2 * self.timeout:g}"
-            )
+            raise LoaderStalled(self.workers.why_stalled(self.timeout))
         if work.error is not None:
             raise work.error
 
