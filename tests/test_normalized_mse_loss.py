@@ -1,4 +1,4 @@
-"""normalized_mse_loss and two_view_loss: every backend against plain PyTorch in float64."""
+"""The losses: every backend against plain PyTorch in float64; gradients, shapes, layouts, wrong input."""
 
 from __future__ import annotations
 
@@ -7,44 +7,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from aot import GPUS, Kernel, compile_for_gpus, needs_compiler
-from conftest import assert_as_accurate, guarded, implementations, num_threads, poisoned_allocator
-from torch import Tensor
+from conftest import assert_as_accurate
+from tiny_normalized_mse_loss import REDUCTIONS, SIZES, dtypes, everywhere, gradients, plain_rows, plain_two_views, rows
 
-from scrl_fast import _native, backends
+from scrl_fast import backends
 from scrl_fast.ops import normalized_mse_loss, two_view_loss
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SIZES = [(2, 3), (6, 16), (10, 37), (34, 256), (18, 300), (4, 4100)]
-REDUCTIONS = ["none", "sum", "mean"]
-everywhere = pytest.mark.parametrize("device, backend", implementations("normalized_mse_loss"))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def rows(count: int, width: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Rows of lengths 0.1 to 10, reproducible on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(count, width, generator=generator, dtype=torch.float64)
-    lengths = 10 ** (2 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1)
-    return (values * lengths).to(device, dtype).requires_grad_()
-
-
-def plain_rows(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """As PyTorch's own users write it; a second opinion beside the reference in the package."""
-    losses = 2 - 2 * (F.normalize(input, dim=-1) * F.normalize(target, dim=-1)).sum(-1)
-    return losses if reduction == "none" else getattr(losses, reduction)()
-
-
-def plain_two_views(online: Tensor, target: Tensor) -> Tensor:
-    (p1, p2), (z1, z2) = online.chunk(2), target.chunk(2)
-    return (plain_rows(p1, z2, "none") + plain_rows(p2, z1, "none")).mean()
-
-
-def gradients(loss: Tensor, *inputs: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
-    """Loss and its gradients for a random cotangent, the same one for every dtype."""
-    cotangent = torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return loss, *torch.autograd.grad(loss, inputs, cotangent.to(loss.device, loss.dtype))
-
 
 # ---- numbers ----
 
@@ -151,7 +118,7 @@ def test_float16_gradient_survives_many_rows(device: str, backend: str) -> None:
 
 @everywhere
 def test_gradcheck(device: str, backend: str) -> None:
-    input, target = rows(6, 5, device=device), rows(6, 5, device=device, seed=1)
+    input, target = rows(4, 3, device=device), rows(4, 3, device=device, seed=1)
     for reduction in REDUCTIONS:
         torch.autograd.gradcheck(
             lambda x, t, r=reduction: normalized_mse_loss(x, t, r, backend=backend), (input, target)
@@ -253,75 +220,6 @@ def test_expanded_rows_and_more_dimensions(device: str, backend: str) -> None:
     )
 
 
-# ---- memory and threads ----
-
-
-@everywhere
-@dtypes
-def test_reads_and_writes_nothing_beside_its_rows(
-    device: str, backend: str, dtype: torch.dtype, guarded_outputs: None
-) -> None:
-    for count, width in SIZES:
-        padded = [F.pad(rows(count, width, dtype, device, seed=s).detach(), (3, 5)) for s in (0, 1)]
-        views = [t.as_strided((count, width), (width + 8, 1), 3).requires_grad_() for t in padded]
-        with guarded(*views) as (online, target), poisoned_allocator():
-            results = gradients(two_view_loss(online, target, backend=backend), online, target)
-            losses = normalized_mse_loss(online, target, "none", backend=backend)
-        assert not any(result.isnan().any() for result in (*results, losses)), (count, width)
-
-
-@pytest.mark.parametrize(
-    "backend", [p.values[1] for p in implementations("two_view_loss") if p.values == ("cpu", "native")]
-)
-@dtypes
-def test_bits_do_not_depend_on_threads(backend: str, dtype: torch.dtype) -> None:
-    online, target = rows(5126, 40, dtype), rows(5126, 40, dtype, seed=1)
-    results = []
-    for threads in (1, 2, 3, 5):
-        with num_threads(threads):
-            results.append(gradients(two_view_loss(online, target, backend=backend), online, target))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-# ---- PyTorch's machinery ----
-
-
-def operators() -> list[tuple[str, str]]:
-    names = {"native": "normalized_mse_loss", "triton": "normalized_mse_loss_triton"}
-    return [(p.values[0], names[p.values[1]]) for p in implementations("two_view_loss") if p.values[1] in names]
-
-
-@pytest.mark.parametrize("device, operator", operators())
-@pytest.mark.parametrize("two_views, reduction", [(False, 0), (False, 1), (True, 2)])
-def test_opcheck(device: str, operator: str, two_views: bool, reduction: int) -> None:
-    _native.load_failure("_cpu"), _native.load_failure("_cuda")
-    op = getattr(torch.ops.scrl_fast, operator).default
-    input, target = rows(6, 5, torch.float32, device), rows(6, 5, torch.float32, device, seed=1)
-    for wanted in ((True, True), (True, False)):
-        other = target if wanted[1] else target.detach()
-        torch.library.opcheck(op, (input, other, two_views, reduction, *wanted))
-
-
-@everywhere
-def test_compiles_without_graph_break(device: str, backend: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(
-        lambda x, t: two_view_loss(x * 2, t, backend=backend) + normalized_mse_loss(x, t, backend=backend),
-        fullgraph=True,
-        backend="aot_eager",
-        dynamic=True,
-    )
-    for count in (6, 10, 14):  # boxes vary in number: one graph for all
-        online, target = rows(count, 5, device=device), rows(count, 5, device=device, seed=1)
-        made = gradients(compiled(online, target) * 1.5, online, target)
-        loss = two_view_loss(online * 2, target, backend=backend) + normalized_mse_loss(online, target, backend=backend)
-        for a, b in zip(made, gradients(loss * 1.5, online, target), strict=True):
-            torch.testing.assert_close(a, b)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 # ---- wrong input ----
 
 
@@ -373,41 +271,3 @@ def test_operator_refuses_what_the_public_function_would_not_pass() -> None:
     ]:
         with pytest.raises(RuntimeError, match="normalized_mse_loss"):
             op(*arguments, False, False)
-
-
-# ---- GPUs that are not here ----
-
-
-def kernel(dtype: str, columns: int, grad_target: bool = False) -> Kernel:
-    wide = "*fp64" if dtype == "*fp64" else "*fp32"
-    pointers = {
-        "input_ptr": dtype,
-        "target_ptr": dtype,
-        "loss_ptr": wide,
-        "grad_input_ptr": dtype,
-        "grad_target_ptr": dtype,
-    }
-    sizes = dict.fromkeys(
-        ("rows", "columns", "input_stride", "target_stride", "shift", "divisor", "gradient_divisor"), "i32"
-    )
-    tile = min(columns, 4096)
-    return Kernel(
-        "scrl_fast.kernels.normalized_mse_loss:row_losses",
-        pointers | sizes,
-        {"ROWS": max(2048 // tile, 1), "COLUMNS": tile, "ONE_TILE": columns <= tile, "REDUCE": True, "GRAD_INPUT": True}
-        | {"GRAD_TARGET": grad_target, "WIDE": dtype == "*fp64"},
-        divisible_by_16=(*pointers, "columns", "input_stride", "target_stride"),
-        num_warps=4 if tile <= 2048 else 8,
-    )
-
-
-@needs_compiler
-def test_compiles_for_gpus_that_are_not_here() -> None:
-    kernels = [kernel("*bf16", 256), kernel("*fp16", 256), kernel("*fp32", 256), kernel("*fp64", 256)]
-    kernels += [kernel("*bf16", 4096, True), kernel("*fp32", 8192, True)]
-    for made_of, gpu, made in compile_for_gpus(kernels):
-        case = GPUS[gpu], made_of.arguments["input_ptr"], made_of.constexprs["COLUMNS"]
-        assert made.stack_bytes == 0, (case, made)
-        assert made.registers <= (176 if case[1] == "*fp64" else 80), (case, made)
-        assert made.shared_bytes <= 256, (case, made)
-        assert re.search(r"ld\.global\S*\.v[24]", made.ptx), f"{case}: loads are narrower than 16 bytes"
