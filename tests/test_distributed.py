@@ -125,8 +125,13 @@ def rows_of(folder):
 
 @pytest.mark.parametrize(
     ("processes", "case", "options"),
-    [(2, "step", {}), (4, "step", {}), (2, "accumulated", {"batch_size": 4, "accumulate": 2})],
-    ids=["2", "4", "2, accumulated"],
+    [
+        (2, "step", {}),
+        (4, "step", {}),
+        (2, "accumulated", {"batch_size": 4, "accumulate": 2}),
+        (2, "compiled", {}),
+    ],
+    ids=["2", "4", "2, accumulated", "2, compiled"],
 )
 def test_processes_train_as_one_does(gloo, tmp_path, processes, case, options):
     """Six steps; in one a process has no boxes, in one nobody has any; some images have no label."""
@@ -134,11 +139,16 @@ def test_processes_train_as_one_does(gloo, tmp_path, processes, case, options):
     single = cases.train(tmp_path, World(), processes, **({"batch_size": 8} | options))
     for result in results[:processes]:
         same_weights(result[str(processes)][case]["model"], single["model"])
-    theirs = rows_of(folder / ("accumulated" if case == "accumulated" else f"of{processes}"))
+    theirs = rows_of(folder / (f"of{processes}" if case == "step" else case))
     assert len(theirs) == 6
     assert theirs[3][2] == 0 < theirs[1][2]
     for ours, row in zip(rows_of(tmp_path), theirs, strict=True):
         assert row == pytest.approx(ours, rel=1e-9)
+
+
+def test_encoders_of_several_processes_are_compiled_once_and_cut_only_between_buckets(gloo):
+    """Two graphs of the online one, whose gradients fill two buckets, and one of the target; none in later steps."""
+    assert [result["2"]["compiled"]["graphs"] for result in gloo[1][:2]] == [3, 3]
 
 
 def test_only_the_first_process_writes(gloo):
