@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, overload
+from itertools import compress
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from scrl_fast.ops import ema_update_, lars_step_
+from scrl_fast.ops import ema_update_
 from scrl_fast.ops._tensor_lists import check_lists, check_scalar
+from scrl_fast.ops.lars_step import Settings, make_settings, step_by
+
+NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
+"""What a group may set for itself."""
+
+
+class _Matched(NamedTuple):
+    """Parameters of a step beside the attached average: looked up once for as long as the same ones have a gradient."""
+
+    key: list[int]
+    """Their ids, which are nobody else's while params holds them."""
+    params: list[Tensor]
+    targets: list[Tensor | None]
+    """One for each of params."""
+    rest: list[tuple[Tensor, Tensor]]
+    """Target and source where the source is none of params."""
 
 
 class LARS(Optimizer):
@@ -48,6 +65,11 @@ class LARS(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
         self._average: dict[Tensor, Tensor] = {}  # source -> target
+        self._matched: _Matched | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles; the base class names what it keeps
+        own = {name: getattr(self, name) for name in ("skip_nonfinite", "_skipped", "_average")}
+        return super().__getstate__() | own | {"_matched": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -72,6 +94,7 @@ class LARS(Optimizer):
         """
         check_lists(targets=targets, sources=sources)
         self._average = dict(zip(sources, targets, strict=True))
+        self._matched = None
 
     @overload
     def step(self, closure: None = None, ema_momentum: float | Tensor | None = None) -> None: ...
@@ -97,22 +120,28 @@ class LARS(Optimizer):
         return loss
 
     def _update(self, ema_momentum: float | Tensor | None) -> None:
-        with_grad = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        params = [p for p, _ in with_grad]
+        params = [p for group in self.param_groups for p in group["params"]]
+        group_of = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
+        grads = [p.grad for p in params]
+        have = [grad is not None for grad in grads]
+        if not all(have):
+            params, group_of, grads = (list(compress(column, have)) for column in (params, group_of, grads))
         counter = self._counter(params)
-        before = None if counter is None else counter.clone()
+        matched = None if ema_momentum is None else self._match(params)
+        before = counter.clone() if counter is not None and matched and matched.rest else None
         if params:
-            lars_step_(
-                params,
-                [p.grad for p in params],
-                [self._buffer(p) for p in params],
-                **_columns([group for _, group in with_grad]),
-                ema_targets=None if ema_momentum is None else [self._average.get(p) for p in params],
-                ema_momentum=ema_momentum,
-                skip_counter=counter,
-            )
-        if ema_momentum is not None:
-            self._average_rest(set(params), ema_momentum, before)
+            settings = self._settings(group_of, params[0].device, ema_momentum)
+            step_by(settings, params, grads, self._buffers(params), matched and matched.targets, counter)
+        if ema_momentum is not None and matched and matched.rest:
+            self._average_rest(matched.rest, ema_momentum, before)
+
+    def _settings(self, group_of: list[int], device: torch.device, ema_momentum: float | Tensor | None) -> Settings:
+        """Checked for each group, not for each of its parameters."""
+        used = list(dict.fromkeys(group_of))
+        columns = {name: [self.param_groups[k][name] for k in used] for name in NUMBERS}
+        settings = make_settings(len(used), device, ema_momentum=ema_momentum, **columns)
+        row_of_group = dict(zip(used, settings.row_of, strict=True))
+        return settings._replace(row_of=[row_of_group[k] for k in group_of])
 
     def _counter(self, params: list[Tensor]) -> Tensor | None:
         if not self.skip_nonfinite:
@@ -121,28 +150,32 @@ class LARS(Optimizer):
             self._skipped = self._skipped.to(params[0].device)
         return self._skipped
 
-    def _buffer(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+    def _buffers(self, params: list[Tensor]) -> list[Tensor]:
+        state = self.state
+        try:
+            return [state[p]["momentum_buffer"] for p in params]
+        except KeyError:  # of parameters that had no gradient before
+            for p in params:
+                if "momentum_buffer" not in state[p]:
+                    state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            return self._buffers(params)
 
-    def _average_rest(self, updated: set[Tensor], momentum: float | Tensor, before: Tensor | None) -> None:
+    def _match(self, params: list[Tensor]) -> _Matched:
+        key = list(map(id, params))
+        if self._matched is None or self._matched.key != key:
+            targets = [self._average.get(p) for p in params]
+            updated = set(params)
+            rest = [(target, source) for source, target in self._average.items() if source not in updated]
+            self._matched = _Matched(key, params, targets, rest)
+        return self._matched
+
+    def _average_rest(self, rest: list[tuple[Tensor, Tensor]], momentum: float | Tensor, before: Tensor | None) -> None:
         """Targets whose source had no gradient, or is no parameter of this optimizer."""
-        rest = [(target, source) for source, target in self._average.items() if source not in updated]
-        if not rest:
-            return
         if before is not None:  # a skipped step leaves these alone too
             if not isinstance(momentum, Tensor):  # filled in there: a copy from the host would wait for the device
                 momentum = torch.full((), momentum, dtype=torch.float64, device=before.device)
             momentum = torch.where(before == self._skipped, momentum.to(before.device), 1.0)
         ema_update_([target for target, _ in rest], [source for _, source in rest], momentum)
-
-
-def _columns(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of `lars_step_` with one value for each parameter."""
-    names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
-    return {name: [group[name] for group in groups] for name in names}
 
 
 def lars_param_groups(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -245,11 +247,86 @@ def test_a_saved_and_loaded_state_continues_to_the_bit(as_tensor: bool) -> None:
     assert resumed.param_groups[1]["grad_scale"] == "lr" and not resumed.param_groups[1]["adapt"]
 
 
-def test_optimizer_survives_copy_and_repr() -> None:
-    model = network()
-    optimizer = LARS(model.parameters(), lr=0.1)
-    train(model, optimizer, range(1))
+def test_a_copy_goes_on_with_copies() -> None:
+    model, target = network(), network(1)
+    optimizer = LARS(model.parameters(), lr=0.1, skip_nonfinite=True)
+    optimizer.attach_ema(list(target.parameters()), list(model.parameters()))
+    train(model, optimizer, range(2), ema_momentum=0.5)
     assert "trust_coefficient: 0.001" in repr(copy.deepcopy(optimizer))
+    before = copy.deepcopy(model)
+    copied = copy.deepcopy((model, target, optimizer))
+    pickled = pickle.loads(pickle.dumps((model, target, optimizer)))
+    train(copied[0], copied[2], range(2, 4), ema_momentum=0.5)
+    assert_close(model, before, 0)
+    for other, its_target, its_optimizer in ((model, target, optimizer), pickled):
+        if other is not copied[0]:
+            train(other, its_optimizer, range(2, 4), ema_momentum=0.5)
+        assert_close(other, copied[0], 0)
+        assert_close(its_target, copied[1], 0)
+        assert its_optimizer.skipped.item() == 0
+
+
+# ---- what a step remembers of the one before ----
+
+
+def other_memory(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    for p in [*model.parameters(), *target.parameters()]:
+        p.data = p.data.clone()
+
+
+def other_layout(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def forgotten_momentum(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    optimizer.state.clear()
+
+
+def exchanged_momentum(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    optimizer.state[model[1].bias], optimizer.state[model[1].weight] = (
+        optimizer.state[model[1].weight],
+        optimizer.state[model[1].bias],
+    )
+
+
+def frozen_layer(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    model[0].requires_grad_(False)
+
+
+def moved_group(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    moved = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [moved], "lr": 0.25})
+
+
+def fewer_averages(model: nn.Module, target: nn.Module, optimizer: LARS) -> None:
+    optimizer.attach_ema([target[0].weight], [model[0].weight])
+
+
+CHANGES = [
+    other_memory,
+    other_layout,
+    forgotten_momentum,
+    exchanged_momentum,
+    frozen_layer,
+    moved_group,
+    fewer_averages,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change: Callable[[nn.Module, nn.Module, LARS], None]) -> None:
+    """An optimizer that went through a step before the change steps as one that is new after it."""
+    model, target = network(), network(1)
+    optimizer = LARS(lars_param_groups(model.named_parameters(), 1e-2), lr=0.5)
+    optimizer.attach_ema(list(target.parameters()), list(model.parameters()))
+    train(model, optimizer, range(2), ema_momentum=0.5)
+    new_model, new_target, new = copy.deepcopy((model, target, optimizer))
+    assert new._matched is None and optimizer._matched is not None
+    for each in ((model, target, optimizer), (new_model, new_target, new)):
+        change(*each)
+        train(each[0], each[2], range(2, 4), ema_momentum=0.5)
+    assert_close(model, new_model, 0)
+    assert_close(target, new_target, 0)
 
 
 # ---- steps that are skipped ----

@@ -75,8 +75,7 @@ def lars_step_(
     """
     if ema_targets is not None and ema_momentum is None:
         raise ValueError("ema_momentum is needed with ema_targets, got None")
-    _check_counter(skip_counter, params)
-    settings = _settings(
+    settings = make_settings(
         len(params),
         params[0].device if len(params) > 0 and isinstance(params[0], Tensor) else None,
         lr=lr,
@@ -88,6 +87,20 @@ def lars_step_(
         grad_scale=grad_scale,
         ema_momentum=ema_momentum,
     )
+    step_by(settings, params, grads, momentum_buffers, ema_targets, skip_counter, backend)
+
+
+def step_by(
+    settings: Settings,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ema_targets: Sequence[Tensor | None] | None,
+    skip_counter: Tensor | None,
+    backend: Backend | None = None,
+) -> None:
+    """`lars_step_` by numbers that are prepared already."""
+    _check_counter(skip_counter, params)
     targets = [None] * len(params) if ema_targets is None else ema_targets
     if len(params) == 0 or not isinstance(params[0], Tensor) or len(targets) != len(params):
         check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers, ema_targets=targets)
@@ -108,70 +121,74 @@ def _check_counter(counter: Tensor | None, params: Sequence[Tensor]) -> None:
         raise ValueError(f"skip_counter is on {counter.device}, params[0] on {params[0].device}")
 
 
-def _settings(
-    count: int,
-    device: torch.device | None,
-    *,
-    lr: Any,
-    momentum: Any,
-    weight_decay: Any,
-    trust_coefficient: Any,
-    eps: Any,
-    adapt: Any,
-    grad_scale: Any,
-    ema_momentum: Any,
+def make_settings(
+    count: int, device: torch.device | None, *, ema_momentum: float | Tensor | None, **values: Any
 ) -> Settings:
-    """Checked hyper-parameters, gathered into rows."""
-    lrs, lr_tensors = _numbers_or_tensors("lr", lr, count)
-    momenta, momentum_tensors = _numbers_or_tensors("momentum", momentum, count)
-    decays = _numbers("weight_decay", weight_decay, count)
-    trusts = _numbers("trust_coefficient", trust_coefficient, count)
-    scales, modes = _scales_and_modes(_column("adapt", adapt, count), _column("grad_scale", grad_scale, count))
-    columns = (lrs, momenta, decays, trusts, _numbers("eps", eps, count), scales, modes)
-    places: dict[tuple[float, ...], int] = {}
-    keys = zip(*columns, _identities(lr_tensors), _identities(momentum_tensors), strict=True)
-    row_of = [places.setdefault(key, len(places)) for key in keys]
-    firsts = [row_of.index(row) for row in range(len(places))]
+    """Checked hyper-parameters, each one value or a list of count of them (as `lars_step_` takes them), as rows.
+
+    Only lists tell tensors apart: a step is prepared in little more time than it takes to walk through those.
+    """
+    lists = {name: value for name, value in values.items() if isinstance(value, (list, tuple))}
+    for name, column in lists.items():
+        if len(column) != count:
+            raise ValueError(f"{name} has {len(column)} values for {count} tensors")
+    single = {name: value for name, value in values.items() if name not in lists}
+    _row(**(_HARMLESS | single))  # also where there is no tensor to apply it to
+    row_of, firsts = _distinct(count, list(lists.values()))
+    rows = [_row(**single, **{name: column[i] for name, column in lists.items()}) for i in firsts]
     ema, ema_tensor = check_scalar("ema_momentum", 1.0 if ema_momentum is None else ema_momentum, 0, 1)
     return Settings(
-        [key[: len(columns)] for key in places],
+        [numbers for numbers, _, _ in rows],
         row_of,
         ema,
-        _by_row("lr", [lr_tensors[i] for i in firsts], device),
-        _by_row("momentum", [momentum_tensors[i] for i in firsts], device),
+        _by_row("lr", [lr for _, lr, _ in rows], device),
+        _by_row("momentum", [momentum for _, _, momentum in rows], device),
         _by_row("ema_momentum", [ema_tensor], device),
     )
 
 
-def _column(name: str, value: Any, count: int) -> list[Any]:
-    """One value for each tensor."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} tensors")
-    return list(value)
+_HARMLESS = {
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "trust_coefficient", "eps"), 0.0),
+    "adapt": True,
+    "grad_scale": 1.0,
+}
 
 
-def _numbers(name: str, value: Any, count: int) -> list[float]:
-    column = _column(name, value, count)
-    for number in set(column):
-        check_number(name, number, 0)
-    return column
+def _distinct(count: int, columns: list[Sequence[Any]]) -> tuple[list[int], list[int]]:
+    """Tensors with the same values are of one row: for each tensor its row, and for each row its first tensor."""
+    if not columns:
+        return [0] * count, [0] if count else []
+    places: dict[tuple[Any, ...], int] = {}
+    row_of = [places.setdefault(key, len(places)) for key in zip(*map(_told_apart, columns), strict=True)]
+    first_of = dict(zip(reversed(row_of), range(count - 1, -1, -1), strict=True))
+    return row_of, [first_of[row] for row in range(len(places))]
 
 
-def _identities(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else id(tensor) for tensor in tensors]  # torch.compile of 2.11 knows no id(None)
+_PLAIN_TYPES = (float, int, bool, str)
 
 
-def _numbers_or_tensors(name: str, value: Any, count: int) -> tuple[list[float], list[Tensor | None]]:
-    """For each tensor a factor and the tensor that it multiplies, None where the factor is all."""
-    if not isinstance(value, (list, tuple)):
-        factor, tensor = check_scalar(name, value, 0)
-        return [factor] * count, [tensor] * count
-    column = _column(name, value, count)
-    distinct = {id(number): number for number in column}
-    checked = {key: check_scalar(name, number, 0) for key, number in distinct.items()}
-    return [checked[id(number)][0] for number in column], [checked[id(number)][1] for number in column]
+def _told_apart(column: Sequence[Any]) -> Sequence[Any]:
+    """Keys of values: 1 is not True, and what is no plain value (a tensor, or wrong) is itself and nothing else."""
+    kinds = {type(value) for value in column}
+    if len(kinds) == 1 and kinds.issubset(_PLAIN_TYPES):
+        return column
+    return [(type(value), value if type(value) in _PLAIN_TYPES else id(value)) for value in column]
+
+
+def _row(
+    *, lr: Any, momentum: Any, weight_decay: Any, trust_coefficient: Any, eps: Any, adapt: Any, grad_scale: Any
+) -> tuple[tuple[float, ...], Tensor | None, Tensor | None]:
+    """The numbers of a row, and the tensors, if any, that its lr and its momentum multiply."""
+    lr, lr_tensor = check_scalar("lr", lr, 0)
+    momentum, momentum_tensor = check_scalar("momentum", momentum, 0)
+    decay = check_number("weight_decay", weight_decay, 0)
+    trust = check_number("trust_coefficient", trust_coefficient, 0)
+    eps = check_number("eps", eps, 0)
+    if not isinstance(adapt, bool):
+        raise TypeError(f"adapt must be True or False, got {adapt!r}")
+    scale = 1.0 if grad_scale == "lr" else check_number("grad_scale", grad_scale)
+    mode = ADAPT if adapt else PLAIN_BY_LR if grad_scale == "lr" else PLAIN
+    return (lr, momentum, decay, trust, eps, scale, mode), lr_tensor, momentum_tensor
 
 
 def _by_row(name: str, tensors: list[Tensor | None], device: torch.device | None) -> Tensor | None:
@@ -183,16 +200,6 @@ def _by_row(name: str, tensors: list[Tensor | None], device: torch.device | None
         return tensors[0] if tensors else None
     one = torch.ones((), dtype=torch.float64, device=device)
     return torch.stack([one if t is None else t.reshape(()).to(device, torch.float64) for t in tensors])
-
-
-def _scales_and_modes(adapts: list[bool], scales: list[Any]) -> tuple[list[float], list[float]]:
-    for flag in set(adapts):
-        if not isinstance(flag, bool):
-            raise TypeError(f"adapt must be True or False, got {flag!r}")
-    for scale in set(scales) - {"lr"}:
-        check_number("grad_scale", scale)
-    modes = [ADAPT if a else PLAIN_BY_LR if s == "lr" else PLAIN for a, s in zip(adapts, scales, strict=True)]
-    return [1.0 if s == "lr" else float(s) for s in scales], modes
 
 
 def lars_step_reference(
