@@ -2,8 +2,9 @@
 
 Automatic choice: native, then triton (on a GPU only), then reference; decided once for each operation and device. The
 argument ``backend=`` of an operation, or the environment variable SCRL_FAST_BACKEND, forces one, and a forced one that
-cannot run raises with the reason instead of falling back. The variable speaks for all operations, so those that have no
-such form on purpose (box sampling has no Triton, the pixels no CUDA C++) go on as without it.
+cannot run raises with the reason instead of falling back. The variable is read once, at the first call of any
+operation (`forget` has it read again), and speaks for all of them, so those that have no such form on purpose (box
+sampling has no Triton, the pixels no CUDA C++) go on as without it.
 """
 
 from __future__ import annotations
@@ -88,9 +89,13 @@ class Operation:
         return getattr(self, _chosen(self.name, device_type, backend))
 
 
+@functools.cache  # to look up a variable that is not set takes longer than all else here: 16 us with cold caches
+def _variable() -> str | None:
+    return os.environ.get("SCRL_FAST_BACKEND")
+
+
 def _chosen(name: str, device_type: str, backend: str | None) -> str:
-    environment = os.environ.get("SCRL_FAST_BACKEND") if backend is None else None
-    return _choose(OPERATIONS[name], device_type, backend, environment)
+    return _choose(OPERATIONS[name], device_type, backend, _variable() if backend is None else None)
 
 
 def check_forced(device_type: str) -> None:
@@ -100,7 +105,7 @@ def check_forced(device_type: str) -> None:
     """
     for operation in OPERATIONS.values():
         try:
-            _choose(operation, device_type, None, os.environ.get("SCRL_FAST_BACKEND"))
+            _choose(operation, device_type, None, _variable())
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"SCRL_FAST_BACKEND: {error}") from error
 
@@ -130,6 +135,12 @@ def _choose(operation: Operation, device_type: str, backend: str | None, environ
     if device_type != "cpu" and not operation.failure("triton", device_type):
         return "triton"
     return "reference"
+
+
+def forget() -> None:
+    """Choose anew from the next call on: for who changes SCRL_FAST_BACKEND or TRITON_INTERPRET in a running process."""
+    for decided in (_variable, _choose, triton_failure):
+        decided.cache_clear()
 
 
 OPERATIONS: dict[str, Operation] = {}

@@ -152,6 +152,12 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
 
 
+@pytest.fixture(autouse=True)
+def _backends_chosen_anew() -> Iterator[None]:
+    yield
+    backends.forget()
+
+
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
     """Runs of a module draw no curves.png, which would take longer than all their steps; it has tests of its own."""

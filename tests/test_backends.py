@@ -40,6 +40,7 @@ def test_native_first_then_triton_on_gpus_only(operation: Operation) -> None:
 def test_triton_is_never_chosen_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted it is a thousand times slower: it runs there only when asked for."""
     monkeypatch.setenv("SCRL_FAST_BACKEND", "")
+    backends.forget()
     only = register(Operation("made_up", reference=lambda: 0, triton=lambda: 1, triton_failure=lambda device: ""))
     try:
         assert only.resolve("cpu") is only.reference
@@ -55,6 +56,7 @@ def test_a_forced_one_runs_or_says_why_not(operation: Operation, how: str, monke
         if how == "argument":
             return operation.resolve(device, backend)()
         monkeypatch.setenv("SCRL_FAST_BACKEND", backend)
+        backends.forget()
         return operation.resolve(device)()
 
     assert resolve("cpu", "reference") == "reference"
@@ -67,7 +69,17 @@ def test_a_forced_one_runs_or_says_why_not(operation: Operation, how: str, monke
 
 def test_the_argument_comes_before_the_variable(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRL_FAST_BACKEND", "reference")
+    backends.forget()
     assert operation.resolve("cpu", "native")() == "native"
+
+
+def test_the_variable_is_read_once(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.forget()
+    assert operation.resolve("cpu")() == "native"
+    monkeypatch.setenv("SCRL_FAST_BACKEND", "reference")
+    assert operation.resolve("cpu")() == "native"
+    backends.forget()
+    assert operation.resolve("cpu")() == "reference"
 
 
 def test_a_blank_is_named() -> None:
@@ -140,6 +152,7 @@ def test_the_environment_passes_over_forms_that_are_blank_on_purpose(monkeypatch
     )
     monkeypatch.setitem(OPERATIONS, "pixels", pixels)
     monkeypatch.setenv("SCRL_FAST_BACKEND", forced)
+    backends.forget()
     assert backends._chosen("pixels", device, None) == chosen
     assert pixels.failure("native", "cuda") == "pixels has no native form for cuda"
     with pytest.raises(RuntimeError, match="pixels has no native form for cuda"):

@@ -49,11 +49,8 @@ def test_every_operation_says_what_runs_and_why_no_other() -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "load_failure", lambda library: f"not built: no {library}")
     monkeypatch.setattr(_native, "op_failure", lambda name, device: "library _cpu not built: no compiler")
-    backends._choose.cache_clear()
-    try:
-        found = info.collect()
-    finally:
-        backends._choose.cache_clear()
+    backends.forget()
+    found = info.collect()
     assert found["libraries"]["_cpu"] == {"loaded": False, "why": "not built: no _cpu"}
     loss = found["operations"]["two_view_loss"]["cpu"]
     assert loss["runs"] == "reference" and loss["why"]["native"] == "library _cpu not built: no compiler"
@@ -62,6 +59,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_forced_backend_that_cannot_run_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRL_FAST_BACKEND", "cutlass")
+    backends.forget()
     found = info.collect()
     assert found["variables"]["SCRL_FAST_BACKEND"] == "cutlass"
     choice = found["operations"]["two_view_loss"]["cpu"]

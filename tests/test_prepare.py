@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_trainer import Pictures, make_config, make_trainer
 
-from scrl_fast import prepare
-from scrl_fast.backends import _choose, triton_failure
+from scrl_fast import backends, prepare
 from scrl_fast.models.encoders import Encoder
 from scrl_fast.trainer import SCRLTrainer
 
@@ -63,10 +62,9 @@ def test_a_backend_that_cannot_run_is_named_at_once(tmp_path, monkeypatch, backe
     monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
     monkeypatch.setenv("SCRL_FAST_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    triton_failure.cache_clear(), _choose.cache_clear()
+    backends.forget()
     with pytest.raises(ValueError, match=rf"SCRL_FAST_BACKEND: .*backend '{backend}'"):
         make_trainer(tmp_path)
-    triton_failure.cache_clear(), _choose.cache_clear()
 
 
 def test_half_an_announcement_of_several_processes_is_refused(tmp_path, monkeypatch):

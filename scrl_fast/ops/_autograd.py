@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# bound once: each look-up would show in a small call
+_modes = torch._C._len_torch_dispatch_stack
+_transformed = torch._C._are_functorch_transforms_active
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
 
 def differentiated_otherwise() -> bool:
     """Whether torch.func.grad, vjp, jvp or forward mode is at work: a backward formula cannot serve these.
@@ -19,26 +25,27 @@ def differentiated_otherwise() -> bool:
     """
     if forward_ad._current_level >= 0:
         return not torch.compiler.is_compiling()
-    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if not _transformed() or torch.compiler.is_compiling():
         return False
     vmap = torch._C._functorch.TransformType.Vmap
     return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
-# bound once: each look-up would show in a small call
-_modes = torch._C._len_torch_dispatch_stack
-_transformed = torch._C._are_functorch_transforms_active
-_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+def is_plain_one(factor: Tensor) -> bool:
+    """Whether what comes in is the 1 of a plain ``loss.backward()``, so that gradients at hand can be handed out.
 
-
-def value_is_at_hand(tensor: Tensor) -> bool:
-    """Whether ``tensor.item()`` works and costs nothing: a CPU tensor that nobody traces or batches."""
+    False wherever looking would synchronise or the value is traced or batched; and where the graph stays: who writes
+    into the gradient handed out would spoil the next pass over it.
+    """
     return (
-        type(tensor) is Tensor
-        and tensor.is_cpu
+        type(factor) is Tensor
+        and factor.is_cpu
+        and not factor.dim()
+        and not _keeps_graph()
         and not _modes()  # modes: make_fx, fake tensors
         and not _transformed()
-        and not _legacy_batched(tensor)  # torch.autograd.grad(is_grads_batched=True)
+        and not _legacy_batched(factor)  # torch.autograd.grad(is_grads_batched=True)
+        and factor.item() == 1
     )
 
 

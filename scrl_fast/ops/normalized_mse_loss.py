@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scrl_fast import _native
 from scrl_fast.backends import Backend, Operation, register
-from scrl_fast.ops._autograd import differentiated_otherwise, refuse_double_backward, value_is_at_hand
+from scrl_fast.ops._autograd import differentiated_otherwise, is_plain_one, refuse_double_backward
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -90,45 +90,50 @@ def _row_losses(input: Tensor, target: Tensor) -> Tensor:
 
 
 # ---- compiled ----
+# Between passes over megabytes the processor's caches have forgotten Python's own data, and each small thing done here
+# takes 2 to 15 us instead of 0.1 to 1. So these functions are few, and look up little.
+
+_MEAN = REDUCTIONS.index("mean")
+_transformed = torch._C._are_functorch_transforms_active
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """``[rows, D]`` with the elements of a row adjacent; copied only where it lies otherwise."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-    return rows if rows.shape[1] < 2 or rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.is_contiguous() or rows.shape[1] < 2 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _rows_through(op: str) -> Callable[..., Tensor]:
-    """The implementation of `normalized_mse_loss` that calls torch.ops.scrl_fast.<op>."""
+def _rows_through(operator: Any) -> Callable[..., Tensor]:
+    """The implementation of `normalized_mse_loss` that calls the operator."""
 
     def rows(input: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
         if differentiated_otherwise():
             return normalized_mse_loss_reference(input, target, reduction)
-        loss = _call(op, _rows(input), _rows(target), False, REDUCTIONS.index(reduction))
+        loss = _call(operator, _rows(input), _rows(target), False, REDUCTIONS.index(reduction))
         return (loss if reduction != "none" else loss.reshape(input.shape[:-1])).to(input.dtype)
 
     return rows
 
 
-def _two_views_through(op: str) -> Callable[..., Tensor]:
-    """The implementation of `two_view_loss` that calls torch.ops.scrl_fast.<op>."""
+def _two_views_through(operator: Any) -> Callable[..., Tensor]:
+    """The implementation of `two_view_loss` that calls the operator."""
 
     def two_views(online: Tensor, target: Tensor) -> Tensor:
         if differentiated_otherwise():
             return two_view_loss_reference(online, target)
-        return _call(op, _rows(online), _rows(target), True, REDUCTIONS.index("mean"))
+        return _call(operator, _rows(online), _rows(target), True, _MEAN)
 
     return two_views
 
 
-def _call(op: str, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
-    operator = getattr(torch.ops.scrl_fast, op).default
+def _call(operator: Any, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
     if not torch.is_grad_enabled():
         return operator(input, target, two_views, reduction, False, False)[0]
-    wanted = input.requires_grad, target.requires_grad
-    if not any(wanted) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return operator(input, target, two_views, reduction, *wanted)[0]
-    return _Eager.apply(input, target, operator, (two_views, reduction, *wanted))
+    of_input, of_target = input.requires_grad, target.requires_grad
+    if (of_input or of_target) and not torch.compiler.is_compiling() and not _transformed():
+        return _Eager.apply(input, target, operator, two_views, reduction, of_input, of_target)
+    return operator(input, target, two_views, reduction, of_input, of_target)[0]
 
 
 class _Eager(torch.autograd.Function):
@@ -139,15 +144,15 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, operator: Any, options: tuple[Any, ...]) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # past the formula, which would only find that nothing is wanted
+    def forward(ctx: Any, input: Tensor, target: Tensor, operator: Any, *options: Any) -> Tensor:
+        with _below_autograd():  # past the formula, which would only find that nothing is wanted
             loss, *grads = operator(input, target, *options)
-        _remember(ctx, (input, target), options, grads)
+        _remember(ctx, input, target, options, grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grads[0]), None, None
+        return *_gradients(ctx, grads[0]), None, None, None, None, None
 
 
 def _fake(
@@ -159,48 +164,45 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, target, *options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    _remember(ctx, inputs[:2], inputs[2:], output[1:])
+    _remember(ctx, input, target, options, output[1:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     return *_gradients(ctx, grad_loss), None, None, None, None
 
 
-def _remember(ctx: Any, inputs: Sequence[Tensor], options: Sequence[Any], grads: Sequence[Tensor]) -> None:
-    two_views, reduction, *made = options
-    ctx.made = made
-    input, target = inputs
+def _remember(ctx: Any, input: Tensor, target: Tensor, options: Sequence[Any], grads: Sequence[Tensor]) -> None:
+    two_views, reduction, of_input, of_target = options
+    ctx.made = of_input, of_target
     # the rows themselves are kept for who asks for a second derivative, to be refused
-    ctx.save_for_backward(*grads, input if made[0] else None, target if made[1] else None)
-    divided_later = input.dtype is torch.float16 and REDUCTIONS[reduction] == "mean"
+    ctx.save_for_backward(*grads, input if of_input else None, target if of_target else None)
+    divided_later = input.dtype is torch.float16 and reduction == _MEAN
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
 
 
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
+    *made, input, target = ctx.saved_tensors
+    if grad_loss is None:
+        return None, None
+    as_made = ctx.divisor == 1 and is_plain_one(grad_loss)  # a pass over the data saved
     grads: list[Tensor | None] = [None, None]
-    saved = ctx.saved_tensors
-    for k, grad in enumerate(saved[:2]):
-        if ctx.needs_input_grad[k] and grad_loss is not None:
+    for k, wanted in enumerate(ctx.needs_input_grad[:2]):
+        if wanted:
             if not ctx.made[k]:
                 raise RuntimeError("normalized_mse_loss: grad_input and grad_target must ask for the gradients wanted")
-            grads[k] = _scaled(grad, grad_loss, ctx.divisor)
+            grads[k] = made[k] if as_made else _scaled(made[k], grad_loss, ctx.divisor)
     if torch.is_grad_enabled():  # create_graph=True
-        return refuse_double_backward("normalized_mse_loss", grads, (grad_loss, *saved[2:]))
+        return refuse_double_backward("normalized_mse_loss", grads, (grad_loss, input, target))
     return tuple(grads)
 
 
 def _scaled(grad: Tensor, factor: Tensor, divisor: int) -> Tensor:
-    # A plain loss.backward() sends exactly 1: the pass over the data is saved where looking costs no synchronisation.
-    # Not where the graph stays: who writes into the gradient handed out would spoil the next pass over it.
-    scalar = not factor.dim()
-    plain = divisor == 1 and scalar and value_is_at_hand(factor)
-    if plain and not torch._C._autograd._get_current_graph_task_keep_graph() and factor.item() == 1:
-        return grad
     factor = factor / divisor if divisor > 1 else factor
-    return grad * factor if scalar else (grad * factor.unsqueeze(-1)).to(grad.dtype)
+    return grad * factor if not factor.dim() else (grad * factor.unsqueeze(-1)).to(grad.dtype)
 
 
 def _triton_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,17 +223,19 @@ torch.library.define(
 )
 torch.library.impl("scrl_fast::normalized_mse_loss_triton", ("cpu", "cuda"), _triton_impl)
 _register("normalized_mse_loss_triton")
-if not _native.load_failure("_ops"):
+_triton, _native_operator = torch.ops.scrl_fast.normalized_mse_loss_triton.default, None
+if not _native.load_failure("_ops"):  # or there is no such operator, which native_failure says
     _register("normalized_mse_loss")
+    _native_operator = torch.ops.scrl_fast.normalized_mse_loss.default
 
 _ROWS, _TWO_VIEW = (
     register(
         Operation(
             name,
             reference=reference,
-            native=through("normalized_mse_loss"),
+            native=through(_native_operator),
             native_failure=lambda device_type: _native.op_failure("normalized_mse_loss", device_type),
-            triton=through("normalized_mse_loss_triton"),
+            triton=through(_triton),
         )
     )
     for name, reference, through in (
