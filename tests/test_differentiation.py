@@ -56,8 +56,14 @@ def batched_backward(f: Function, x: Tensor) -> Tensor:
     return torch.autograd.grad(f(x), x, torch.ones(3, dtype=x.dtype, device=x.device), is_grads_batched=True)[0]
 
 
+def compiled_gradient(f: Function, x: Tensor) -> Tensor:
+    torch._dynamo.reset()  # one function for all cases: it would meet the limit of recompilations
+    return torch.compile(torch.func.grad(f), fullgraph=True, backend="eager")(x)
+
+
 ONCE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "torch.func.grad": lambda f, x: torch.func.grad(f)(x),
+    "torch.func.grad, compiled": compiled_gradient,
     "torch.func.vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
     "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "torch.func.vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 # bound once: each look-up would show in a small call
@@ -25,9 +26,11 @@ def differentiated_otherwise() -> bool:
     """
     if forward_ad._current_level >= 0:
         return not torch.compiler.is_compiling()
-    if not _transformed() or torch.compiler.is_compiling():
+    if not _transformed():
         return False
     vmap = torch._C._functorch.TransformType.Vmap
+    if torch.compiler.is_compiling():  # which can ask for the innermost transform only
+        return retrieve_current_functorch_interpreter().key() != vmap
     return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
