@@ -358,7 +358,8 @@ class Config:
     """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
     init: str = ""
     """Start from the weights of this file, with a fresh optimizer and schedule: a checkpoint of ours or of the
-    published implementation (heads included), or a ResNet of torchvision, timm, detectron2, mmdet or safetensors."""
+    published implementation (heads included), or a ResNet of torchvision, timm, detectron2, mmdet or safetensors. With
+    resume=auto only as long as the run has no checkpoint of its own."""
     init_momentum: bool = False
     """Take the optimizer's momentum from init as well, where the file holds it."""
 
@@ -382,7 +383,7 @@ class Config:
             raise ValueError(
                 "init_momentum=True takes the momentum out of the file that --init names, and there is none"
             )
-        if self.resume and self.init:
+        if self.resume not in ("", "auto") and self.init:
             raise ValueError(
                 f"resume={self.resume} and init={self.init}: give one, since a resumed run has its weights already"
             )

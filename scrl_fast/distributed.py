@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than a checkpoint takes, wh
 _ddp = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ddp else "broadcast_buffers"  # since torch 2.15
 _store: dist.Store | None = None  # of this attempt
+_ME = uuid.uuid4().hex  # no other process is called so, this one's predecessors before a restart included
 
 
 class PeerFailed(RuntimeError):
@@ -136,8 +139,8 @@ def join(device: torch.device, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Wo
     """This process's world: torch.distributed's if it runs, else the one that torchrun announces, else a single one.
 
     device: this process's, from `device_of`. timeout: from `exchange_timeout`. Under ``torchrun --max-restarts`` each
-    attempt has its own keys in the agent's store; without that it may connect to the dead processes of the attempt
-    before, and hang.
+    attempt has its own keys in the agent's store (see `_attempt`); without that it may connect to the dead processes of
+    the attempt before, and hang.
     Raises ValueError for an announcement that lacks something.
     """
     global _store
@@ -156,7 +159,8 @@ def join(device: torch.device, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Wo
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank = int(os.environ["RANK"])
-    _store = dist.PrefixStore(f"scrl_fast/attempt_{attempt()}", _open_store(rank, size))
+    store = _open_store(rank, size)
+    _store = dist.PrefixStore(f"scrl_fast/attempt_{_attempt(store, rank, size) if _agents_store() else 1}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank)
@@ -173,11 +177,6 @@ def leave() -> None:
 def announced_size() -> int:
     """How many processes torchrun says there are; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def attempt() -> int:
-    """How often torchrun has restarted the processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def device_of(name: str) -> torch.device:
@@ -211,19 +210,21 @@ def launcher() -> str:
     return f"torchrun{nodes} --nproc-per-node={local}"
 
 
-def remembered(key: str, decide: Callable[[], str]) -> str:
-    """What ``decide`` gave in the first attempt, also after torchrun's restarts; for process 0.
+def remembered(key: str, decide: Callable[[], str]) -> tuple[str, bool]:
+    """What ``decide`` gave in the first attempt, also after torchrun's restarts, and whether this is one; process 0.
 
     Only torchrun's own store outlives an attempt; without one it is decided anew.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return decide()
+    if not _agents_store():
+        return decide(), False
     store = dist.PrefixStore("scrl_fast", _open_store(rank=0, size=announced_size()))
-    if attempt() > 0 and store.check([key]):
-        return store.get(key).decode()
+    if store.check([key]):
+        author, _, value = store.get(key).decode().partition(" ")
+        if author != _ME:
+            return value, True
     value = decide()
-    store.set(key, value)
-    return value
+    store.set(key, f"{_ME} {value}")
+    return value, False
 
 
 def explain(error: Exception) -> Exception:
@@ -258,9 +259,38 @@ def _of_others(error: Exception) -> bool:
     return isinstance(error, (PeerFailed, dist.DistError)) or any(words in str(error) for words in broken)
 
 
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name for this attempt that all its processes know, and no earlier one.
+
+    TORCHELASTIC_RESTART_COUNT is none: each machine counts its own, and not those that a failure elsewhere caused. What
+    processes of earlier attempts left in the store cannot mislead, since all of them are dead when the first one of
+    this attempt starts, and process 0 answers to names that no process had before.
+    """
+    if rank > 0:
+        me = uuid.uuid4().hex
+        store.set(f"scrl_fast/process_{rank}", me)
+        store.wait([f"scrl_fast/attempt_of_{me}"], STORE_TIMEOUT)
+        name = store.get(f"scrl_fast/attempt_of_{me}").decode()
+        store.set(f"scrl_fast/attempt_{name}/joined_{rank}", "")
+        return name
+    name = str(store.add("scrl_fast/attempts", 1))
+    lacking, end = list(range(1, size)), time.monotonic() + STORE_TIMEOUT.total_seconds()
+    while lacking := [other for other in lacking if not store.check([f"scrl_fast/attempt_{name}/joined_{other}"])]:
+        for other in lacking:
+            if store.check([f"scrl_fast/process_{other}"]):  # perhaps still of the one that died
+                store.set(f"scrl_fast/attempt_of_{store.get(f'scrl_fast/process_{other}').decode()}", name)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"timed out: process {', '.join(map(str, lacking))} of {size} did not start")
+        time.sleep(0.01)
+    return name
+
+
+def _agents_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _open_store(rank: int, size: int) -> dist.Store:
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port, agents = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), _agents_store()
     return dist.TCPStore(
         address, port, None if agents else size, is_master=rank == 0 and not agents, timeout=STORE_TIMEOUT
     )

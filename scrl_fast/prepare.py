@@ -95,8 +95,7 @@ def place_run(config: Options, world: World, kind: str = "", known: Sequence[str
     """
 
     def place() -> tuple[str, str, str]:
-        folder = distributed.remembered("run.dir", lambda: choose_folder(config, kind, known))
-        again = distributed.attempt() > 0
+        folder, again = distributed.remembered("run.dir", lambda: choose_folder(config, kind, known))
         runlog.prepare_folder(folder, resume=again or bool(config.resume))
         if again and any(Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")):
             return folder, "auto", ""

@@ -70,6 +70,7 @@ def restore(trainer: SCRLTrainer) -> list[str]:
                 "branch off from an older one, give the new run its own --run.dir"
             )
         load_training_state(trainer, state)
+        trainer.saved = trainer.step if newest is not None else 0  # another run's checkpoint is not saved in this one
         notes.append(f"resumed from {path} at step {trainer.step}")
         before, now = state["loader"].get("world_size", 1), trainer.world.size
         if before != now:
@@ -128,7 +129,7 @@ def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
     for group, mine in zip(trainer.optimizer.param_groups, options, strict=True):
         group.update(mine)
     torch.set_rng_state(state["rng"]["torch"])
-    trainer.step = trainer.saved = state["step"]
+    trainer.step = state["step"]
     trainer.loader.load_state(state["loader"].get("processes", [state["loader"]]))
     log = state.get("log", {})
     trainer.pending = [list(row) for row in log.get("pending", [])]

@@ -47,6 +47,12 @@ class StopRequest:
             self.immediate = False  # once: whoever catches it must not be interrupted again
             raise KeyboardInterrupt
 
+    def farewell(self, step: int) -> str:
+        """What to say after a stop behind this step, which is saved; the command that goes on follows."""
+        if step == 0:
+            return f"{self.signal_name}: stopped before the first step, so there is nothing to save. To start again:"
+        return f"{self.signal_name}: stopped after step {step}, everything is saved. To continue:"
+
     def until_signal(self, work: Callable[[], T]) -> T | None:
         """What ``work`` returns; None when a signal ended it, or came before it: then it is not even begun."""
         try:

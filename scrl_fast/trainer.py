@@ -94,7 +94,6 @@ class SCRLTrainer:
         prepare.compile_encoders(self.model, train)
 
         self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
-
         self.step = self.saved = 0  # updates made so far, and at the last checkpoint
         self.asked = False  # some process was told to stop
         self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
@@ -360,16 +359,18 @@ class SCRLTrainer:
             with stop.at_once():
                 summary |= self.evaluate()
         summary["interrupted"] = stop.signal_name
-        summary["checkpoint"] = str(self.checkpoints.folder / "last.pt")
+        summary["checkpoint"] = str(next(self.checkpoints.folder.glob("last.pt"), ""))
         summary["resume_command"] = self.resume_command()
         if stop:
-            self.log.say(f"{stop.signal_name}: stopped after step {self.step}, everything is saved. To continue:")
+            self.log.say(stop.farewell(self.step))
             self.log.say(f"  {summary['resume_command']}")
         else:
             if bad:
                 files = "bad_files*.jsonl" if self.world.several else "bad_files.jsonl"
                 self.log.say(f"{bad} images could not be read, others stood in for them: {self.folder}/{files}")
             self.log.say(f"done: {self.step} steps; checkpoint and curves are in {self.folder}")
+        if self.asked:  # a launcher that sees one process end may kill the first one before it has said all this
+            self.world.sums([0])
         return summary
 
     def evaluate(self) -> dict[str, Any]:
@@ -379,8 +380,10 @@ class SCRLTrainer:
         return result
 
     def resume_command(self) -> str:
-        """What to type to go on from here."""
+        """What to type to go on from here; where nothing is saved yet, from what this run began with."""
         arguments = [f"--config={self.folder / runlog.CONFIG}", "--resume=auto"]
+        if self.config.init and not self.step:
+            arguments += [f"--init={self.config.init}", f"--init_momentum={self.config.init_momentum}"]
         return f"{distributed.launcher()} -m scrl_fast.train {shlex.join(arguments)}"
 
     def draw_boxes(self, batch: Batch) -> None:

@@ -143,7 +143,7 @@ def test_whole_numbers_and_lists_are_converted():
             "views.size=31: must be at least 32, the stride of resnet50",
         ),
         ({"views": ViewsConfig(size=16)}, "views.size=16: must be at least 32, the stride of resnet50"),
-        ({"resume": "auto", "init": "x.pt"}, "give one"),
+        ({"resume": "y.pt", "init": "x.pt"}, "give one"),
         ({"compat": "some"}, "compat=some: must be one of none, kakaobrain"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -244,6 +245,37 @@ def test_the_others_wait_longer_than_any_process_for_its_data(gloo, monkeypatch)
     monkeypatch.setattr(distributed, "NOTE_TIMEOUT", timedelta(milliseconds=1))
     said = str(distributed.explain(RuntimeError("gloo: Timed out waiting 600000ms for recv operation to complete")))
     assert "has not answered for so long that it or its machine must hang" in said
+
+
+def test_processes_of_an_attempt_find_each_other_whatever_dead_ones_left_in_the_store():
+    """As after a failure on one of several machines, where torchrun's own count of restarts differs."""
+    store, names = dist.HashStore(), []
+    for rank in (1, 2):
+        store.set(f"scrl_fast/process_{rank}", "one that died before anybody answered")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: distributed._attempt(store, rank, 3), (0, 1, 2)))
+        assert len(set(found)) == 1
+        names += found[:1]
+    assert names[0] != names[1]
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "STORE_TIMEOUT", timedelta(milliseconds=50))
+    store = dist.HashStore()
+    store.set("scrl_fast/process_1", "one that died")
+    with pytest.raises(dist.DistStoreError, match="process 1 of 2 did not start"):
+        distributed._attempt(store, 0, 2)
+
+
+def test_what_was_decided_before_a_restart_holds_after_it(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(distributed, "_open_store", lambda rank, size: store)
+    assert distributed.remembered("run.dir", lambda: "runs/a b") == ("runs/a b", False)
+    assert distributed.remembered("run.dir", lambda: "runs/c") == ("runs/c", False)  # a second run of this process
+    monkeypatch.setattr(distributed, "_ME", "the process that stands in for it after a restart")
+    assert distributed.remembered("run.dir", lambda: "runs/d") == ("runs/c", True)
 
 
 def test_the_command_to_resume_starts_as_many_again(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast import runlog, train
+from scrl_fast import cli, runlog, train
 from scrl_fast.resume import restore
 from scrl_fast.signals import StopRequest
 from scrl_fast.trainer import SCRLTrainer
@@ -124,6 +124,37 @@ def test_a_signal_while_data_are_waited_for_stops_there_and_then(tmp_path, whole
     assert summary["interrupted"] == "SIGTERM" and 3 <= summary["step"] <= 6  # three batches may have been made ahead
     resumed, _ = run(tmp_path, resume="auto")
     assert_same(resumed, whole)
+
+
+def stopped_before_data(folder, **options):
+    """What a run says and returns that is told to stop while it waits for its first batch."""
+    config = make_config(folder, epochs=3)
+    config.resume, config.init = options.get("resume", ""), options.get("init", "")
+    trainer = SCRLTrainer(config, source=Pictures(num_classes=3))
+    trainer.batches = lambda: (os.kill(os.getpid(), signal.SIGTERM) for _ in range(1))
+    return trainer.fit(), (folder / "log.txt").read_text()
+
+
+def test_a_stop_before_the_first_step_says_that_nothing_is_saved_and_starts_from_the_same_weights(tmp_path, whole):
+    weights = str(whole.folder / "checkpoints" / "last.pt")
+    summary, said = stopped_before_data(tmp_path, init=weights)
+    assert (summary["step"], summary["interrupted"], summary["checkpoint"]) == (0, "SIGTERM", "")
+    assert "SIGTERM: stopped before the first step, so there is nothing to save" in said and "is saved" not in said
+    config = cli.parse(shlex.split(summary["resume_command"])[3:], prog="").config
+    assert (config.resume, config.init, config.init_momentum) == ("auto", weights, False)
+    again = SCRLTrainer(config, source=Pictures(num_classes=3))
+    assert any("54 tensors of the encoder matched" in note for note in restore(again))
+
+
+def test_a_run_that_branches_off_and_stops_at_once_has_a_checkpoint_of_its_own(tmp_path, whole):
+    other = str(whole.folder / "checkpoints" / "last.pt")
+    steps = torch.load(other, weights_only=True)["step"] - 1
+    config = make_config(tmp_path / "first", epochs=3, max_steps=steps)
+    first = SCRLTrainer(config, source=Pictures(num_classes=3)).fit()["checkpoint"]
+    summary, said = stopped_before_data(tmp_path / "second", resume=first)
+    assert f"stopped after step {steps}, everything is saved" in said
+    assert torch.load(summary["checkpoint"], weights_only=True)["step"] == steps
+    assert str(tmp_path / "second") in summary["checkpoint"]
 
 
 def test_work_ends_at_a_signal_and_again_only_when_asked():

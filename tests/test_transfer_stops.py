@@ -48,6 +48,15 @@ def test_signal_saves_and_resumes(data_root, tmp_path):
     )
 
 
+def test_a_stop_before_the_first_step_says_that_nothing_is_saved(data_root, tmp_path):
+    run = transfer("detection", data_root, tmp_path / "a")
+    run.examples = lambda ahead: iter(lambda: os.kill(os.getpid(), signal.SIGTERM), 0)
+    summary = run.fit()
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert (summary["step"], summary["interrupted"], summary["checkpoint"]) == (0, "SIGTERM", "")
+    assert "SIGTERM: stopped before the first step, so there is nothing to save" in log and "is saved" not in log
+
+
 def test_a_measurement_that_is_stopped_says_how_to_measure_anew(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a", "--train.steps=1", "--eval.images=1")
     path = run.fit()["checkpoint"]

@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 
-from scrl_fast import distributed, train
+from scrl_fast import train
 from scrl_fast.trainer import SCRLTrainer
 
 plain = SCRLTrainer.train_step
 
 
 def step(self, *batches):
-    if self.step == 3 and self.rank == 1 and distributed.attempt() == 0:
+    if self.step == 3 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, *batches)
 

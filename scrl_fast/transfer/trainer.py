@@ -283,7 +283,8 @@ class Transfer:
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
-        self.step = self.saved = state["step"]
+        self.step = state["step"]
+        self.saved = self.step if newest is not None else 0  # another run's checkpoint is not saved in this one
         self.pending = list(state.get("log", {}).get("pending", []))
         notes.append(f"resumed from {path} at step {self.step}")
         if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
@@ -378,10 +379,8 @@ class Transfer:
         summary["resume_command"] = self.resume_command()
         summary["seconds"] = time.perf_counter() - started
         if stop:
-            done = f"stopped after step {self.step}, everything is saved. To continue:"
-            if self.config.eval.only:
-                done = "stopped before the measurement was complete. To measure anew:"
-            self.log.say(f"{stop.signal_name}: {done}")
+            unmeasured = f"{stop.signal_name}: stopped before the measurement was complete. To measure anew:"
+            self.log.say(unmeasured if self.config.eval.only else stop.farewell(self.step))
             self.log.say(f"  {summary['resume_command']}")
         else:
             self.log.say(f"done: {self.step} steps; checkpoint and log are in {self.folder}")
