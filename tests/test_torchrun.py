@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import slurm_stubs
 import torch
 
 from scrl_fast import runlog, train
@@ -21,30 +20,31 @@ OPTIONS = (
 )
 
 
-def test_a_killed_process_is_restarted_and_a_signal_stops_all_with_a_checkpoint(tmp_path):
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node=2 --max-restarts=1".split()
-    command = [*launcher, str(Path(__file__).with_name("torchrun_worker.py")), *OPTIONS.split(), "--train.batch_size=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
+def test_a_killed_process_is_restarted_and_a_schedulers_signal_stops_all_with_a_checkpoint(tmp_path):
+    """The SLURM template on two nodes of one process each: the longest way that a job goes."""
+    environment = slurm_stubs.install(tmp_path) | {"STUB_SCRIPT": str(Path(__file__).with_name("torchrun_worker.py"))}
+    template = Path(__file__).parents[1] / "scripts" / "slurm.sbatch"
+    command = ["bash", str(template), "--config=demo", "--data.source=demo", *OPTIONS.split(), "--train.batch_size=2"]
+    run, started = tmp_path / "runs" / "scrl-4711", time.monotonic()
     job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        while len(rows := steps(tmp_path)) < 6:
+        while len(rows := steps(run)) < 6:
             assert job.poll() is None, job.stderr.read()[-4000:]
             assert time.monotonic() - started < 120, rows
             time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
+        os.kill(int((tmp_path / "srun_pid").read_text()), signal.SIGUSR1)
         _, said = job.communicate(timeout=60)
     finally:
         job.kill()
     assert job.returncode == 1, said  # torchrun's, whatever its processes return
-    assert re.search(r"exitcode: -9\).* local_rank: 1", said), said
-    (run,) = (tmp_path / "runs").iterdir()  # the second attempt has the folder of the first
+    assert re.search(r"exitcode: -9\).* local_rank: 0", said), said
     log = (run / "log.txt").read_text()
-    assert "resumed from" in log and "at step 3" in log
-    (command,) = re.findall(r"torchrun --nproc-per-node=2 (-m scrl_fast.train --config=.*)", said)
-    assert "everything is saved" in said and command.endswith("--resume=auto")
+    assert log.count("resumed from") == 1 and "at step 3" in log  # by one restart, of both machines
+    (resume,) = re.findall(r"torchrun --nnodes=2 --nproc-per-node=1 (-m scrl_fast.train --config=.*)", said)
+    assert "everything is saved" in log and resume.endswith("--resume=auto")
+    assert (tmp_path / "scontrol").read_text() == "requeue\n4711\n"
     last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["step"]
-    assert steps(tmp_path) == list(range(1, last + 1))
+    assert steps(run) == list(range(1, last + 1))
 
     alone = tmp_path / "alone"  # one process, never disturbed
     options = [*OPTIONS.split(), "--train.batch_size=4", f"--train.max_steps={last}", f"--run.dir={alone}"]
@@ -53,6 +53,5 @@ def test_a_killed_process_is_restarted_and_a_signal_stops_all_with_a_checkpoint(
         assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"], (one, two)
 
 
-def steps(folder: Path) -> list[int]:
-    files = list(folder.glob("runs/*/metrics.jsonl"))
-    return [json.loads(line)["step"] for line in files[0].read_text().splitlines()] if files else []
+def steps(run: Path) -> list[int]:
+    return [row["step"] for row in runlog.read_metrics(run / "metrics.jsonl")]
