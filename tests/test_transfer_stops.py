@@ -111,23 +111,48 @@ def test_a_signal_while_data_are_waited_for_stops_there_and_then(data_root, tmp_
     assert checkpoint.load(summary["checkpoint"])["step"] == summary["step"]
 
 
-@pytest.mark.parametrize("signalled", ["this", "another"])
-def test_a_signal_ends_the_measurement_in_all_processes(data_root, tmp_path, signalled):
+@pytest.mark.parametrize("which", ["this", "another"])
+@pytest.mark.parametrize("why", ["signal", "stall"])
+def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_path, which, why):
+    measuring = []
+
     @dataclass(frozen=True)
     class Fellow(World):
         def sums(self, numbers):
-            return [1] if len(numbers) == 1 and signalled == "another" else super().sums(numbers)
+            if measuring and which == "another":
+                return [1, int(why == "stall")]
+            return super().sums(numbers)
 
         def gathered(self, items):
             raise AssertionError("the others do not come")
 
-    run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", "--train.steps=1")), world=Fellow())
-    if signalled == "this":
-        run.detections = lambda indices: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
-    else:
-        run.detections = lambda indices: []
-    summary = run.fit()
-    assert summary["interrupted"] == ("SIGTERM" if signalled == "this" else "a signal to another process")
+    options = ["--train.steps=1", "--run.checkpoint_every=9", "--data.timeout=0.3"]
+    run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", *options)), world=Fellow())
+    released, plain, read = threading.Event(), run.detections, run.val.read
+
+    def detections(indices):
+        measuring.append(True)
+        if which == "another":
+            return []
+        if why == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        run.val.read = lambda index: released.wait(60 if why == "signal" else 0.6) or read(index)
+        return plain(indices)
+
+    run.detections, started = detections, time.monotonic()
+    try:
+        if why == "stall":
+            error, said = (UsageError, r"after step 1: .*timeout\).* reading .*\.jpg for .* are saved; put it right")
+            if which == "another":
+                error, said = PeerFailed, "data of another process"
+            with pytest.raises(error, match=said):
+                run.fit()
+            return
+        summary = run.fit()
+    finally:
+        released.set()
+        assert time.monotonic() - started < 30 and run.saved == run.step == 1
+    assert summary["interrupted"] == ("SIGTERM" if which == "this" else "a signal to another process")
     assert summary["step"] == 1 and "result" not in summary
 
 

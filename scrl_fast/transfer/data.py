@@ -6,7 +6,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.data.annotations import AnnotatedImages, Objects
+from scrl_fast.data.bad import BadImage
 from scrl_fast.data.loader import LoaderStalled
 from scrl_fast.data.workers import Work, Workers
 from scrl_fast.errors import UsageError
+from scrl_fast.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 
+T = TypeVar("T")
 Target = dict[str, Tensor]
 Example = tuple[Tensor, Target]
 
@@ -349,3 +352,11 @@ class Ahead:
     def close(self) -> None:
         """Ends the threads; what they have not begun is not done."""
         self.workers.stop()
+
+
+def reading(stop: StopRequest, work: Callable[[], T]) -> tuple[T | None, BadImage | LoaderStalled | None]:
+    """What ``work`` returns, None when a signal ended it, and the image or the disk that did."""
+    try:
+        return stop.until_signal(work), None
+    except (BadImage, LoaderStalled) as error:
+        return None, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
@@ -297,3 +298,17 @@ def _fcos(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int
 _BUILDERS: dict[str, Any] = OrderedDict(
     faster_rcnn=_faster_rcnn, mask_rcnn=_mask_rcnn, keypoint_rcnn=_keypoint_rcnn, retinanet=_retinanet, fcos=_fcos
 )
+
+
+def check_same(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for the content of a checkpoint of another detector, naming a few tensors that differ."""
+    own, found = network.state_dict(), state["model"]
+    wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
+    if wrong := wrong + [name for name in found if name not in own]:
+        model = state["config"].get("model", {})
+        said = " with ".join(str(model[key]) for key in ("detector", "backbone") if key in model)
+        raise ValueError(
+            f"resume={path} is no checkpoint of this detector but of {said or 'another network'}: {len(wrong)} "
+            f"tensors are missing, left over or of another shape, {', '.join(wrong[:3])}, ...; give the options it "
+            "was trained with (its run folder has them in config.yaml)"
+        )

@@ -33,9 +33,10 @@ from scrl_fast.transfer.data import (
     check_keypoints,
     maskless,
     read_split,
+    reading,
     trainable,
 )
-from scrl_fast.transfer.detector import build_detector
+from scrl_fast.transfer.detector import build_detector, check_same
 from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
 from scrl_fast.transfer.predict import Detections, detect
 from scrl_fast.transfer.pyramid import SUPERVISED
@@ -159,26 +160,31 @@ class Transfer:
         ends the run, after a checkpoint. All processes hear of it, or of a signal, in one message a step.
         Raises UsageError naming the file, PeerFailed where another process has it.
         """
-        failure: BadImage | LoaderStalled | None = None
-        batch: list[Example] | None = None
-        try:
-            with self.clock.waiting():
-                if self.step < self.last_step:
-                    batch = stop.until_signal(lambda: next(source))  # slow data must not keep a request waiting
-        except (BadImage, LoaderStalled) as error:
-            failure = error
+        with self.clock.waiting():  # slow data must not keep a request waiting
+            batch, failure = reading(stop, lambda: next(source)) if self.step < self.last_step else (None, None)
         asked, failed = self.world.sums([int(bool(stop)), int(failure is not None)])
         if asked and not stop:
             stop.signal_name = OF_ANOTHER
-        if (asked or failed) and self.saved < self.step:
+        if asked and self.saved < self.step:
             self.save()
-        if failure is not None:
-            kept = "the steps so far are saved; put it right and go on with --resume=auto"
-            what = f"cannot read {failure}" if isinstance(failure, BadImage) else failure
-            raise UsageError(f"step {self.step + 1}: {what}; {kept if self.step else 'put it right'}") from failure
-        if failed:
-            raise distributed.PeerFailed("stopped because the data of another process failed")
+        self.end_if_data_failed(failure, failed, f"step {self.step + 1}")
         return None if asked else batch
+
+    def end_if_data_failed(self, failure: BadImage | LoaderStalled | None, failed: int, where: str) -> None:
+        """Ends the run in all processes, after a checkpoint, when the data of ``failed`` of them did, or of this one.
+
+        Raises UsageError naming the file, PeerFailed where another process has it.
+        """
+        if not failed:
+            return
+        trains = not self.config.eval.only
+        if trains and self.saved < self.step:
+            self.save()
+        if failure is None:
+            raise distributed.PeerFailed("stopped because the data of another process failed")
+        kept = "the steps so far are saved; put it right and go on with --resume=auto"
+        what = f"cannot read {failure}" if isinstance(failure, BadImage) else failure
+        raise UsageError(f"{where}: {what}; {kept if self.step and trains else 'put it right'}") from failure
 
     def examples(self, ahead: Ahead) -> Iterator[list[Example]]:
         """This process's batches from the present step on."""
@@ -279,7 +285,7 @@ class Transfer:
                 f"resume={config.resume}: run.dir {str(self.folder)!r} holds a newer checkpoint, {newest.name}; to "
                 "branch off from an older one, give the new run its own --run.dir"
             )
-        self.check_detector(path, state)
+        check_same(self.network, state, path)
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
@@ -291,32 +297,23 @@ class Transfer:
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
 
-    def check_detector(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise ValueError for a checkpoint of another network, naming a few tensors in which they differ."""
-        own, found = self.network.state_dict(), state["model"]
-        wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
-        if wrong := wrong + [name for name in found if name not in own]:
-            model = state["config"].get("model", {})
-            said = " with ".join(str(model[key]) for key in ("detector", "backbone") if key in model)
-            raise ValueError(
-                f"resume={path} is no checkpoint of this detector but of {said or 'another network'}: {len(wrong)} "
-                f"tensors are missing, left over or of another shape, {', '.join(wrong[:3])}, ...; give the options it "
-                "was trained with (its run folder has them in config.yaml)"
-            )
-
     def measure(self, stop: StopRequest) -> dict[str, float] | None:
         """The task's metric on the validation split, in points (0 to 100), and into the log.
 
-        None when a signal to any process came before or ended it there and then: all of them hear of it.
+        None when a signal to any process came before or ended it there and then: all of them hear of it, and of data
+        that failed, which end the run as in `next_batch`.
         """
         from scrl_fast.transfer.tasks import measure
 
         count = min(len(self.val), self.config.eval.images or len(self.val))
         if not stop:
             self.log.say(f"measuring on {count} images of {self.config.data.val} ...")
-        own = stop.until_signal(lambda: self.detections(range(self.world.rank, count, self.world.size)))
+        mine = range(self.world.rank, count, self.world.size)
+        own, failure = reading(stop, lambda: self.detections(mine))
+        lacking, failed = self.world.sums([int(own is None), int(failure is not None)])
+        self.end_if_data_failed(failure, failed, f"the measurement after step {self.step}")
         result: dict[str, float] | None = None
-        if self.world.sums([int(own is None)]) == [0]:  # else some would wait for what others have broken off
+        if not lacking:  # else some would wait for what others have broken off
             found = sorted(self.world.gathered(own or []), key=lambda image: image.index)
             result = self.world.from_first(
                 lambda: stop.until_signal(lambda: measure(self.config.task, found, self.val))
