@@ -1,7 +1,14 @@
-// Not compiled for wider instruction sets, on purpose: those fuse multiplication and addition.
+// A fused multiply-add would move samples by one rounding. Not compiled for wider instruction sets for that reason, and
+// some processors (AArch64) always have it.
 #include "cpu/roi_align_boxes.h"
 
 #include <utility>
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 #include "roi_align.h"
 

@@ -1,18 +1,7 @@
 #include "cpu/transpose.h"
 
-#if defined(__clang__)
-#define SCRL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SCRL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename Indices<sizeof(a)>::Type{__VA_ARGS__})
-#endif
-
 namespace scrl {
 namespace {
-
-template <size_t Bytes>
-struct Indices {
-  typedef int32_t Type __attribute__((vector_size(Bytes)));
-};
 
 template <class V>
 SCRL_INLINE void transpose(V (&r)[4]) {

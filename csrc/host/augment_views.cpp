@@ -14,19 +14,6 @@
 #include "host/view.h"
 #include "host/view_format.h"
 
-// Where the compiler can give a function several bodies (see cpu/vectorize.h), else one of a width that is always
-// there.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(SCRL_NO_MULTIVERSION)
-#define SCRL_TARGETS
-#elif defined(__AVX512F__)
-#define SCRL_LANES 16
-#elif defined(__AVX2__)
-#define SCRL_LANES 8
-#else
-#define SCRL_LANES 4
-#endif
-
 namespace py = pybind11;
 
 namespace scrl_fast::host {
@@ -151,22 +138,14 @@ SCRL_INLINE void make_view(const Job& job, int64_t view, Scratch& s) {
   }
 }
 
-// As many lanes as the widest register holds; the processor chooses the function when the library loads.
-#if defined(SCRL_TARGETS)
-__attribute__((target("arch=x86-64-v4"))) void make_view(const Job& job, int64_t view, Scratch& s) {
-  make_view<16>(job, view, s);
-}
-__attribute__((target("arch=x86-64-v3"))) void make_view(const Job& job, int64_t view, Scratch& s) {
-  make_view<8>(job, view, s);
-}
-__attribute__((target("default"))) void make_view(const Job& job, int64_t view, Scratch& s) {
-  make_view<4>(job, view, s);
-}
-#else
-__attribute__((noinline)) void make_view(const Job& job, int64_t view, Scratch& s) {
-  make_view<SCRL_LANES>(job, view, s);
-}
-#endif
+// As many lanes as the widest register holds.
+struct Views {
+  template <int Bytes>
+  static SCRL_INLINE void run(const Job& job, int64_t view, Scratch& s) {
+    make_view<Bytes / 4>(job, view, s);
+  }
+};
+SCRL_WIDEST(make_view, (const Job& job, int64_t view, Scratch& s), (job, view, s), Views)
 
 void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<int64_t, py::array::c_style> offsets,
                    py::array_t<int64_t, py::array::c_style> widths, py::buffer rows, uintptr_t out, int64_t out_step,

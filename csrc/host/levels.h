@@ -131,8 +131,8 @@ SCRL_INLINE void pack(const float* from, uint8_t* to) {
 // One step of a transposition: of each two by two blocks of `s` x `s` elements, those off the diagonal change places.
 template <int L, int s, int... l>
 SCRL_INLINE void exchange(Words<L>& a, Words<L>& b, std::integer_sequence<int, l...>) {
-  const Words<L> low = __builtin_shufflevector(a, b, ((l & s) ? L + l - s : l)...);
-  b = __builtin_shufflevector(a, b, ((l & s) ? L + l : l + s)...);
+  const Words<L> low = SCRL_SHUFFLE(a, b, ((l & s) ? L + l - s : l)...);
+  b = SCRL_SHUFFLE(a, b, ((l & s) ? L + l : l + s)...);
   a = low;
 }
 

@@ -161,28 +161,18 @@ SCRL_INLINE void load_image(const Job& job, Queue& queue, Lanes& lanes, int64_t 
   lanes.place[lane] = reinterpret_cast<double*>(lanes.slots) + lane;
 }
 
-// What either compiler calls a choice of elements of two vectors.
-#ifdef __clang__
-#define SCRL_SHUFFLE(a, b, Places, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SCRL_SHUFFLE(a, b, Places, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
-#endif
-
 // Boxes as rows of four float32 numbers.
 SCRL_INLINE void transposed(const Box<Doubles>& box, float (&edges)[kLanes][4]) {
   using Floats = float __attribute__((vector_size(4 * kLanes)));
-  using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
   using Pairs = double __attribute__((vector_size(4 * kLanes)));
-  using Longs = int64_t __attribute__((vector_size(4 * kLanes)));
   const Floats x0 = __builtin_convertvector(box.x0, Floats), y0 = __builtin_convertvector(box.y0, Floats),
                x1 = __builtin_convertvector(box.x1, Floats), y1 = __builtin_convertvector(box.y1, Floats);
-  const auto near_low = (Pairs)SCRL_SHUFFLE(x0, y0, Ints, 0, 8, 1, 9, 4, 12, 5, 13);
-  const auto far_low = (Pairs)SCRL_SHUFFLE(x1, y1, Ints, 0, 8, 1, 9, 4, 12, 5, 13);
-  const auto near_high = (Pairs)SCRL_SHUFFLE(x0, y0, Ints, 2, 10, 3, 11, 6, 14, 7, 15);
-  const auto far_high = (Pairs)SCRL_SHUFFLE(x1, y1, Ints, 2, 10, 3, 11, 6, 14, 7, 15);
-  const Pairs rows[4] = {
-      SCRL_SHUFFLE(near_low, far_low, Longs, 0, 4, 2, 6), SCRL_SHUFFLE(near_low, far_low, Longs, 1, 5, 3, 7),
-      SCRL_SHUFFLE(near_high, far_high, Longs, 0, 4, 2, 6), SCRL_SHUFFLE(near_high, far_high, Longs, 1, 5, 3, 7)};
+  const auto near_low = (Pairs)SCRL_SHUFFLE(x0, y0, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto far_low = (Pairs)SCRL_SHUFFLE(x1, y1, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto near_high = (Pairs)SCRL_SHUFFLE(x0, y0, 2, 10, 3, 11, 6, 14, 7, 15);
+  const auto far_high = (Pairs)SCRL_SHUFFLE(x1, y1, 2, 10, 3, 11, 6, 14, 7, 15);
+  const Pairs rows[4] = {SCRL_SHUFFLE(near_low, far_low, 0, 4, 2, 6), SCRL_SHUFFLE(near_low, far_low, 1, 5, 3, 7),
+                         SCRL_SHUFFLE(near_high, far_high, 0, 4, 2, 6), SCRL_SHUFFLE(near_high, far_high, 1, 5, 3, 7)};
   for (int i = 0; i < 4; ++i) {
     std::memcpy(edges[i], &rows[i], 16);
     std::memcpy(edges[i + 4], reinterpret_cast<const char*>(&rows[i]) + 16, 16);
@@ -269,7 +259,7 @@ SCRL_INLINE void keep(const Job& job, Lanes& lanes, Flags accepted, Queue& queue
 }
 
 // Draws images until there are no more. Each part is done for both groups before the next, so that they overlap.
-SCRL_MULTIVERSION void sample_images(const Job& job, Lanes* groups, Slot* slots) {
+SCRL_INLINE void sample_until_done(const Job& job, Lanes* groups, Slot* slots) {
   const BoxOptions& o = job.options;
   Queue queue = {};
   for (int64_t i = 0; i < kGroups * o.boxes_per_image; ++i) {
@@ -304,9 +294,13 @@ SCRL_MULTIVERSION void sample_images(const Job& job, Lanes* groups, Slot* slots)
   }
 }
 
+SCRL_MULTIVERSION void sample_images(const Job& job, Lanes* groups, Slot* slots) {
+  sample_until_done(job, groups, slots);
+}
+
 // Lists the images that yield boxes, which needs no random number; false where a crop is out of range.
-SCRL_MULTIVERSION bool find_yielding(const int64_t* crops1, const int64_t* crops2, int64_t images, const BoxOptions& o,
-                                     int64_t* yielding, int64_t* found) {
+SCRL_INLINE bool list_yielding(const int64_t* crops1, const int64_t* crops2, int64_t images, const BoxOptions& o,
+                               int64_t* yielding, int64_t* found) {
   const auto size = static_cast<double>(o.view_size), least = static_cast<double>(o.min_size);
   *found = 0;
   for (int64_t first = 0; first < images; first += kLanes) {
@@ -321,6 +315,11 @@ SCRL_MULTIVERSION bool find_yielding(const int64_t* crops1, const int64_t* crops
     }
   }
   return true;
+}
+
+SCRL_MULTIVERSION bool find_yielding(const int64_t* crops1, const int64_t* crops2, int64_t images, const BoxOptions& o,
+                                     int64_t* yielding, int64_t* found) {
+  return list_yielding(crops1, crops2, images, o, yielding, found);
 }
 
 // None where a crop is out of range; the caller says which.

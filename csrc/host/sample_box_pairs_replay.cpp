@@ -227,13 +227,16 @@ struct Work {
   int64_t images;
   const std::vector<int64_t>& yielding;
   float *rows1, *rows2;
+  Accepted* accepted;  // groups of eight, for the boxes of one image
 };
+
+SCRL_INLINE int64_t groups_of(int64_t boxes) { return (boxes + kLanes - 1) / kLanes; }
 
 // Whether a try is accepted does not change which words the next one takes, so nothing waits for it: a box that is too
 // close is written over by the next one.
 template <bool kGrid, class Source>
 SCRL_INLINE void replay_image(const Overlap<double>& overlap, const BoxOptions& o, Source& source, const Work& work,
-                              int64_t image, std::vector<Accepted>& accepted, float* rows1, float* rows2) {
+                              int64_t image, float* rows1, float* rows2) {
   const auto size = static_cast<double>(o.view_size);
   const auto least = static_cast<int32_t>(o.min_size);
   const double low = 1.0 - o.jitter, span = (1.0 + o.jitter) - low;
@@ -242,7 +245,8 @@ SCRL_INLINE void replay_image(const Overlap<double>& overlap, const BoxOptions& 
   // vector as it should.
   alignas(64) Doubles zero = {};
   __asm__("" : "+m"(zero));
-  std::fill(accepted.begin(), accepted.end(), Accepted{});
+  Accepted* accepted = work.accepted;
+  std::fill(accepted, accepted + groups_of(o.boxes_per_image), Accepted{});
   for (int64_t i = 0, attempt = 0; i < o.boxes_per_image;) {
     source.begin();
     const Draw<double> draw = replay_box<kGrid>(overlap, least, source);
@@ -252,12 +256,12 @@ SCRL_INLINE void replay_image(const Overlap<double>& overlap, const BoxOptions& 
       for (double& factor : factors) factor = low + span * source.uniform();
       box2 = jittered(box2, factors);
     }
-    const bool close = o.iou_threshold < 1.0 && too_close(box1, accepted.data(), i, o.iou_threshold, zero);
+    const bool close = o.iou_threshold < 1.0 && too_close(box1, accepted, i, o.iou_threshold, zero);
     const bool kept = !close | (attempt == kTries - 1);
     box1 = clip_as_published(box1, size);
     write_row(rows1 + i * kBoxFields, image1, box1);
     write_row(rows2 + i * kBoxFields, image2, clip_as_published(box2, size));
-    Accepted& group = accepted[static_cast<size_t>(i / kLanes)];
+    Accepted& group = accepted[i / kLanes];
     const int64_t lane = i % kLanes;
     group.box.x0[lane] = box1.x0, group.box.y0[lane] = box1.y0, group.box.y1[lane] = box1.y1;
     group.box.x1[lane] = kept ? box1.x1 : kNowhere;
@@ -268,14 +272,13 @@ SCRL_INLINE void replay_image(const Overlap<double>& overlap, const BoxOptions& 
 
 template <class Source>
 SCRL_INLINE void replay_images(const Work& work, const BoxOptions& o, Source& source) {
-  std::vector<Accepted> accepted(static_cast<size_t>((o.boxes_per_image + kLanes - 1) / kLanes));
   const int64_t stride = o.boxes_per_image * kBoxFields;
   float *rows1 = work.rows1, *rows2 = work.rows2;
   for (const int64_t image : work.yielding) {
     const Overlap<double> overlap =
         overlap_of(crop_of(work.crops1 + image * kCropFields), crop_of(work.crops2 + image * kCropFields), o);
-    o.grid ? replay_image<true>(overlap, o, source, work, image, accepted, rows1, rows2)
-           : replay_image<false>(overlap, o, source, work, image, accepted, rows1, rows2);
+    o.grid ? replay_image<true>(overlap, o, source, work, image, rows1, rows2)
+           : replay_image<false>(overlap, o, source, work, image, rows1, rows2);
     rows1 += stride, rows2 += stride;
   }
   source.finish();
@@ -302,12 +305,14 @@ std::optional<std::pair<Boxes, Boxes>> sample_box_pairs_replay(const Crops& crop
   if (!yielding) return std::nullopt;
   const std::vector<py::ssize_t> shape{static_cast<int64_t>(yielding->size()) * boxes_per_image, kBoxFields};
   std::pair<Boxes, Boxes> boxes{Boxes(shape), Boxes(shape)};
+  std::vector<Accepted> accepted(static_cast<size_t>(groups_of(boxes_per_image)));
   const Work work{crops1.data(),
                   crops2.data(),
                   crops1.shape(0),
                   *yielding,
                   boxes.first.mutable_data(),
-                  boxes.second.mutable_data()};
+                  boxes.second.mutable_data(),
+                  accepted.data()};
   py::gil_scoped_release release;
   if (twister) {
     TwisterNumbers numbers(*static_cast<MersenneTwister*>(generator.state));

@@ -26,11 +26,15 @@ SCRL_INLINE void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
   for (; at + 4 * L <= bytes; at += 4 * L) {
     // no intrinsic: one of a width needs its instruction set where it is written, a template gets it where it is called
     const Words<L> words = load_words<L>(from + at);
+#if defined(__clang__)
+    __builtin_nontemporal_store(words, reinterpret_cast<Words<L>*>(to + at));
+#else
     if constexpr (L == 4) {
       asm volatile("movntdq %1, %0" : "=m"(*reinterpret_cast<Words<L>*>(to + at)) : "x"(words));
     } else {
       asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Words<L>*>(to + at)) : "v"(words));
     }
+#endif
   }
   std::memcpy(to + at, from + at, bytes - at);
 #else
