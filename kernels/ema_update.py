@@ -77,15 +77,16 @@ def ema_update_(
         addresses = tuple((targets[i].data_ptr(), sources[i].data_ptr(), targets[i].numel()) for i in places)
         device = targets[places[0]].device
         table = chunk_table(addresses, dtype.itemsize, CHUNK, device)
-        ema_chunk[(table.shape[0],)](
-            table,
-            targets[places[0]],
-            *pair(momentum),
-            on_device(momentum_tensor, device),
-            WIDE=dtype is torch.float64,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            ALIGNED=aligned(addresses),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(targets[places[0]]):  # Triton launches on the current device
+            ema_chunk[(table.shape[0],)](
+                table,
+                targets[places[0]],
+                *pair(momentum),
+                on_device(momentum_tensor, device),
+                WIDE=dtype is torch.float64,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                ALIGNED=aligned(addresses),
+                num_warps=4,
+                enable_fp_fusion=True,
+            )

@@ -178,26 +178,27 @@ def lars_step_(
              for dtype, places in by_dtype(params).items()]  # fmt: skip
     partials = torch.empty((sum(ones.chunks for ones in lists), 2), dtype=torch.float64, device=device)
     parts = partials.split([ones.chunks for ones in lists])
-    for ones, part in zip(lists, parts, strict=True):
-        ones.launch_squares(part)
-    first = True
-    for ones, part in zip(lists, parts, strict=True):
-        for begin, end, row, has_target in ones.groups:
-            update_chunk[(end - begin,)](
-                ones.table[begin:end],
-                ones.like,
-                part,
-                partials,
-                len(partials),
-                skip_counter,
-                *_numbers(settings[SETTINGS * row : SETTINGS * (row + 1)], row, ema_momentum, *numbers),
-                TARGET=has_target,
-                FIRST=first,
-                PARTIALS=PARTIALS,
-                WIDE=ones.like.dtype is torch.float64,
-                **ones.constants,
-            )
-            first = False
+    with torch.cuda.device_of(params[0]):  # Triton launches on the current device
+        for ones, part in zip(lists, parts, strict=True):
+            ones.launch_squares(part)
+        first = True
+        for ones, part in zip(lists, parts, strict=True):
+            for begin, end, row, has_target in ones.groups:
+                update_chunk[(end - begin,)](
+                    ones.table[begin:end],
+                    ones.like,
+                    part,
+                    partials,
+                    len(partials),
+                    skip_counter,
+                    *_numbers(settings[SETTINGS * row : SETTINGS * (row + 1)], row, ema_momentum, *numbers),
+                    TARGET=has_target,
+                    FIRST=first,
+                    PARTIALS=PARTIALS,
+                    WIDE=ones.like.dtype is torch.float64,
+                    **ones.constants,
+                )
+                first = False
 
 
 class _Lists:

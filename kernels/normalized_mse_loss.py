@@ -120,7 +120,9 @@ def normalized_mse_loss(
     programs = triton.cdiv(rows, block_rows)
     losses = input.new_empty(programs if reduction else rows, dtype=wide)
     grads = [input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target)]
-    if rows:
+    if not rows:
+        return losses.sum() if reduction else losses, grads[0], grads[1]
+    with torch.cuda.device_of(input):  # Triton launches on the current device
         row_losses[(programs,)](
             input,
             target,

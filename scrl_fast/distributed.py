@@ -140,12 +140,15 @@ def join(device: torch.device, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Wo
 
     device: this process's, from `device_of`. timeout: from `exchange_timeout`. Under ``torchrun --max-restarts`` each
     attempt has its own keys in the agent's store (see `_attempt`); without that it may connect to the dead processes of
-    the attempt before, and hang.
-    Raises ValueError for an announcement that lacks something.
+    the attempt before, and hang. A GPU with a number becomes the process's current one.
+    Raises ValueError for an announcement that lacks something, and for a group that cannot carry what the hosts say.
     """
     global _store
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # else pinned memory, and all that asks no tensor, would sit on the first one
     if dist.is_available() and dist.is_initialized():
+        _check_group(device)
         return World(dist.get_rank(), dist.get_world_size(), local_rank)
     size = announced_size()
     if size == 1:
@@ -156,14 +159,22 @@ def join(device: torch.device, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Wo
             f"WORLD_SIZE={size}, but {' and '.join(lacking)} not set: start with torchrun --nproc-per-node=N -m "
             "scrl_fast.train, or unset WORLD_SIZE to train alone"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     rank = int(os.environ["RANK"])
     store = _open_store(rank, size)
     _store = dist.PrefixStore(f"scrl_fast/attempt_{_attempt(store, rank, size) if _agents_store() else 1}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank)
+
+
+def _check_group(device: torch.device) -> None:
+    carried, needed = dist.get_backend_config(), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    lacking = [kind for kind in dict.fromkeys(("cpu", device.type)) if f"{kind}:" not in carried]
+    if lacking:
+        raise ValueError(
+            f"torch.distributed runs with {carried}, which carries nothing for {' and '.join(lacking)}: "
+            f"begin with init_process_group({needed!r})"
+        )
 
 
 def leave() -> None:

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import scrl_fast.ops  # noqa: F401  registers every operation
-from scrl_fast import _native, backends
+from scrl_fast import _native, backends, ops
 from scrl_fast.backends import OPERATIONS, Operation, register
 
 
@@ -157,3 +156,26 @@ def test_the_environment_passes_over_forms_that_are_blank_on_purpose(monkeypatch
     assert pixels.failure("native", "cuda") == "pixels has no native form for cuda"
     with pytest.raises(RuntimeError, match="pixels has no native form for cuda"):
         backends._chosen("pixels", "cuda", "native")
+
+
+def every_triton_operation():
+    """Each of them once, with its smallest input."""
+    one, box = torch.ones(1, 1, 2, 2, requires_grad=True), torch.tensor([[0.0, 0, 0, 2, 2]])
+    rows = one.detach().view(2, 2)
+    yield "roi_align", lambda: ops.roi_align(one, box, 1, backend="triton").sum().backward()
+    yield "normalized_mse_loss", lambda: ops.normalized_mse_loss(rows, rows, backend="triton")
+    yield "two_view_loss", lambda: ops.two_view_loss(rows, rows, backend="triton")
+    yield "ema_update_", lambda: ops.ema_update_([rows.clone()], [rows], 0.5, backend="triton")
+    yield "lars_step_", lambda: ops.lars_step_([rows.clone()], [rows], [rows.clone()], lr=0.1, backend="triton")
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_triton_launches_where_its_tensors_are_not_on_the_current_gpu(monkeypatch, place):
+    """Compiled kernels have such a guard from PyTorch's dispatcher or their own; Triton's have none."""
+    name, call = list(every_triton_operation())[place]
+    if reason := OPERATIONS[name].failure("triton", "cpu"):
+        pytest.skip(reason)
+    entered, plain = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or plain(tensor))
+    call()
+    assert len(entered) == (2 if name == "roi_align" else 1)

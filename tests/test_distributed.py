@@ -237,6 +237,26 @@ def test_devices_of_several_processes(monkeypatch):
         distributed.device_of("auto")
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_gpu_of_a_process_is_its_current_one_and_a_running_group_must_carry_both(monkeypatch, several):
+    chosen, cuda = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert distributed.join(torch.device("cpu")) == distributed.join(torch.device("cuda")) == World()
+    assert distributed.join(cuda) == World() and chosen == [cuda]
+    if several:
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        refused = [("nccl", "cuda:1", "cpu"), ("nccl", "cpu", "cpu"), ("cpu:gloo", "cuda:0", "cuda")]
+        for backend, device, lacks in refused:
+            monkeypatch.setattr(dist, "get_backend_config", lambda name=backend: str(dist.BackendConfig(name)))
+            with pytest.raises(ValueError, match=f"carries nothing for {lacks}: begin with init_process_group"):
+                distributed.join(torch.device(device))
+        for backend in ("cpu:gloo,cuda:nccl", "gloo"):
+            monkeypatch.setattr(dist, "get_backend_config", lambda name=backend: str(dist.BackendConfig(name)))
+            assert distributed.join(cuda) == World(1, 2)
+
+
 def test_the_others_wait_longer_than_any_process_for_its_data(gloo, monkeypatch):
     minutes = [distributed.exchange_timeout(60.0 * least).total_seconds() / 60 for least in (1, 5, 20)]
     assert minutes == [10, 10, 25]
