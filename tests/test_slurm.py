@@ -26,14 +26,15 @@ def start(folder, torchrun, *options):
 
 
 def test_every_node_gets_the_same_rendezvous_and_its_processes(tmp_path):
-    done = start(tmp_path, f'printf "%s\\n" "$@" > {tmp_path}/told_$SLURM_NODEID', "--train.epochs=100", "--run.keep=2")
+    tell = f'printf "%s\\n" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > {tmp_path}/told_$SLURM_NODEID'
+    done = start(tmp_path, tell, "--train.epochs=100", "--run.keep=2")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = ((tmp_path / f"told_{node}").read_text().split("\n") for node in (0, 1))
     assert first == second
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=4711"]
-    assert first[:7] == [*options, "--rdzv-endpoint=localhost:24711", "--max-restarts=3", "--shutdown-timeout=240"]
-    assert first[7:9] == ["-m", "scrl_fast.train"] and f"--run.dir={tmp_path}/runs/scrl-4711" in first
-    assert first[-4:] == ["--resume=auto", "--train.epochs=100", "--run.keep=2", ""]
+    assert first[:6] == [*options, "--rdzv-endpoint=localhost:24711", "--max-restarts=3"]
+    assert first[6:8] == ["-m", "scrl_fast.train"] and f"--run.dir={tmp_path}/runs/scrl-4711" in first
+    assert first[-5:] == ["--resume=auto", "--train.epochs=100", "--run.keep=2", "240", ""]
     assert (tmp_path / "srun").read_text().split() == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
     assert not (tmp_path / "scontrol").exists()
 

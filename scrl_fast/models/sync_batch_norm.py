@@ -115,7 +115,9 @@ class _Normalize(torch.autograd.Function):
         if torch.compiler.is_compiling():
             scale = weight.to(mean.dtype) * (var + eps).rsqrt()
             output = _wide(input) - _in_axes(mean, input)
-            output = (output * _in_axes(scale, input) + _in_axes(bias, input)).to(input.dtype)
+            output = output * _in_axes(scale, input) + _in_axes(bias, input)
+            if output.dtype != input.dtype:  # torch 2.11 loses the gradient behind a conversion to the same type
+                output = output.to(input.dtype)
         elif input.is_cuda:
             output = torch.batch_norm_elemt(input, weight, bias, mean, (var + eps).rsqrt(), eps)
         else:
