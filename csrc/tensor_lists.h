@@ -1,5 +1,7 @@
 // What operations over lists of tensors share: flat memory, chunks, and numbers that may be tensors.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -13,13 +15,54 @@
 
 namespace scrl {
 
+// What is asked of every tensor of every list in every call: read once each, through the plainest functions there are.
+// (Tensor::scalar_type() compares with one dtype after the other, each a call into PyTorch.)
+struct Facts {
+  int32_t dtype, device;
+  int64_t dim, count;
+  const int64_t *sizes, *strides;
+};
+
+inline Facts facts_of(AtenTensorHandle tensor) {
+  Facts facts;
+  int64_t *sizes, *strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &facts.dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &facts.device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &facts.dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &facts.count));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  facts.sizes = sizes;
+  facts.strides = strides;
+  return facts;
+}
+
+// The floating dtype behind PyTorch's number for it; Undefined for any other.
+inline ScalarType floating_dtype(int32_t dtype) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
+                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  if (dtype == f32) return ScalarType::Float;
+  if (dtype == f64) return ScalarType::Double;
+  if (dtype == bf16) return ScalarType::BFloat16;
+  return dtype == f16 ? ScalarType::Half : ScalarType::Undefined;
+}
+
+inline ScalarType floating_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return floating_dtype(dtype);
+}
+
 // Elements fill their memory without gap or overlap, in whatever order.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
+inline bool is_dense(const Facts& tensor) {
+  if (tensor.count == 0) return true;
+  int64_t contiguous = 1, axis = tensor.dim;
+  while (axis > 0 && (tensor.sizes[axis - 1] == 1 || tensor.strides[axis - 1] == contiguous))
+    contiguous *= tensor.sizes[--axis];
+  if (axis == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size), innermost first
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != 1) axes.emplace_back(strides[i], sizes[i]);
+  for (int64_t i = 0; i < tensor.dim; ++i)
+    if (tensor.sizes[i] != 1) axes.emplace_back(tensor.strides[i], tensor.sizes[i]);
   std::sort(axes.begin(), axes.end());
   int64_t expected = 1;
   for (const auto& [stride, size] : axes) {
@@ -30,50 +73,102 @@ inline bool is_dense(const Tensor& tensor) {
 }
 
 // Element i of the one's memory belongs to element i of the other's.
-inline bool lie_alike(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() != b.scalar_type() || a.get_device_index() != b.get_device_index()) return false;
-  const auto sizes = a.sizes(), other_sizes = b.sizes(), strides = a.strides(), other_strides = b.strides();
-  if (sizes.size() != other_sizes.size()) return false;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != other_sizes[i] || (sizes[i] > 1 && strides[i] != other_strides[i])) return false;
+inline bool lie_alike(const Facts& a, const Facts& b) {
+  if (a.dtype != b.dtype || a.device != b.device || a.dim != b.dim) return false;
+  for (int64_t i = 0; i < a.dim; ++i)
+    if (a.sizes[i] != b.sizes[i] || (a.sizes[i] > 1 && a.strides[i] != b.strides[i])) return false;
   return true;
 }
 
-// Python knows the lists' names and says what is wrong (call_on_flat in scrl_fast/ops/_tensor_lists.py).
-inline void check_flat(const std::vector<Tensor>& leaders, const char* what) {
-  for (const Tensor& tensor : leaders) {
-    const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-                        dtype == ScalarType::Half,
-                    what, ": a tensor is not floating");
-    STD_TORCH_CHECK(is_dense(tensor), what, ": a tensor has gaps");
-    STD_TORCH_CHECK(tensor.get_device_index() == leaders[0].get_device_index(), what, ": several devices");
+// The tensors of a list that is handed over. As std::vector<Tensor> each of them would be counted in a block of its
+// own, whose allocation alone took as long as all that is asked of the tensor.
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t size;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    tensors_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));  // hands over the tensor, too
+      tensors_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle tensor : tensors_) aoti_torch_delete_tensor_object(tensor);
+  }
+
+  size_t size() const { return tensors_.size(); }
+  AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> tensors_;
+};
+
+inline AtenTensorHandle handle_at(const TensorList& list, size_t i) { return list[i]; }
+inline AtenTensorHandle handle_at(const std::vector<Tensor>& list, size_t i) { return list[i].get(); }
+
+inline void* mutable_data(AtenTensorHandle tensor) {
+  void* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
+  return data;
 }
 
-inline void check_alike(const std::vector<Tensor>& leaders, const std::vector<Tensor>& others, const char* what) {
-  STD_TORCH_CHECK(leaders.size() == others.size(), what, ": lists of different length");
-  for (size_t i = 0; i < leaders.size(); ++i)
-    STD_TORCH_CHECK(lie_alike(leaders[i], others[i]), what, ": tensors at ", i, " differ in dtype, device or layout");
+inline const void* const_data(AtenTensorHandle tensor) {
+  const void* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
+  return data;
 }
 
-// The lists of lars_step_; ema_targets[k] belongs to params[ema_places[k]].
-inline void check_lars_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& momentum_buffers,
-                             const std::vector<Tensor>& ema_targets, const std::vector<Tensor>& grads,
-                             const std::vector<int64_t>& ema_places, const std::vector<double>& settings,
-                             const std::vector<int64_t>& setting_of) {
+// Tensors of each list lie like the leader at their place, which is floating and dense, on the first one's device:
+// visit(facts of the leader, leader, others...) for each place in turn, up to the first that does not fit.
+// Python knows the lists' names and says what is wrong (call_on_flat in scrl_fast/ops/_tensor_lists.py).
+template <class Visit, class Leaders, class... Others>
+void visit_alike(const char* what, const Visit& visit, const Leaders& leaders, const Others&... others) {
+  STD_TORCH_CHECK(((others.size() == leaders.size()) && ...), what, ": lists of different length");
+  int32_t device = 0;
+  const auto check = [&](size_t i, AtenTensorHandle leader, const auto... rest) {
+    const Facts facts = facts_of(leader);
+    if (i == 0) device = facts.device;
+    STD_TORCH_CHECK(floating_dtype(facts.dtype) != ScalarType::Undefined, what, ": a tensor is not floating");
+    STD_TORCH_CHECK(is_dense(facts), what, ": a tensor has gaps");
+    STD_TORCH_CHECK(facts.device == device, what, ": several devices");
+    STD_TORCH_CHECK((lie_alike(facts, facts_of(rest)) && ...), what, ": tensors at ", i,
+                    " differ in dtype, device or layout");
+    visit(facts, leader, rest...);
+  };
+  for (size_t i = 0; i < leaders.size(); ++i) check(i, handle_at(leaders, i), handle_at(others, i)...);
+}
+
+// The lists of lars_step_; ema_targets[k] belongs to params[ema_places[k]]. visit(facts, parameter, buffer, gradient)
+// for each parameter, then visit_target(place, target) for each target.
+template <class List, class Visit, class VisitTarget>
+void visit_lars_lists(const List& params, const List& momentum_buffers, const List& ema_targets, const List& grads,
+                      const std::vector<int64_t>& ema_places, const std::vector<double>& settings,
+                      const std::vector<int64_t>& setting_of, const Visit& visit, const VisitTarget& visit_target) {
   const char* what = "lars_step_";
-  check_flat(params, what);
-  check_alike(params, momentum_buffers, what);
-  check_alike(params, grads, what);
-  STD_TORCH_CHECK(ema_places.size() == ema_targets.size(), what, ": a place for each of ema_targets is needed");
+  STD_TORCH_CHECK(setting_of.size() == params.size(), what, ": settings for each parameter are needed");
   const auto count = static_cast<int64_t>(params.size()), rows = static_cast<int64_t>(settings.size()) / 7;
+  for (int64_t row : setting_of) STD_TORCH_CHECK(row >= 0 && row < rows, what, ": no settings at ", row);
+  std::vector<Facts> leaders;
+  leaders.reserve(params.size());
+  visit_alike(
+      what,
+      [&](const Facts& facts, const auto... tensors) {
+        leaders.push_back(facts);
+        visit(facts, tensors...);
+      },
+      params, momentum_buffers, grads);
+  STD_TORCH_CHECK(ema_places.size() == ema_targets.size(), what, ": a place for each of ema_targets is needed");
   for (size_t k = 0; k < ema_targets.size(); ++k) {
     STD_TORCH_CHECK(ema_places[k] >= 0 && ema_places[k] < count, what, ": no parameter at ", ema_places[k]);
-    STD_TORCH_CHECK(lie_alike(params[ema_places[k]], ema_targets[k]), what, ": EMA target ", k, " lies differently");
+    const AtenTensorHandle target = handle_at(ema_targets, k);
+    STD_TORCH_CHECK(lie_alike(leaders[ema_places[k]], facts_of(target)), what, ": EMA target ", k, " lies differently");
+    visit_target(ema_places[k], target);
   }
-  STD_TORCH_CHECK(setting_of.size() == params.size(), what, ": settings for each parameter are needed");
-  for (int64_t row : setting_of) STD_TORCH_CHECK(row >= 0 && row < rows, what, ": no settings at ", row);
 }
 
 // Numbers given as factors of a float32 or float64 tensor, if there is one: it has one element for all or one for each.

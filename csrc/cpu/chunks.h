@@ -22,10 +22,13 @@ struct Chunk {
   int64_t begin;
 };
 
-inline std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
+// items: one a tensor, with its count of elements.
+template <class Item>
+std::vector<Chunk> chunks_of(const std::vector<Item>& items) {
   std::vector<Chunk> chunks;
-  for (size_t k = 0; k < tensors.size(); ++k)
-    for (int64_t begin = 0, size = tensors[k].numel(); begin < size; begin += kChunk)
+  chunks.reserve(2 * items.size());
+  for (size_t k = 0; k < items.size(); ++k)
+    for (int64_t begin = 0, size = items[k].count; begin < size; begin += kChunk)
       chunks.push_back({static_cast<int32_t>(k), static_cast<int32_t>(std::min(kChunk, size - begin)), begin});
   return chunks;
 }

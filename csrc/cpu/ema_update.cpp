@@ -13,6 +13,14 @@
 namespace {
 using namespace scrl;
 
+// One tensor of each list.
+struct Item {
+  void* target;
+  const void* source;
+  ScalarType dtype;
+  int64_t count;
+};
+
 template <class Storage>
 SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, int64_t count, double momentum) {
   constexpr int64_t L = lane_count<Storage>;
@@ -42,17 +50,22 @@ SCRL_MULTIVERSION void ema_any(ScalarType dtype, void* t, const void* s, int64_t
   if (dtype == ScalarType::Half) ema_chunk<f16>(t, s, begin, count, momentum);
 }
 
-void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+void ema_update_(StableListHandle target_list, StableListHandle source_list, double momentum,
                  std::optional<Tensor> momentum_tensor) {
-  check_flat(targets, "ema_update_");
-  check_alike(targets, sources, "ema_update_");
+  const TensorList targets(target_list), sources(source_list);
+  std::vector<Item> items;
+  items.reserve(targets.size());
+  const auto add = [&](const Facts& facts, AtenTensorHandle target, AtenTensorHandle source) {
+    items.push_back({mutable_data(target), const_data(source), floating_dtype(facts.dtype), facts.count});
+  };
+  visit_alike("ema_update_", add, targets, sources);
   check_numbers(momentum_tensor, 1, "ema_update_");
   momentum *= number_on_host(momentum_tensor, 0);
   if (momentum == 1) return;
-  const std::vector<Chunk> chunks = chunks_of(targets);
+  const std::vector<Chunk> chunks = chunks_of(items);
   for_each_chunk(chunks, 0, chunks.size(), false, [&](int64_t c) {
-    const Tensor &t = targets[chunks[c].tensor], &s = sources[chunks[c].tensor];
-    ema_any(t.scalar_type(), t.mutable_data_ptr(), s.const_data_ptr(), chunks[c].begin, chunks[c].count, momentum);
+    const Item& item = items[chunks[c].tensor];
+    ema_any(item.dtype, item.target, item.source, chunks[c].begin, chunks[c].count, momentum);
   });
 }
 }  // namespace

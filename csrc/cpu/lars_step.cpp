@@ -27,6 +27,7 @@ struct Item {
   void *param, *buffer, *target;  // target: null where there is none
   const void* gradient;
   ScalarType dtype;
+  int64_t count;
   const LarsSettings* settings;
   Squares squares;
 };
@@ -161,36 +162,42 @@ void count_skip(const Tensor& counter) {
     ++*counter.mutable_data_ptr<int64_t>();
 }
 
-void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers, std::vector<Tensor> ema_targets,
-                std::vector<Tensor> grads, std::vector<int64_t> ema_places, std::vector<double> settings,
+void lars_step_(StableListHandle param_list, StableListHandle buffer_list, StableListHandle target_list,
+                StableListHandle gradient_list, std::vector<int64_t> ema_places, std::vector<double> settings,
                 std::vector<int64_t> setting_of, double ema_momentum, std::optional<Tensor> lr,
                 std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
                 std::optional<Tensor> skip_counter) {
-  check_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of);
+  const TensorList params(param_list), momentum_buffers(buffer_list), ema_targets(target_list), grads(gradient_list);
   const auto* given = reinterpret_cast<const LarsSettings*>(settings.data());
   const auto row_count = static_cast<int64_t>(settings.size()) / kLarsSettings;
+  std::vector<LarsSettings> rows(given, given + row_count);
+  std::vector<Item> items;
+  items.reserve(params.size());
+  const auto add = [&](const Facts& facts, AtenTensorHandle param, AtenTensorHandle buffer, AtenTensorHandle gradient) {
+    const LarsSettings* row = &rows[setting_of[items.size()]];
+    items.push_back({mutable_data(param),
+                     mutable_data(buffer),
+                     nullptr,
+                     const_data(gradient),
+                     floating_dtype(facts.dtype),
+                     facts.count,
+                     row,
+                     {}});
+  };
+  const auto add_target = [&](int64_t place, AtenTensorHandle target) { items[place].target = mutable_data(target); };
+  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of, add, add_target);
   check_numbers(lr, row_count, "lars_step_");
   check_numbers(momentum, row_count, "lars_step_");
   check_numbers(ema_momentum_tensor, 1, "lars_step_");
-  std::vector<LarsSettings> rows(given, given + row_count);
   for (int64_t row = 0; row < row_count; ++row) {
     rows[row].lr *= number_on_host(lr, row);
     rows[row].momentum *= number_on_host(momentum, row);
   }
   ema_momentum *= number_on_host(ema_momentum_tensor, 0);
-  std::vector<Item> items;
-  for (size_t k = 0; k < params.size(); ++k)
-    items.push_back({params[k].mutable_data_ptr(),
-                     momentum_buffers[k].mutable_data_ptr(),
-                     nullptr,
-                     grads[k].const_data_ptr(),
-                     params[k].scalar_type(),
-                     &rows[setting_of[k]],
-                     {}});
-  if (ema_momentum != 1)
-    for (size_t k = 0; k < ema_targets.size(); ++k) items[ema_places[k]].target = ema_targets[k].mutable_data_ptr();
+  if (ema_momentum == 1)
+    for (Item& item : items) item.target = nullptr;
 
-  const std::vector<Chunk> chunks = chunks_of(params);
+  const std::vector<Chunk> chunks = chunks_of(items);
   const auto count = static_cast<int64_t>(chunks.size());
   for (int64_t first = 0, last; first < count; first = last) {
     last = skip_counter ? count : group_end(chunks, first);  // all gradients are seen before anything changes

@@ -31,8 +31,7 @@ void launch_any(ScalarType dtype, Table& table, const Number& momentum, const Te
 
 void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                  std::optional<Tensor> momentum_tensor) {
-  check_flat(targets, "ema_update_");
-  check_alike(targets, sources, "ema_update_");
+  visit_alike("ema_update_", [](const auto&...) {}, targets, sources);
   check_on_gpu(targets, "ema_update_");
   check_on_gpu(sources, "ema_update_");
   const Number number = number_of(momentum, momentum_tensor, 1, 0, "ema_update_");
@@ -43,7 +42,7 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
   for (ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
     table.count = 0;
     for (size_t k = 0; k < targets.size(); ++k) {
-      if (targets[k].scalar_type() != dtype || targets[k].numel() == 0) continue;
+      if (floating_dtype(targets[k]) != dtype || targets[k].numel() == 0) continue;
       if (table.count == 0) table.first_chunk[0] = 0;
       const Item item{targets[k].mutable_data_ptr(), sources[k].const_data_ptr(), targets[k].numel()};
       table.first_chunk[table.count + 1] =

@@ -111,7 +111,8 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
                 std::vector<int64_t> setting_of, double ema_momentum, std::optional<Tensor> lr,
                 std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
                 std::optional<Tensor> skip_counter) {
-  check_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of);
+  const auto nothing = [](const auto&...) {};
+  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of, nothing, nothing);
   for (const auto* list : {&params, &momentum_buffers, &ema_targets, &grads}) check_on_gpu(*list, "lars_step_");
   if (skip_counter) check_on_gpu({*skip_counter}, "lars_step_");
   if (params.empty()) return;
@@ -136,7 +137,7 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   for (ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
     groups.emplace_back(dtype);
     for (size_t k = 0; k < params.size(); ++k)
-      if (params[k].scalar_type() == dtype && params[k].numel() > 0)
+      if (floating_dtype(params[k]) == dtype && params[k].numel() > 0)
         groups.back().add({params[k].mutable_data_ptr(), momentum_buffers[k].mutable_data_ptr(), targets[k],
                            grads[k].const_data_ptr(), params[k].numel(), 0},
                           setting_of[k], rows[setting_of[k]]);
