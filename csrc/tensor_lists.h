@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -26,12 +27,12 @@ struct Facts {
 inline Facts facts_of(AtenTensorHandle tensor) {
   Facts facts;
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &facts.dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &facts.device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &facts.dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &facts.count));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &facts.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &facts.device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &facts.dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &facts.count));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
   facts.sizes = sizes;
   facts.strides = strides;
   return facts;
@@ -49,7 +50,7 @@ inline ScalarType floating_dtype(int32_t dtype) {
 
 inline ScalarType floating_dtype(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return floating_dtype(dtype);
 }
 
@@ -86,14 +87,14 @@ class TensorList {
  public:
   explicit TensorList(StableListHandle list) {
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     tensors_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));  // hands over the tensor, too
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));  // hands over the tensor, too
       tensors_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
@@ -113,13 +114,13 @@ inline AtenTensorHandle handle_at(const std::vector<Tensor>& list, size_t i) { r
 
 inline void* mutable_data(AtenTensorHandle tensor) {
   void* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
   return data;
 }
 
 inline const void* const_data(AtenTensorHandle tensor) {
   const void* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
+  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
   return data;
 }
 
