@@ -99,6 +99,10 @@ class CheckpointManager:
             raise CheckpointError(f"{self.folder}: all {len(candidates)} checkpoints are damaged")
         return None
 
+    def holds(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a checkpoint is one of this run and not another's."""
+        return Path(path).resolve().parent == self.folder.resolve()
+
     def _candidates(self) -> list[Path]:
         """Newest first, each file once: the newest step, last.pt, the older steps, best.pt."""
         steps = [path for _, path in sorted(self._steps(), reverse=True)]

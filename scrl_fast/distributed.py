@@ -280,7 +280,10 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
     if rank > 0:
         me = uuid.uuid4().hex
         store.set(f"scrl_fast/process_{rank}", me)
-        store.wait([f"scrl_fast/attempt_of_{me}"], STORE_TIMEOUT)
+        try:
+            store.wait([f"scrl_fast/attempt_of_{me}"], STORE_TIMEOUT)
+        except dist.DistStoreError:
+            raise dist.DistStoreError(f"timed out: process 0 of {size} did not start") from None
         name = store.get(f"scrl_fast/attempt_of_{me}").decode()
         store.set(f"scrl_fast/attempt_{name}/joined_{rank}", "")
         return name

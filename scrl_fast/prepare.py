@@ -75,6 +75,8 @@ def choose_folder(config: Any, kind: str = "", known: Sequence[str] = ("random",
     """
     for option in ("resume", "init"):
         path = getattr(config, option)
+        if option == "init" and config.resume and (config.resume != "auto" or newest_checkpoint(config.run.dir)):
+            continue  # not read where there is a checkpoint to go on from, and perhaps gone by now
         if path not in ("", *(known if option == "init" else ("auto",))) and not os.path.exists(path):
             raise ValueError(f"{option}={path}: there is no such checkpoint or run folder")
     if config.run.dir:
@@ -90,19 +92,32 @@ def place_run(config: Options, world: World, kind: str = "", known: Sequence[str
     """The options with the run folder in them, which now exists; process 0 decides for all.
 
     config, kind, known: as for `choose_folder`.
-    After a restart by ``torchrun --max-restarts`` it is the folder of the first attempt, to be resumed if there is a
-    checkpoint in it. Raises ValueError as `choose_folder` and `scrl_fast.runlog.prepare_folder` do.
+    After a restart by ``torchrun --max-restarts`` it is the folder of the first attempt, to be resumed as soon as an
+    attempt has saved a checkpoint; until then every attempt begins, or is refused, as the first one.
+    Raises ValueError as `choose_folder` and `scrl_fast.runlog.prepare_folder` do.
     """
 
+    def begin() -> str:
+        folder = choose_folder(config, kind, known)
+        runlog.prepare_folder(folder, resume=bool(config.resume))
+        return f"{newest_checkpoint(folder)}/{folder}"
+
     def place() -> tuple[str, str, str]:
-        folder, again = distributed.remembered("run.dir", lambda: choose_folder(config, kind, known))
-        runlog.prepare_folder(folder, resume=again or bool(config.resume))
-        if again and any(Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")):
-            return folder, "auto", ""
+        decided, again = distributed.remembered("run.dir", begin)
+        found, _, folder = decided.partition("/")
+        if again:
+            runlog.prepare_folder(folder, resume=True)
+            if newest_checkpoint(folder) != found:
+                return folder, "auto", ""
         return folder, config.resume, config.init
 
     folder, resume, init = world.from_first(place)
     return replace(config, run=replace(config.run, dir=folder), resume=resume, init=init)
+
+
+def newest_checkpoint(folder: str) -> str:
+    """The name of the newest checkpoint in a run folder, damaged or not; empty without one, or without a folder."""
+    return max((path.name for path in Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")), default="") if folder else ""
 
 
 def set_threads(config: Config, device: torch.device, before: int = 0) -> Config:

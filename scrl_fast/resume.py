@@ -63,14 +63,14 @@ def restore(trainer: SCRLTrainer) -> list[str]:
             warnings.simplefilter("always")
             state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
         notes += [str(warning.message) for warning in caught]
-    if state is not None:
+    if path is not None and state is not None:
         if newest is not None and step_in_name(newest) > state["step"]:
             raise ValueError(
                 f"resume={config.resume}: run.dir {str(trainer.folder)!r} holds a newer checkpoint, {newest.name}; to "
                 "branch off from an older one, give the new run its own --run.dir"
             )
         load_training_state(trainer, state)
-        trainer.saved = trainer.step if newest is not None else 0  # another run's checkpoint is not saved in this one
+        trainer.saved = trainer.step if trainer.checkpoints.holds(path) else 0
         notes.append(f"resumed from {path} at step {trainer.step}")
         before, now = state["loader"].get("world_size", 1), trainer.world.size
         if before != now:

@@ -133,6 +133,8 @@ class SCRLTrainer:
                         self.save(planned=False)
                     if self.stopping(stop):
                         break
+            if self.step > self.saved:  # another run's checkpoint, and no step left to make
+                self.save(planned=False)
             return self.finish(stop) | {"seconds": time.perf_counter() - started}
 
     def batches(self) -> Generator[list[Batch], None, None]:
@@ -280,7 +282,6 @@ class SCRLTrainer:
         loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
         assert self.projections is not None
         monitored = self.world.rows(as_rows(self.projections), MONITOR_ROWS)
-        images = self.global_batch * len(rows)
         speed = self.clock.read()
         speed["data_wait"] = self.world.sum_(torch.tensor(speed["data_wait"])).item() / self.world.size
         row: dict[str, Any] = {
@@ -292,11 +293,10 @@ class SCRLTrainer:
             **speed,
             "feature_std": feature_std(monitored).item(),
             "rankme": rankme(monitored).item(),
-            "pairs_per_image": sum(pairs) / images,
+            "pairs_per_image": sum(pairs) / (self.global_batch * len(rows)),
         }
         if sum(count):
-            row |= {"probe_loss": fmean(probe_loss)}
-            row |= {"probe_accuracy": sum(correct) / sum(count)}
+            row |= {"probe_loss": fmean(probe_loss), "probe_accuracy": sum(correct) / sum(count)}
             self.scores.append(row["probe_accuracy"])
         if self.device.type == "cuda":
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9

@@ -286,6 +286,8 @@ def test_a_process_that_does_not_start_is_named(monkeypatch):
     store.set("scrl_fast/process_1", "one that died")
     with pytest.raises(dist.DistStoreError, match="process 1 of 2 did not start"):
         distributed._attempt(store, 0, 2)
+    with pytest.raises(dist.DistStoreError, match="process 0 of 2 did not start"):
+        distributed._attempt(store, 1, 2)
 
 
 def test_what_was_decided_before_a_restart_holds_after_it(monkeypatch):

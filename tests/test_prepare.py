@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_trainer import Pictures, make_config, make_trainer
 
-from scrl_fast import backends, prepare
+from scrl_fast import backends, distributed, prepare
+from scrl_fast.distributed import World
 from scrl_fast.models.encoders import Encoder
 from scrl_fast.trainer import SCRLTrainer
 
@@ -55,6 +58,37 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoints" / "step_00000001.pt").touch()
     with pytest.raises(ValueError, match=r"already holds a run \(checkpoints\).*--run\.dir=NEW"):
         make_trainer(tmp_path)
+
+
+def test_a_restart_by_torchrun_goes_on_only_from_what_its_job_has_saved(tmp_path, monkeypatch):
+    store, attempts = dist.HashStore(), iter(range(9))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(distributed, "_open_store", lambda rank, size: store)
+    (tmp_path / "checkpoints").mkdir()
+    old, new = (tmp_path / "checkpoints" / f"step_0000000{step}.pt" for step in (3, 4))
+    old.touch()
+
+    def attempt(**options):
+        monkeypatch.setattr(distributed, "_ME", f"process_{next(attempts)}")
+        config = prepare.place_run(replace(make_config(tmp_path), **options), World())
+        return config.run.dir, config.resume, config.init
+
+    for _ in range(2):  # what was refused is not a run of this job
+        with pytest.raises(ValueError, match="already holds a run"):
+            attempt()
+    for _ in range(2):
+        assert attempt(resume=str(old)) == (str(tmp_path), str(old), "")
+    new.touch()
+    assert attempt(resume=str(old)) == (str(tmp_path), "auto", "")
+
+
+def test_weights_that_are_gone_are_missed_only_where_a_run_begins(tmp_path):
+    config = replace(make_config(tmp_path), resume="auto", init="/no/such.pt")
+    with pytest.raises(ValueError, match=r"init=/no/such\.pt: there is no such"):
+        prepare.choose_folder(config)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000003.pt").touch()
+    assert prepare.choose_folder(config) == str(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

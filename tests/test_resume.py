@@ -16,6 +16,7 @@ import torch
 from tiny_trainer import Pictures, make_config
 
 from scrl_fast import cli, runlog, train
+from scrl_fast.checkpoint import CheckpointManager
 from scrl_fast.resume import restore
 from scrl_fast.signals import StopRequest
 from scrl_fast.trainer import SCRLTrainer
@@ -151,10 +152,20 @@ def test_a_run_that_branches_off_and_stops_at_once_has_a_checkpoint_of_its_own(t
     steps = torch.load(other, weights_only=True)["step"] - 1
     config = make_config(tmp_path / "first", epochs=3, max_steps=steps)
     first = SCRLTrainer(config, source=Pictures(num_classes=3)).fit()["checkpoint"]
-    summary, said = stopped_before_data(tmp_path / "second", resume=first)
-    assert f"stopped after step {steps}, everything is saved" in said
-    assert torch.load(summary["checkpoint"], weights_only=True)["step"] == steps
-    assert str(tmp_path / "second") in summary["checkpoint"]
+    older = CheckpointManager(tmp_path / "older" / "checkpoints")
+    older.save(torch.load(other, weights_only=True), step=2)
+    for folder in (tmp_path / "second", older.folder.parent):
+        summary, said = stopped_before_data(folder, resume=first)
+        assert f"stopped after step {steps}, everything is saved" in said
+        assert torch.load(summary["checkpoint"], weights_only=True)["step"] == steps
+        assert str(folder) in summary["checkpoint"]
+
+
+def test_a_run_that_branches_off_with_no_step_left_has_a_checkpoint_of_its_own(tmp_path, whole):
+    config = make_config(tmp_path, epochs=3)
+    config.resume = str(whole.folder / "checkpoints" / "last.pt")
+    checkpoint = SCRLTrainer(config, source=Pictures(num_classes=3)).fit()["checkpoint"]
+    assert str(tmp_path) in checkpoint and torch.load(checkpoint, weights_only=True)["step"] == whole.step
 
 
 def test_work_ends_at_a_signal_and_again_only_when_asked():

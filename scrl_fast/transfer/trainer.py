@@ -85,8 +85,7 @@ class Transfer:
             )
         self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
         kind = f"{config.task}-{config.model.detector}"
-        unread = (config.init,) if goes_on(config) else ()
-        self.config = config = prepare.place_run(config, self.world, kind, ("random", SUPERVISED, *unread))
+        self.config = config = prepare.place_run(config, self.world, kind, ("random", SUPERVISED))
         self.folder = Path(config.run.dir)
         self.checkpoints = checkpoint.CheckpointManager(self.folder / runlog.CHECKPOINTS, keep=config.run.keep)
         self.found = self.world.from_first(lambda: choose(config.resume, self.checkpoints))
@@ -152,6 +151,8 @@ class Transfer:
                     self.save()
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < self.last_step:
                     self.measure(stop)
+        if self.saved < self.step:  # another run's checkpoint, and no step left to make
+            self.save()
 
     def next_batch(self, source: Iterator[list[Example]], stop: StopRequest) -> list[Example] | None:
         """The next batch; None at the end, or when a process was asked to stop. Then there is a checkpoint of the step.
@@ -290,7 +291,7 @@ class Transfer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
         self.step = state["step"]
-        self.saved = self.step if newest is not None else 0  # another run's checkpoint is not saved in this one
+        self.saved = self.step if self.checkpoints.holds(path) else 0
         self.pending = list(state.get("log", {}).get("pending", []))
         notes.append(f"resumed from {path} at step {self.step}")
         if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
@@ -388,9 +389,3 @@ class Transfer:
         resume = self.config.resume if self.config.eval.only else "auto"
         arguments = [self.config.task, f"--config={self.folder / runlog.CONFIG}", f"--resume={resume}"]
         return f"{distributed.launcher()} -m scrl_fast.transfer {shlex.join(arguments)}"
-
-
-def goes_on(config: TransferConfig) -> bool:
-    """Whether a checkpoint is there to resume from, so that ``init``, perhaps gone by now, is not read again."""
-    checkpoints = Path(config.run.dir, runlog.CHECKPOINTS)
-    return bool(config.resume) and (config.resume != "auto" or any(checkpoints.glob("step_*.pt")))
