@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from scrl_fast.ops import normalized_mse_loss, roi_align, two_view_loss
 
 Function = Callable[[Tensor], Tensor]
-compiled = pytest.mark.parametrize(
-    "device, backend", [p for p in implementations("two_view_loss") if "reference" not in p.values]
-)
+OURS = [p for p in implementations("two_view_loss") if "reference" not in p.values]
+compiled = pytest.mark.parametrize("device, backend", OURS)
+one_of_ours = pytest.mark.parametrize("device, backend", OURS[:1])  # for what is decided alike for all
 operations = pytest.mark.parametrize("operation", ["normalized_mse_loss", "two_view_loss", "roi_align"])
 
 
@@ -56,17 +57,20 @@ def batched_backward(f: Function, x: Tensor) -> Tensor:
     return torch.autograd.grad(f(x), x, torch.ones(3, dtype=x.dtype, device=x.device), is_grads_batched=True)[0]
 
 
-def compiled_gradient(f: Function, x: Tensor) -> Tensor:
-    torch._dynamo.reset()  # one function for all cases: it would meet the limit of recompilations
-    return torch.compile(torch.func.grad(f), fullgraph=True, backend="eager")(x)
+def tangent(f: Function, x: Tensor) -> Tensor:
+    return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+
+def gradient_of_vmap(f: Function, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda both: torch.func.vmap(f)(both).sum())(torch.stack([x, 2 * x]))
 
 
 ONCE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "torch.func.grad": lambda f, x: torch.func.grad(f)(x),
-    "torch.func.grad, compiled": compiled_gradient,
     "torch.func.vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
-    "torch.func.jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "torch.func.jvp": tangent,
     "torch.func.vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "torch.func.grad of vmap": gradient_of_vmap,
     "torch.func.vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
     "torch.func.vmap of backward": vmapped_backward,
     "forward mode": forward_mode,
@@ -86,6 +90,48 @@ def test_first_derivatives(device: str, backend: str, operation: str, way: str) 
     ours, reference = (ONCE[way](lambda x: function(x, name), point) for name in (backend, "reference"))  # noqa: B023
     torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
     assert ours.abs().sum() > 0
+
+
+def through_compiler(f: Function, x: Tensor, backend: str | Callable[..., Any]) -> Tensor:
+    torch._dynamo.reset()  # one function for all cases: it would meet the limit of recompilations
+    return torch.compile(f, fullgraph=True, backend=backend)(x)
+
+
+COMPILED: dict[str, tuple[str, Callable[[Function, Tensor], Tensor]]] = {
+    "torch.func.grad": ("eager", lambda f, x: torch.func.grad(f)(x)),
+    "torch.func.jvp": ("aot_eager", tangent),
+    "torch.func.jacfwd": ("aot_eager", lambda f, x: torch.func.jacfwd(f)(x)),
+    "torch.func.grad of vmap": ("eager", gradient_of_vmap),
+    "torch.func.hessian": ("eager", lambda f, x: torch.func.hessian(f)(x)),
+}
+
+
+@one_of_ours
+@operations
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_derivatives(device: str, backend: str, operation: str, way: str) -> None:
+    function, point = scalar_of(operation, device)
+    compiler, derivative = COMPILED[way]
+    ours = through_compiler(lambda x: derivative(lambda x: function(x, backend), x), point, compiler)
+    reference = derivative(lambda x: function(x, "reference"), point)
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+    assert ours.abs().sum() > 0
+
+
+@one_of_ours
+@operations
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_compiled_vmap_keeps_our_operation(device: str, backend: str, operation: str) -> None:
+    function, point = scalar_of(operation, device)
+    called: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    through_compiler(torch.func.vmap(lambda x: function(x, backend)), torch.stack([point, point]), look)
+    assert any(target.startswith("scrl_fast.") for target in called), called
 
 
 @compiled

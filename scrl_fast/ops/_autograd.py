@@ -20,17 +20,18 @@ _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 def differentiated_otherwise() -> bool:
     """Whether torch.func.grad, vjp, jvp or forward mode is at work: a backward formula cannot serve these.
 
-    torch.library's formulas raise below torch.func's transforms and lose the tangent of forward mode in silence; who
-    asks takes the reference implementation instead. torch.func.vmap alone needs none of this, nor does a graph that is
-    being compiled.
+    torch.library's formulas raise below torch.func's transforms and lose the tangent of forward mode in silence, in a
+    graph that is compiled, too; who asks takes the reference implementation instead. torch.func.vmap alone needs none
+    of this.
     """
     if forward_ad._current_level >= 0:
-        return not torch.compiler.is_compiling()
+        return True
     if not _transformed():
         return False
     vmap = torch._C._functorch.TransformType.Vmap
-    if torch.compiler.is_compiling():  # which can ask for the innermost transform only
-        return retrieve_current_functorch_interpreter().key() != vmap
+    if torch.compiler.is_compiling():  # which can ask for the innermost transform only; the outermost has level 1
+        innermost = retrieve_current_functorch_interpreter()
+        return innermost.key() != vmap or innermost.level() > 1
     return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
