@@ -77,35 +77,40 @@ inline bool is_dense(const Facts& tensor) {
 inline bool lie_alike(const Facts& a, const Facts& b) {
   if (a.dtype != b.dtype || a.device != b.device || a.dim != b.dim) return false;
   for (int64_t i = 0; i < a.dim; ++i)
-    if (a.sizes[i] != b.sizes[i] || (a.sizes[i] > 1 && a.strides[i] != b.strides[i])) return false;
+    if (a.sizes[i] != b.sizes[i] || (a.count > 1 && a.sizes[i] > 1 && a.strides[i] != b.strides[i])) return false;
   return true;
 }
 
-// The tensors of a list that is handed over. As std::vector<Tensor> each of them would be counted in a block of its
+// A list that is handed over, with its tensors. As std::vector<Tensor> each of them would be counted in a block of its
 // own, whose allocation alone took as long as all that is asked of the tensor.
 class TensorList {
  public:
-  explicit TensorList(StableListHandle list) {
-    size_t size;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    tensors_.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));  // hands over the tensor, too
-      tensors_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
-    }
-    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  explicit TensorList(StableListHandle list) : TensorList() {  // delegates: the destructor follows on what throws here
+    list_ = list;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size_));
+    tensors_.reserve(size_);
+    for (size_t i = 0; i < size_; ++i) tensors_.push_back(in_list(i));
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
   ~TensorList() {
-    for (AtenTensorHandle tensor : tensors_) aoti_torch_delete_tensor_object(tensor);
+    for (size_t i = 0; i < size_; ++i) aoti_torch_delete_tensor_object(i < tensors_.size() ? tensors_[i] : in_list(i));
+    torch_delete_list(list_);
   }
 
-  size_t size() const { return tensors_.size(); }
+  size_t size() const { return size_; }
   AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
 
  private:
+  TensorList() = default;
+  AtenTensorHandle in_list(size_t i) const {
+    StableIValue item = 0;
+    torch_list_get_item(list_, i, &item);  // fails beyond the list only
+    return torch::stable::detail::to<AtenTensorHandle>(item);
+  }
+
+  StableListHandle list_ = nullptr;
+  size_t size_ = 0;
   std::vector<AtenTensorHandle> tensors_;
 };
 

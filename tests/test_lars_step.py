@@ -253,6 +253,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"params": [ONE.int()]}, TypeError, "params[0] has dtype torch.int32"),
     ({"params": []}, ValueError, "grads has 1 tensors, params has 0"),
     ({"params": [None]}, TypeError, "params[0] must be a tensor, got NoneType"),
+    ({"grads": [None]}, TypeError, "grads[0] must be a tensor, got NoneType"),
+    ({"momentum_buffers": [None]}, TypeError, "momentum_buffers[0] must be a tensor, got NoneType"),
     ({"grads": [ONE.to("meta")]}, ValueError, "grads[0] is on meta, params[0] on cpu"),
     ({"ema_targets": [ONE]}, ValueError, "ema_momentum is needed with ema_targets"),
     ({"ema_targets": [], "ema_momentum": 0.5}, ValueError, "ema_targets has 0 tensors, params has 1"),

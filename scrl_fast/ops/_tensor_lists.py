@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def check_lists(**lists: Sequence[Tensor | None]) -> None:
     """The lists are of one length, and in each place shape, dtype and device agree with the first list's tensor.
 
-    The first list holds tensors of DTYPES; where another holds None, nothing is compared. Raises TypeError or
+    The first list holds tensors of DTYPES; where ``ema_targets`` holds None, nothing is compared. Raises TypeError or
     ValueError naming the first place that does not fit.
     """
     (first, tensors), *others = lists.items()
@@ -35,7 +35,7 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
 
 
 def _check_pair(i: int, first: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
-    if other is None:
+    if other is None and name == "ema_targets":
         return
     if not isinstance(other, Tensor):
         raise TypeError(f"{name}[{i}] must be a tensor, got {type(other).__name__}")
@@ -80,13 +80,12 @@ def one_layout(written: Sequence[list[Any]], read: Sequence[list[Any]]) -> Itera
     copies, differed = [], False
     for i, leader in enumerate(written[0]):
         strides = _dense_strides(leader)
-        for tensors in (*written, *read):
+        for place, tensors in enumerate((*written, *read)):
             tensor = tensors[i]
             if tensor is not None and not _has_strides(tensor, strides):
-                tensors[i] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-                tensors[i].copy_(tensor)
+                tensors[i] = tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
                 differed = True
-                if any(tensors is one for one in written):
+                if place < len(written):
                     copies.append((tensor, tensors[i]))
     yield differed
     for tensor, copy in copies:
