@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._tensor_lists import check_lists, check_scalar
+from scrl_fast.ops._tensor_lists import check_lists, check_number, check_scalar
 from scrl_fast.ops.lars_step import Settings, make_settings, step_by
 
 NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
@@ -63,7 +63,8 @@ class LARS(Optimizer):
         }
         super().__init__(params, {"lr": lr, **numbers, "adapt": True, "grad_scale": 1.0})
         self.skip_nonfinite = skip_nonfinite
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._average: dict[Tensor, Tensor] = {}  # source -> target
         self._matched: _Matched | None = None
 
@@ -74,12 +75,14 @@ class LARS(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"):
+        for name in ("lr", "momentum"):
             check_scalar(name, group[name], 0)
+        for name in ("weight_decay", "trust_coefficient", "eps"):
+            check_number(name, group[name], 0)
         if not isinstance(group["adapt"], bool):
             raise TypeError(f"adapt must be True or False, got {group['adapt']!r}")
         if group["grad_scale"] != "lr":
-            check_scalar("grad_scale", group["grad_scale"])
+            check_number("grad_scale", group["grad_scale"])
 
     @property
     def skipped(self) -> Tensor:
@@ -90,10 +93,16 @@ class LARS(Optimizer):
         """``step(ema_momentum=m)`` then also moves each target towards its source, after the source's own update.
 
         sources: usually parameters of this optimizer, whose targets are updated in the same pass over memory; other
-        tensors are averaged as they are. Replaces what was attached before. Raises as `ema_update_` does.
+        tensors are averaged as they are. Replaces what was attached before. Raises as `ema_update_` does, and
+        ValueError where a source is listed with two targets.
         """
         check_lists(targets=targets, sources=sources)
-        self._average = dict(zip(sources, targets, strict=True))
+        average: dict[Tensor, Tensor] = {}
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if average.setdefault(source, target) is not target:
+                first = next(k for k, other in enumerate(sources) if other is source)
+                raise ValueError(f"sources[{i}] is sources[{first}], with another target: a source has one")
+        self._average = average
         self._matched = None
 
     @overload
@@ -162,12 +171,15 @@ class LARS(Optimizer):
 
     def _match(self, params: list[Tensor]) -> _Matched:
         key = list(map(id, params))
-        if self._matched is None or self._matched.key != key:
+        matched = self._matched
+        if matched is None or matched.key != key:
             targets = [self._average.get(p) for p in params]
             updated = set(params)
             rest = [(target, source) for source, target in self._average.items() if source not in updated]
-            self._matched = _Matched(key, params, targets, rest)
-        return self._matched
+            matched = _Matched(key, params, targets, rest)
+            if not torch.compiler.is_compiling():  # torch 2.11 cannot compile that it is kept
+                self._matched = matched
+        return matched
 
     def _average_rest(self, rest: list[tuple[Tensor, Tensor]], momentum: float | Tensor, before: Tensor | None) -> None:
         """Targets whose source had no gradient, or is no parameter of this optimizer."""

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.models import SCRL
 from scrl_fast.optim import LARS, lars_param_groups
 
 
@@ -178,33 +177,6 @@ def test_groups_may_differ_in_lr_tensor() -> None:
     assert_close(model, plain)
 
 
-def test_the_right_rule_leaves_out_what_has_one_axis() -> None:
-    with torch.device("meta"):
-        model = SCRL("resnet50", num_classes=10)
-    adapted, plain = lars_param_groups(model.named_parameters(), 1e-6)
-    assert adapted["adapt"] and adapted["weight_decay"] == 1e-6
-    assert not plain["adapt"] and plain["weight_decay"] == 0 and plain.get("grad_scale", 1.0) == 1.0
-    assert {p.ndim for p in plain["params"]} == {1} and {p.ndim for p in adapted["params"]} == {2, 4}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(adapted["params"]) + len(plain["params"]) == len(trained)
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-def test_kakaobrain_adapts_seven_batch_norm_weights(prefix: str) -> None:
-    with torch.device("meta"):
-        model = SCRL("resnet50")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
-    adapted, plain = lars_param_groups(named, 1e-6, compat="kakaobrain")
-    assert sorted(names[p] for p in adapted["params"] if p.ndim == 1) == [
-        "online.encoder.body.bn1.weight",
-        *(f"online.encoder.body.layer{k}.0.downsample.1.weight" for k in (1, 2, 3, 4)),
-        "online.projector.net.1.weight",
-        "predictor.net.1.weight",
-    ]
-    assert all(p.ndim == 1 for p in plain["params"]) and plain["grad_scale"] == "lr"
-
-
 def test_kakaobrain_multiplies_plain_gradients_by_lr_twice() -> None:
     model, before = network(), network()
     groups = lars_param_groups(model.named_parameters(), 1e-6, compat="kakaobrain")
@@ -214,12 +186,23 @@ def test_kakaobrain_multiplies_plain_gradients_by_lr_twice() -> None:
     torch.testing.assert_close(model[0].bias, before[0].bias - 0.25**2 * model[0].bias.grad, rtol=1e-12, atol=0)
 
 
-def test_a_frozen_network_and_an_empty_group_are_left_out() -> None:
-    model = network()
-    model.requires_grad_(False)
-    model[4].weight.requires_grad_(True)
-    groups = lars_param_groups(model.named_parameters(), 1e-6)
-    assert [group["params"] for group in groups] == [[model[4].weight]]
+def test_a_group_may_be_without_parameters() -> None:
+    model, plain = network(), network()
+    optimizer = LARS([{"params": []}, {"params": model.parameters()}], lr=0.1)
+    assert optimizer.skipped.device == model[0].weight.device
+    train(model, optimizer, range(2))
+    train(plain, LARS(plain.parameters(), lr=0.1), range(2))
+    assert_close(model, plain, 0)
+
+
+def test_a_tied_pair_may_be_attached_twice() -> None:
+    model, target = network(), network(1)
+    again, its_target = network(), network(1)
+    for each, average, times in ((model, target, 1), (again, its_target, 2)):
+        optimizer = LARS(each.parameters(), lr=0.1)
+        optimizer.attach_ema(list(average.parameters()) * times, list(each.parameters()) * times)
+        train(each, optimizer, range(2), ema_momentum=0.5)
+    assert_close(its_target, target, 0)
 
 
 # ---- checkpoints ----
@@ -374,6 +357,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight_decay": -1e-6}, ValueError, "weight_decay must be in [0, inf], got -1e-06"),
     ({"trust_coefficient": None}, TypeError, "trust_coefficient must be a number, got NoneType"),
     ({"eps": -1e-8}, ValueError, "eps must be in [0, inf], got -1e-08"),
+    ({"weight_decay": torch.ones(())}, TypeError, "weight_decay must be a number, got Tensor"),
+    ({"trust_coefficient": torch.ones(())}, TypeError, "trust_coefficient must be a number, got Tensor"),
+    ({"eps": torch.ones(())}, TypeError, "eps must be a number, got Tensor"),
+    (
+        {"params": [{"params": [ONE], "grad_scale": torch.ones(())}]},
+        TypeError,
+        "grad_scale must be a number, got Tensor",
+    ),
     ({"params": [{"params": [ONE], "adapt": 1}]}, TypeError, "adapt must be True or False, got 1"),
     ({"params": [{"params": [ONE], "grad_scale": "lr2"}]}, TypeError, "grad_scale must be a number, got str"),
     ({"params": []}, ValueError, "optimizer got an empty parameter list"),
@@ -388,6 +379,8 @@ def test_wrong_numbers_are_named(wrong: dict[str, Any], error: type[Exception], 
 
 def test_wrong_averages_are_named() -> None:
     optimizer = LARS([ONE], lr=0.1)
+    with pytest.raises(ValueError, match=re.escape("sources[2] is sources[0], with another target: a source has one")):
+        optimizer.attach_ema([torch.ones(3), torch.ones(3), torch.ones(3)], [ONE, torch.ones(3), ONE])
     with pytest.raises(ValueError, match="attach_ema was not called"):
         optimizer.step(ema_momentum=0.5)
     with pytest.raises(ValueError, match=re.escape("sources[0] has shape [3], targets[0] has [2]")):
