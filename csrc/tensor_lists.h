@@ -85,12 +85,7 @@ inline bool lie_alike(const Facts& a, const Facts& b) {
 // own, whose allocation alone took as long as all that is asked of the tensor.
 class TensorList {
  public:
-  explicit TensorList(StableListHandle list) : TensorList() {  // delegates: the destructor follows on what throws here
-    list_ = list;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size_));
-    tensors_.reserve(size_);
-    for (size_t i = 0; i < size_; ++i) tensors_.push_back(in_list(i));
-  }
+  explicit TensorList(StableListHandle list) noexcept : list_(list) { torch_list_size(list, &size_); }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
   ~TensorList() {
@@ -98,18 +93,22 @@ class TensorList {
     torch_delete_list(list_);
   }
 
+  // To be called before tensors are asked for, and when every list has an owner: this may throw.
+  void take() {
+    tensors_.reserve(size_);
+    for (size_t i = 0; i < size_; ++i) tensors_.push_back(in_list(i));
+  }
   size_t size() const { return size_; }
   AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
 
  private:
-  TensorList() = default;
   AtenTensorHandle in_list(size_t i) const {
     StableIValue item = 0;
     torch_list_get_item(list_, i, &item);  // fails beyond the list only
     return torch::stable::detail::to<AtenTensorHandle>(item);
   }
 
-  StableListHandle list_ = nullptr;
+  StableListHandle list_;
   size_t size_ = 0;
   std::vector<AtenTensorHandle> tensors_;
 };

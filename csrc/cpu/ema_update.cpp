@@ -52,7 +52,9 @@ SCRL_MULTIVERSION void ema_any(ScalarType dtype, void* t, const void* s, int64_t
 
 void ema_update_(StableListHandle target_list, StableListHandle source_list, double momentum,
                  std::optional<Tensor> momentum_tensor) {
-  const TensorList targets(target_list), sources(source_list);
+  TensorList targets(target_list), sources(source_list);
+  targets.take();
+  sources.take();
   std::vector<Item> items;
   items.reserve(targets.size());
   const auto add = [&](const Facts& facts, AtenTensorHandle target, AtenTensorHandle source) {

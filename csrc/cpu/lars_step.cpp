@@ -167,7 +167,8 @@ void lars_step_(StableListHandle param_list, StableListHandle buffer_list, Stabl
                 std::vector<int64_t> setting_of, double ema_momentum, std::optional<Tensor> lr,
                 std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
                 std::optional<Tensor> skip_counter) {
-  const TensorList params(param_list), momentum_buffers(buffer_list), ema_targets(target_list), grads(gradient_list);
+  TensorList params(param_list), momentum_buffers(buffer_list), ema_targets(target_list), grads(gradient_list);
+  for (TensorList* list : {&params, &momentum_buffers, &ema_targets, &grads}) list->take();
   const auto* given = reinterpret_cast<const LarsSettings*>(settings.data());
   const auto row_count = static_cast<int64_t>(settings.size()) / kLarsSettings;
   std::vector<LarsSettings> rows(given, given + row_count);
