@@ -74,7 +74,14 @@ class LARS(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
         for name in ("lr", "momentum"):
             check_scalar(name, group[name], 0)
         for name in ("weight_decay", "trust_coefficient", "eps"):

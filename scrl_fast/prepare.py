@@ -116,8 +116,9 @@ def place_run(config: Options, world: World, kind: str = "", known: Sequence[str
 
 
 def newest_checkpoint(folder: str) -> str:
-    """The name of the newest checkpoint in a run folder, damaged or not; empty without one, or without a folder."""
-    return max((path.name for path in Path(folder, runlog.CHECKPOINTS).glob("step_*.pt")), default="") if folder else ""
+    """Name and time of the newest checkpoint in a run folder, damaged or not; empty without one or without folder."""
+    newest = max(Path(folder, runlog.CHECKPOINTS).glob("step_*.pt"), default=None) if folder else None
+    return f"{newest.name} {newest.stat().st_mtime_ns}" if newest else ""
 
 
 def set_threads(config: Config, device: torch.device, before: int = 0) -> Config:

@@ -70,7 +70,8 @@ def restore(trainer: SCRLTrainer) -> list[str]:
                 "branch off from an older one, give the new run its own --run.dir"
             )
         load_training_state(trainer, state)
-        trainer.saved = trainer.step if trainer.checkpoints.holds(path) else 0
+        own = trainer.world.from_first(lambda: trainer.checkpoints.holds(path))
+        trainer.saved = trainer.step if own else 0
         notes.append(f"resumed from {path} at step {trainer.step}")
         before, now = state["loader"].get("world_size", 1), trainer.world.size
         if before != now:

@@ -134,7 +134,7 @@ class SCRLTrainer:
                     if self.stopping(stop):
                         break
             if self.step > self.saved:  # another run's checkpoint, and no step left to make
-                self.save(planned=False)
+                self.save()
             return self.finish(stop) | {"seconds": time.perf_counter() - started}
 
     def batches(self) -> Generator[list[Batch], None, None]:

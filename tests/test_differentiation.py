@@ -65,6 +65,11 @@ def gradient_of_vmap(f: Function, x: Tensor) -> Tensor:
     return torch.func.grad(lambda both: torch.func.vmap(f)(both).sum())(torch.stack([x, 2 * x]))
 
 
+def backward_through_vmap(f: Function, x: Tensor) -> Tensor:
+    both = torch.stack([x, 2 * x]).requires_grad_()
+    return torch.autograd.grad(torch.func.vmap(f)(both).sum(), both)[0]
+
+
 ONCE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "torch.func.grad": lambda f, x: torch.func.grad(f)(x),
     "torch.func.vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
@@ -73,6 +78,7 @@ ONCE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "torch.func.grad of vmap": gradient_of_vmap,
     "torch.func.vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
     "torch.func.vmap of backward": vmapped_backward,
+    "backward through torch.func.vmap": backward_through_vmap,
     "forward mode": forward_mode,
     "forward mode without a graph": forward_mode_without_graph,
     "forward mode beside a graph": lambda f, x: forward_mode(f, x.clone().requires_grad_()),

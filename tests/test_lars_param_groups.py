@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scrl_fast.models import SCRL
-from scrl_fast.optim import lars_param_groups
+from scrl_fast.optim import LARS, lars_param_groups
 
 
 def test_the_right_rule_leaves_out_what_has_one_axis() -> None:
@@ -43,3 +43,10 @@ def test_a_frozen_network_and_an_empty_group_are_left_out() -> None:
     model[1].weight.requires_grad_(True)
     groups = lars_param_groups(model.named_parameters(), 1e-6)
     assert [group["params"] for group in groups] == [[model[1].weight]]
+
+
+def test_a_group_that_is_refused_does_not_stay() -> None:
+    optimizer = LARS([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(TypeError, match="weight_decay"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "weight_decay": "1e-4"})
+    assert len(optimizer.param_groups) == 1

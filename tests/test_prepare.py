@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -78,6 +79,8 @@ def test_a_restart_by_torchrun_goes_on_only_from_what_its_job_has_saved(tmp_path
             attempt()
     for _ in range(2):
         assert attempt(resume=str(old)) == (str(tmp_path), str(old), "")
+    os.utime(old, ns=(0, 0))  # written anew under the same name
+    assert attempt(resume=str(old)) == (str(tmp_path), "auto", "")
     new.touch()
     assert attempt(resume=str(old)) == (str(tmp_path), "auto", "")
 

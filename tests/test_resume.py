@@ -166,6 +166,7 @@ def test_a_run_that_branches_off_with_no_step_left_has_a_checkpoint_of_its_own(t
     config.resume = str(whole.folder / "checkpoints" / "last.pt")
     checkpoint = SCRLTrainer(config, source=Pictures(num_classes=3)).fit()["checkpoint"]
     assert str(tmp_path) in checkpoint and torch.load(checkpoint, weights_only=True)["step"] == whole.step
+    assert runlog.read_metrics(tmp_path / "metrics.jsonl") == []  # the steps were another run's
 
 
 def test_work_ends_at_a_signal_and_again_only_when_asked():

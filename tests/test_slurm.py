@@ -25,8 +25,13 @@ def start(folder, torchrun, *options, **job):
     """The finished template, on nodes whose torchrun is this shell script."""
     environment = slurm_stubs.install(folder, **{"JOB_ID": "4711", **job})
     (folder / "bin" / "torchrun").write_text(f"#!/bin/bash\n{torchrun}\n")
-    command = ["bash", str(TEMPLATE), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+    command, said = ["bash", str(TEMPLATE), *options], subprocess.PIPE
+    job = subprocess.Popen(command, env=environment, stdout=said, stderr=said, text=True, cwd=folder)
+    try:
+        stdout, stderr = job.communicate(timeout=60)
+        return subprocess.CompletedProcess(command, job.returncode, stdout, stderr)
+    finally:
+        slurm_stubs.end(job)
 
 
 def save(folder):
@@ -107,8 +112,9 @@ def test_a_job_is_queued_again_only_if_this_start_was_stopped_with_all_saved(tmp
 def test_a_job_whose_time_runs_out_is_queued_again_whatever_its_log_says(tmp_path, at_term, saved, task, queued):
     if saved:
         save(tmp_path)
+    both = f"touch {tmp_path}/node_$SLURM_NODEID; until [ -e {tmp_path}/node_1 ]; do sleep 0.02; done"
     signal = "[ $SLURM_NODEID = 1 ] || kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"  # srun's parent, as B: has it
-    done = start(tmp_path, f"{at_term}\n{signal}\nwhile :; do sleep 0.05; done", **task)
+    done = start(tmp_path, f"{at_term}\n{both}\n{signal}\nwhile :; do sleep 0.05; done", **task)
     assert (done.returncode == 0) == ("exit 0" in at_term), done
     assert asked(tmp_path, "scancel") == ["--signal=TERM", queued or "4711"]
     assert asked(tmp_path) == (["requeue", queued] if queued else [])

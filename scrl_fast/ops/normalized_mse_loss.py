@@ -130,8 +130,10 @@ def _two_views_through(operator: Any) -> Callable[..., Tensor]:
 def _call(operator: Any, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
     if not torch.is_grad_enabled():
         return operator(input, target, two_views, reduction, False, False)[0]
+    if _transformed():  # torch.func.vmap, inside which no tensor tells that a gradient will be wanted of it
+        return operator(input, target, two_views, reduction, True, True)[0]
     of_input, of_target = input.requires_grad, target.requires_grad
-    if (of_input or of_target) and not torch.compiler.is_compiling() and not _transformed():
+    if (of_input or of_target) and not torch.compiler.is_compiling():
         return _Eager.apply(input, target, operator, two_views, reduction, of_input, of_target)
     return operator(input, target, two_views, reduction, of_input, of_target)[0]
 
