@@ -109,7 +109,7 @@ def plot(rows: list[Row], file: Path) -> None:
     rows = [row for row in rows if "p50_ms" in row]
     drawn = curves(rows)
     height = 4 * len(drawn) if drawn else 1 + 0.3 * len(rows)
-    figure, axes = plt.subplots(max(len(drawn), 1), 2, figsize=(13, height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(max(len(drawn), 1), 2, figsize=(18, height), squeeze=False, layout="constrained")
     for (left, right), (key, lines) in zip(axes, drawn.items(), strict=False):
         for name, points in lines.items():
             x = [value for value, _ in points]
@@ -118,7 +118,7 @@ def plot(rows: list[Row], file: Path) -> None:
             right.plot(x, [row["gb_per_s"] or float("nan") for _, row in points], **marks)
         left.set(xlabel=key, ylabel="latency, ms", xscale="log", yscale="log")
         right.set(xlabel=key, ylabel="GB/s", xscale="log")
-        left.legend(fontsize=7)
+        right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     if not drawn:
         names = [f"{row['case']}: {name_of(row)}" for row in rows]
         for axis, field, label in zip(axes[0], ("p50_ms", "gb_per_s"), ("latency, ms", "GB/s"), strict=True):
