@@ -35,7 +35,7 @@ SCRL_INLINE void store_lane(const Words<L>* rows, uint8_t* out, int stride) {
   for (int part = 0; part < parts; ++part) {
     const Words<L> row = rows[4 * part + k % 4];
     constexpr int l = k / 4 * 4;
-    auto* to = reinterpret_cast<Four*>(out + k * stride + 16 * part);
+    Four* to = reinterpret_cast<Four*>(out + k * stride + 16 * part);  // auto would lose aligned(1)
 #if defined(__clang__) || __GNUC__ >= 12
     *to = __builtin_shufflevector(row, row, l, l + 1, l + 2, l + 3);
 #else
