@@ -133,8 +133,8 @@ class SCRLTrainer:
                         self.save(planned=False)
                     if self.stopping(stop):
                         break
-            if self.step > self.saved:  # another run's checkpoint, and no step left to make
-                self.save()
+            if self.step > self.saved:  # another run's checkpoint and no step left to make, or a signal just now
+                self.save(planned=not stop)
             return self.finish(stop) | {"seconds": time.perf_counter() - started}
 
     def batches(self) -> Generator[list[Batch], None, None]:
