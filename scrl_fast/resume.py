@@ -56,21 +56,18 @@ def restore(trainer: SCRLTrainer) -> list[str]:
     Raises CheckpointError for one that is missing, damaged or foreign, ValueError for one that does not fit.
     """
     config = trainer.config
-    newest, path, notes = trainer.world.from_first(lambda: choose(config.resume, trainer.checkpoints))
-    state = None
+    newest, path, own, notes = trainer.world.from_first(lambda: choose(config.resume, trainer.checkpoints))
     if path is not None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
         notes += [str(warning.message) for warning in caught]
-    if path is not None and state is not None:
         if newest is not None and step_in_name(newest) > state["step"]:
             raise ValueError(
                 f"resume={config.resume}: run.dir {str(trainer.folder)!r} holds a newer checkpoint, {newest.name}; to "
                 "branch off from an older one, give the new run its own --run.dir"
             )
         load_training_state(trainer, state)
-        own = trainer.world.from_first(lambda: trainer.checkpoints.holds(path))
         trainer.saved = trainer.step if own else 0
         notes.append(f"resumed from {path} at step {trainer.step}")
         before, now = state["loader"].get("world_size", 1), trainer.world.size
@@ -82,7 +79,7 @@ def restore(trainer: SCRLTrainer) -> list[str]:
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
     elif config.resume:
         notes.append(f"resume=auto: no checkpoint in {trainer.checkpoints.folder} yet, starting from the beginning")
-    if state is None and config.init:
+    if path is None and config.init:
         notes += initialise(trainer, config.init)
     return notes
 
@@ -101,15 +98,18 @@ def initialise(trainer: SCRLTrainer, path: str) -> list[str]:
     return notes
 
 
-def choose(asked: str, checkpoints: checkpoint.CheckpointManager) -> tuple[Path | None, Path | None, list[str]]:
-    """(newest good checkpoint of the run folder, the one to load, what was passed over), for ``resume=asked``."""
+def choose(asked: str, checkpoints: checkpoint.CheckpointManager) -> tuple[Path | None, Path | None, bool, list[str]]:
+    """For ``resume=asked``: the run folder's newest good checkpoint, the one to load, whether it is one of the run's,
+    what was passed over.
+    """
     if not asked:
-        return None, None, []
+        return None, None, False, []
     with warnings.catch_warnings(record=True) as caught:  # names of damaged checkpoints that were passed over
         warnings.simplefilter("always")
         newest = checkpoints.newest_good()
         path = newest if asked == "auto" else checkpoint.find(asked)
-    return newest, path, [str(warning.message) for warning in caught]
+    own = path is not None and checkpoints.holds(path)
+    return newest, path, own, [str(warning.message) for warning in caught]
 
 
 def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""lars_param_groups on the models: which parameters are adapted and decayed, and which are not."""
+"""The optimizer's groups: which parameters of the models are adapted and decayed, and what is no group."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ class Transfer:
     def restore(self) -> list[str]:
         """Loads what ``resume`` asks for; returns what there is to say about it and about ``init``."""
         config = self.config
-        newest, path, notes = self.found
+        newest, path, own, notes = self.found
         if path is None:
             return [*notes, f"init: {self.network.init_report}"]
         state = checkpoint.load(path, expect=checkpoint.CHECKPOINT_KEYS)
@@ -291,7 +291,7 @@ class Transfer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
         self.step = state["step"]
-        self.saved = self.step if self.world.from_first(lambda: self.checkpoints.holds(path)) else 0
+        self.saved = self.step if own else 0
         self.pending = list(state.get("log", {}).get("pending", []))
         notes.append(f"resumed from {path} at step {self.step}")
         if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
