@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from scrl_fast import backends
 from scrl_fast.models import SCRL
-from scrl_fast.ops import ema_update_
+from scrl_fast.ops import backends, ema_update_
 
 MOMENTUM = 0.97
 

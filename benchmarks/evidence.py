@@ -26,7 +26,7 @@ import torch
 from evidence_report import DOCUMENT, draw, summary, table, tuning_table, write_markdown
 from evidence_runs import BUDGETS, MEASURES, METHODS, OBJECTS, STAGES, Deadline, Line
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 
 # the best of the finalists in the mean of both TUNING_MEASURES over TUNING_SEEDS: docs/evidence.md
 LR = {"byol": 32.0, "scrl": 32.0}

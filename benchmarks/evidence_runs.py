@@ -16,14 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 import scrl_fast
-from scrl_fast import distributed, durable, prepare
-from scrl_fast.config import Config
+from scrl_fast import build as prepare
+from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
-from scrl_fast.data.demo import NUM_DIGITS
+from scrl_fast.data.sources.demo import NUM_DIGITS
+from scrl_fast.distributed import world as distributed
 from scrl_fast.evaluate import roi_linear
 from scrl_fast.evaluate.dense import dense_consistency
 from scrl_fast.evaluate.images import frozen, measure_batchnorm
 from scrl_fast.models import Encoder
+from scrl_fast.run import atomic_files as durable
 from scrl_fast.trainer import SCRLTrainer
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
 
@@ -178,7 +180,7 @@ class Line:
         model = prepare.build_model(config, 0)  # the initialisation that training with this seed starts from
         if self.method != "random":
             path = self.folder / "run" / "checkpoints" / checkpoint
-            model.load_state(scrl_fast.checkpoint.load(path)["model"], strict=False)
+            model.load_state(scrl_fast.run.checkpoint.load(path)["model"], strict=False)
         encoder = frozen(model.online.encoder.to(distributed.device_of(self.device)))
         mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
         images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()

@@ -33,13 +33,13 @@ from input_rivals import (
 from PIL import Image
 from torch import Tensor
 
-from scrl_fast.config import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
+from scrl_fast.build import keep_memory
+from scrl_fast.config.schema import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import Encoded, Room, decode, decoders, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
+from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import augment_views, pack_images
-from scrl_fast.prepare import keep_memory
-from scrl_fast.views import draw_views
 
 HEIGHT, WIDTH = 375, 500
 _COLOUR = ("jitter", "grayscale", "blur", "solarize")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.ops.augment_views import RESIZE_BLUR, blurred_side, picture_reference
 
 _ADJUST = ("brightness", "contrast", "saturation", "hue")

@@ -18,9 +18,8 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from scrl_fast import backends
 from scrl_fast.models import SCRL
-from scrl_fast.ops import lars_step_
+from scrl_fast.ops import backends, lars_step_
 from scrl_fast.optim import LARS
 
 LR, MOMENTUM, DECAY, TRUST, EPS, EMA = 1e-6, 0.9, 1e-6, 1e-3, 1e-8, 0.97

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scrl_fast import backends
-from scrl_fast.ops import two_view_loss
+from scrl_fast.ops import backends, two_view_loss
 from scrl_fast.ops.normalized_mse_loss import REDUCTIONS
 
 MOSTLY_OVERHEAD = 64  # pairs: fewer show what a call costs

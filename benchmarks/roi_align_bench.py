@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from scrl_fast import backends
-from scrl_fast.ops import roi_align
+from scrl_fast.ops import backends, roi_align
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -28,7 +28,7 @@ from sample_box_pairs_bench import random_crops
 from step_rival import PlainProcess, PlainStep
 from torch import Tensor, nn
 
-from scrl_fast.config import (
+from scrl_fast.config.schema import (
     BACKBONE_STRIDES,
     BoxesConfig,
     Config,

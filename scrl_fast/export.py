@@ -100,7 +100,7 @@ def note_of(out: Path) -> Path:
 def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]:
     """Where the weights come from and what they expect: backbone, method, epochs, commit, normalisation, options."""
     from scrl_fast import info
-    from scrl_fast.config import ViewsConfig
+    from scrl_fast.config.schema import ViewsConfig
 
     said = source.metadata
     config = said.get("config") or {}
@@ -132,7 +132,7 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
 
 def trained_at(path: str) -> str:
     """The commit that a run folder's environment file names, for a checkpoint inside such a folder; else nothing."""
-    from scrl_fast.runlog import ENVIRONMENT
+    from scrl_fast.run.log import ENVIRONMENT
 
     try:
         found = json.loads((Path(path).resolve().parent.parent / ENVIRONMENT).read_text(encoding="utf-8"))

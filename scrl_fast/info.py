@@ -90,7 +90,7 @@ def _commit(folder: Path) -> str | None:
             return subprocess.run(git, capture_output=True, text=True, check=True, timeout=2).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass
-    from scrl_fast import _native
+    from scrl_fast.ops import _native
 
     return _native.build_info().get("commit")
 
@@ -141,20 +141,20 @@ def _processor() -> str:
 
 
 def _libraries() -> dict[str, dict[str, Any]]:
-    from scrl_fast import _native
+    from scrl_fast.ops import _native
 
     return {name: {"loaded": not (why := _native.load_failure(name)), "why": why} for name in _native.LIBRARIES}
 
 
 def _build() -> dict[str, Any]:
-    from scrl_fast import _native
+    from scrl_fast.ops import _native
 
     return {**_native.build_info(), "gpu_architectures": _said(_gpu_architectures)}
 
 
 def _gpu_architectures() -> list[str]:
     """What the _cuda library holds, asked from the file where cuobjdump is at hand, else as noted by the build."""
-    from scrl_fast import _native
+    from scrl_fast.ops import _native
 
     files = sorted(Path(__file__).parent.glob("_cuda.*"))
     if not files:
@@ -177,7 +177,7 @@ def _cuobjdump() -> str | None:
 
 def _operations() -> dict[str, dict[str, Any]]:
     import scrl_fast.ops  # noqa: F401  registers them
-    from scrl_fast import backends
+    from scrl_fast.ops import backends
 
     devices = ["cpu"] + (["cuda"] if _said(_device).get("type") == "cuda" else [])
     return {
@@ -187,7 +187,7 @@ def _operations() -> dict[str, dict[str, Any]]:
 
 
 def _choice(operation: Any, device: str) -> dict[str, Any]:
-    from scrl_fast import backends
+    from scrl_fast.ops import backends
 
     why = {backend: operation.failure(backend, device) for backend in backends.BACKENDS}
     try:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from scrl_fast import cli
+from scrl_fast.config import command_line as cli
 from scrl_fast.errors import friendly_errors
 
 PROG = "python -m scrl_fast.train"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         request.config.check_ready()
         report.quiet = False
-        from scrl_fast import distributed  # torch, only once the options are known to be right
+        from scrl_fast.distributed import world as distributed  # torch, only once the options are known to be right
         from scrl_fast.trainer import SCRLTrainer
 
         try:

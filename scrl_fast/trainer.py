@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scrl_fast import checkpoint, distributed, pictures, prepare, resume, runlog
-from scrl_fast.compare import compare_with_untrained
-from scrl_fast.config import Config
+from scrl_fast import build as prepare
+from scrl_fast.config.schema import Config
 from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
-from scrl_fast.distributed import World
+from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed.world import World
+from scrl_fast.evaluate.demo import compare_with_untrained
 from scrl_fast.metrics import StepMeter, as_rows, feature_std, rankme
+from scrl_fast.run import checkpoint, resume
+from scrl_fast.run import log as runlog
+from scrl_fast.run import plots as pictures
+from scrl_fast.run.signals import OF_ANOTHER, StopRequest
 from scrl_fast.schedules import ema_momentum, learning_rate
-from scrl_fast.signals import OF_ANOTHER, StopRequest
 
 MONITOR_ROWS = 2048  # projections that the collapse monitors look at: an SVD of more takes longer and says the same
 CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
@@ -35,7 +39,7 @@ class NonFiniteError(RuntimeError):
 class SCRLTrainer:
     """SCRL (or BYOL) pre-training of one encoder.
 
-    config: see `scrl_fast.config.Config`. source: images to use instead of those that ``config.data`` names.
+    config: see `scrl_fast.config.schema.Config`. source: images to use instead of those that ``config.data`` names.
     world: this process among its fellows, where it is not the one that torchrun announces; the first one writes. Its
     process group, or one that exists already, must wait at least `distributed.exchange_timeout(config.data.timeout)`:
     PyTorch does not tell how long it does, and slow files are named only if the others are still there.

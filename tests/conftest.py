@@ -21,7 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch reads it 
 if not torch.cuda.is_available():  # before the first kernel is decorated: the decorator reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from scrl_fast import backends
+from scrl_fast.ops import backends
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 _device_constructors()  # fills its cache with the real torch.empty, before that is replaced below
@@ -161,7 +161,7 @@ def _backends_chosen_anew() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
     """Runs of a module draw no curves.png, which would take longer than all their steps; it has tests of its own."""
-    from scrl_fast import pictures
+    from scrl_fast.run import plots as pictures
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw_curves", lambda *_, **__: True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from scrl_fast.checkpoint import CheckpointManager, CheckpointWriteError, load
+from scrl_fast.run.checkpoint import CheckpointManager, CheckpointWriteError, load
 
 KILLS, NUMBERS = 20, 300_000
 

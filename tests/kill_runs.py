@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast import pictures, runlog
+from scrl_fast.run import log as runlog
+from scrl_fast.run import plots as pictures
 from scrl_fast.trainer import SCRLTrainer
 
 KILLS, PLANNED = 20, 300  # the plan is longer than it gets between the kills

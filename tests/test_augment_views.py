@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import functional as F
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import (
     GAUSSIAN_BLUR,
     RESIZE_BLUR,
@@ -22,7 +23,6 @@ from scrl_fast.ops.augment_views import (
     blurred_side,
     pack_images,
 )
-from scrl_fast.views import draw_views
 
 CONFIG = ViewsConfig()
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # values in 0..1 come out, so that pixels can be told

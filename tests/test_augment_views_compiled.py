@@ -14,7 +14,8 @@ import torch
 from conftest import available_backends, guarded
 from photos import NAMES, photo
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import (
     GAUSSIAN_BLUR,
     NO_BLUR,
@@ -24,7 +25,6 @@ from scrl_fast.ops.augment_views import (
     augment_views,
     pack_images,
 )
-from scrl_fast.views import draw_views
 
 CONFIG = ViewsConfig()
 NORMALIZE = {"mean": CONFIG.mean, "std": CONFIG.std}

@@ -15,7 +15,7 @@ from conftest import DEVICES, available_backends
 from photos import NAMES, photo
 from test_augment_views_compiled import TRANSFORMS, assert_close
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
 from scrl_fast.ops.augment_views_triton import colour_steps
 
@@ -103,7 +103,7 @@ def test_steps_that_change_nothing_are_left_out() -> None:
 
 @needs_triton
 def test_on_a_gpu_it_is_the_one_that_is_chosen(crops: PackedImages) -> None:
-    from scrl_fast.backends import OPERATIONS
+    from scrl_fast.ops.backends import OPERATIONS
 
     operation = OPERATIONS["augment_views"]
     assert operation.failure("native", "cuda") == "augment_views has no native form for cuda"

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from scrl_fast import _native, backends, ops
-from scrl_fast.backends import OPERATIONS, Operation, register
+from scrl_fast import ops
+from scrl_fast.ops import _native, backends
+from scrl_fast.ops.backends import OPERATIONS, Operation, register
 
 
 @pytest.fixture

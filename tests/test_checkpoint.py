@@ -17,8 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from scrl_fast import durable
-from scrl_fast.checkpoint import CHECKPOINT_KEYS, CheckpointError, CheckpointManager, CheckpointWriteError, find, load
+from scrl_fast.run import atomic_files as durable
+from scrl_fast.run.checkpoint import (
+    CHECKPOINT_KEYS,
+    CheckpointError,
+    CheckpointManager,
+    CheckpointWriteError,
+    find,
+    load,
+)
 
 
 def make_state(step: int = 1) -> dict:

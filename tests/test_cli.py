@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scrl_fast import cli, recipes, train
+from scrl_fast import train
+from scrl_fast.config import command_line as cli
+from scrl_fast.config import recipes
+from scrl_fast.config.validation import at_least, check_fields
 from scrl_fast.errors import UsageError, did_you_mean, exit_code, friendly_errors, nearest, one_line
-from scrl_fast.ranges import at_least, check_fields
 
 
 def parse(*argv: str):
@@ -195,7 +197,7 @@ def test_debug_shows_the_traceback(trainer, capsys):
 
 
 def test_our_checks_are_input_and_our_slips_are_not():
-    from scrl_fast import config
+    from scrl_fast.config import schema as config
 
     for wrong, code in [
         (lambda: config.TrainConfig(epochs=0), 2),  # a `raise` of ours
@@ -351,7 +353,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_alone_brings_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scrl_fast import checkpoint
+    from scrl_fast.run import checkpoint
 
     path = tmp_path / "copied.pt"
     path.touch()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from scrl_fast import cli, compat
-from scrl_fast.compat import FIELDS, SWITCHES
+from scrl_fast.config import command_line as cli
+from scrl_fast.config import kakaobrain as compat
+from scrl_fast.config.kakaobrain import FIELDS, SWITCHES
+from scrl_fast.config.recipes import load_recipe
 from scrl_fast.errors import UsageError
-from scrl_fast.recipes import load_recipe
 
 SCRL_ONLY = {
     "num_patches_per_image": 10,

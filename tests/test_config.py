@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from scrl_fast import cli, recipes
-from scrl_fast.config import (
+from scrl_fast.config import command_line as cli
+from scrl_fast.config import recipes
+from scrl_fast.config.recipes import load_recipe
+from scrl_fast.config.schema import (
     BACKBONE_STRIDES,
     BoxesConfig,
     Config,
@@ -23,7 +25,6 @@ from scrl_fast.config import (
     ViewsConfig,
 )
 from scrl_fast.errors import UsageError
-from scrl_fast.recipes import load_recipe
 
 SECTIONS = {
     "data": DataConfig,

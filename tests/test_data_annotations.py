@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_data import write_coco, write_voc, write_voc_object
 
-from scrl_fast.data.coco import read_coco
-from scrl_fast.data.voc import CLASSES, read_voc
+from scrl_fast.data.sources.coco import read_coco
+from scrl_fast.data.sources.voc import CLASSES, read_voc
 from scrl_fast.errors import UsageError
 
 

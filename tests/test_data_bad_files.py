@@ -14,10 +14,10 @@ from photos import write_bad, write_photos
 from tiny_loader import Pictures, config_of, epoch_of
 
 from scrl_fast.data import BadImage, Loader, TooManyBadImages, make_source
-from scrl_fast.data import bad as bad_module
-from scrl_fast.data.bad import BadFiles
+from scrl_fast.data import bad_images as bad_module
+from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.errors import UsageError
-from scrl_fast.philox import permutation
+from scrl_fast.ops.philox import permutation
 
 
 def test_a_bad_image_is_replaced_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

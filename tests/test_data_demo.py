@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scrl_fast.data.demo import NUM_DIGITS, DemoScenes, _backgrounds, _drawn, _load_digits
+from scrl_fast.data.sources.demo import NUM_DIGITS, DemoScenes, _backgrounds, _drawn, _load_digits
 
 COUNT = 300
 
@@ -85,8 +85,8 @@ def test_train_and_test_share_no_digit_and_no_background(
             seen[split].update(row.tobytes() for row in u[:, :8])
             return _backgrounds(u, size, texture)
 
-        monkeypatch.setattr("scrl_fast.data.demo._drawn", drawn)
-        monkeypatch.setattr("scrl_fast.data.demo._backgrounds", backgrounds)
+        monkeypatch.setattr("scrl_fast.data.sources.demo._drawn", drawn)
+        monkeypatch.setattr("scrl_fast.data.sources.demo._backgrounds", backgrounds)
         DemoScenes(COUNT, split=split)  # type: ignore[arg-type]
     assert max(used["train"]) < 1200 <= min(used["test"]) and len(used["train"]) > 300
     assert len(seen["train"]) == len(seen["test"]) == COUNT and not seen["train"] & seen["test"]

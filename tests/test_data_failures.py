@@ -19,8 +19,8 @@ import pytest
 from tiny_loader import SCENES, Pictures, config_of, epoch_of
 
 from scrl_fast.data import Loader, LoaderStalled
-from scrl_fast.data.trace import Trace
-from scrl_fast.philox import permutation
+from scrl_fast.data.crash_trace import Trace
+from scrl_fast.ops.philox import permutation
 
 
 def test_a_crash_leaves_the_name_of_what_was_being_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,7 +145,7 @@ def test_interrupt_ends_the_process_at_once(slow: float) -> None:
         import signal, time, sys
         import numpy as np
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
-        from scrl_fast.config import Config
+        from scrl_fast.config.schema import Config
         from scrl_fast.data import Loader
         class Slow:
             num_classes = 0

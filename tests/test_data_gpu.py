@@ -10,8 +10,9 @@ import pytest
 import torch
 from photos import write_bad, write_formats, write_photos
 
-from scrl_fast.config import Config, DataConfig
-from scrl_fast.data import Batch, DemoScenes, Loader, PackedBatch, gpu, make_source, on_device, pending, views_on_gpu
+from scrl_fast.config.schema import Config, DataConfig
+from scrl_fast.data import Batch, DemoScenes, Loader, PackedBatch, gpu, make_source, on_device, views_on_gpu
+from scrl_fast.data import batch_builder as pending
 from scrl_fast.ops.augment_views import VIEW_DTYPE
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from photos import NAMES, crop, write_photos
 
-from scrl_fast.config import DataConfig
+from scrl_fast.config.schema import DataConfig
 from scrl_fast.data import BadImage, make_source
 from scrl_fast.errors import UsageError
 
@@ -120,7 +120,7 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no column of images, but text"):
         source(tmp_path / "text")
     empty = datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()}))
-    monkeypatch.setattr("scrl_fast.data.hub._load", lambda *_: empty)
+    monkeypatch.setattr("scrl_fast.data.sources.hub._load", lambda *_: empty)
     with pytest.raises(UsageError, match="has no rows"):
         source(tmp_path / "empty")
 

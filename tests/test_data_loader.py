@@ -14,12 +14,12 @@ import torch
 from tiny_loader import SCENES, Pictures, config_of, epoch_of, same
 
 from scrl_fast.data import Batch, Loader
-from scrl_fast.data import pending as pending_module
+from scrl_fast.data import batch_builder as pending_module
 from scrl_fast.data import reader as reader_module
+from scrl_fast.data.views import crops_of, draw_views
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
-from scrl_fast.philox import permutation
-from scrl_fast.views import crops_of, draw_views
+from scrl_fast.ops.philox import permutation
 
 # ---- what a batch is ----
 

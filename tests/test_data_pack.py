@@ -16,7 +16,7 @@ import pytest
 from photos import photo, write_bad, write_photos
 from PIL import Image
 
-from scrl_fast.config import Config, DataConfig
+from scrl_fast.config.schema import Config, DataConfig
 from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import Encoded
 from scrl_fast.data.pack import main, pack, smaller

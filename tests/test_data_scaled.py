@@ -10,13 +10,13 @@ import torch
 from photos import photo
 from PIL import Image
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 from scrl_fast.data import BadImage, Loader, decoders
 from scrl_fast.data.decode import SHRINKS, Encoded
 from scrl_fast.data.scaled import Opened, fit_to_shrunk, largest_shrink
-from scrl_fast.data.source import EncodedImages
+from scrl_fast.data.sources.base import EncodedImages
+from scrl_fast.data.views import crops_of, draw_views
 from scrl_fast.ops import augment_views, pack_images
-from scrl_fast.views import crops_of, draw_views
 
 JPEG_DECODERS = [name for name, said in decoders().items() if said in ("in use", "works")]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from photos import NAMES, crop
 
-from scrl_fast.config import DataConfig
+from scrl_fast.config.schema import DataConfig
 from scrl_fast.data import BadImage, make_source
-from scrl_fast.data.shard_index import INDEX_SUFFIX
-from scrl_fast.data.shards import TarImages, expand_braces
+from scrl_fast.data.sources.shard_index import INDEX_SUFFIX
+from scrl_fast.data.sources.shards import TarImages, expand_braces
 from scrl_fast.errors import UsageError
 
 IMAGES = [crop(name, 40, 50) for name in NAMES]
@@ -121,7 +121,7 @@ def test_no_shards(folder: Path, monkeypatch: pytest.MonkeyPatch, root: str, mes
 def test_the_index_is_kept_and_made_again_when_the_shard_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard, index = folder / "s-00.tar", folder / f"s-00.tar{INDEX_SUFFIX}"
     assert names(source(shard)) == ["a.jpg", "b.PNG"] and index.exists()
-    monkeypatch.setattr("scrl_fast.data.shard_index._scan", lambda *_: pytest.fail("indexed twice"))
+    monkeypatch.setattr("scrl_fast.data.sources.shard_index._scan", lambda *_: pytest.fail("indexed twice"))
     again = source(shard)
     assert names(again) == ["a.jpg", "b.PNG"] and again.label(0) == 3 and is_image(again.read(1), 1)
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_more_shards_than_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scrl_fast.data.tar._files_to_keep_open", lambda: 1)
+    monkeypatch.setattr("scrl_fast.data.sources.tar._files_to_keep_open", lambda: 1)
     found = source(folder)
     assert all(is_image(found.read(index), index) for index in (5, 0, 3, 1, 4, 2)) and len(found._handles._open) == 1
 

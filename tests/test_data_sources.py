@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from photos import write_bad, write_formats, write_photos
 
-from scrl_fast.config import Config, DataConfig
+from scrl_fast.config.schema import Config, DataConfig
 from scrl_fast.data import BadImage, DemoScenes, make_source
 from scrl_fast.errors import UsageError
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from scrl_fast.config import Config
-from scrl_fast.data import Batch, DemoScenes, Loader, on_device, transfer
+from scrl_fast.config.schema import Config
+from scrl_fast.data import Batch, DemoScenes, Loader, on_device
+from scrl_fast.data import to_device as transfer
 
 
 def loader_of(dtype: torch.dtype, channels_last: bool = True) -> Loader:

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scrl_fast import distributed, runlog
-from scrl_fast.distributed import World
-from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
-from scrl_fast.resume import restore
+from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
+from scrl_fast.distributed.world import World
+from scrl_fast.run import log as runlog
+from scrl_fast.run.resume import restore
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 HERE = Path(__file__).parent

@@ -11,8 +11,7 @@ from aot import GPUS, Kernel, compile_for_gpus, needs_compiler
 from conftest import assert_as_accurate, guarded, implementations, num_threads
 from torch import Tensor
 
-from scrl_fast import _native
-from scrl_fast.ops import ema_update_
+from scrl_fast.ops import _native, ema_update_
 from scrl_fast.ops._tensor_lists import call_on_flat
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

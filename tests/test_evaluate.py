@@ -12,9 +12,9 @@ import torch
 import torchvision
 from tiny_data import write_coco, write_imagenet, write_voc, write_voc_object
 
+from scrl_fast.config.recipes import load_recipe
 from scrl_fast.evaluate.__main__ import main
-from scrl_fast.evaluate.options import TASKS
-from scrl_fast.recipes import load_recipe
+from scrl_fast.evaluate.config import TASKS
 from scrl_fast.trainer import SCRLTrainer
 
 TINY = ["--checkpoint=random", "--backbone=resnet10_tiny", "--cache="]

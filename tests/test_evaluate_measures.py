@@ -11,7 +11,7 @@ from test_roi_linear import Colours, identity_encoder
 from torch import nn
 from torch.nn import functional as F
 
-from scrl_fast.config import BoxesConfig, ViewsConfig
+from scrl_fast.config.schema import BoxesConfig, ViewsConfig
 from scrl_fast.data import BadImage, DemoScenes
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import knn as knn_module

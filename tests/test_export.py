@@ -11,17 +11,17 @@ import torch
 import torchvision
 
 from scrl_fast import export, weights
+from scrl_fast.config.recipes import load_recipe
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, build_encoder
-from scrl_fast.recipes import load_recipe
 
 NAME = "resnet18"
 
 
 def trained(backbone, folder, classes=3, momentum=False):
     """A checkpoint as the trainer writes it, with random numbers in every tensor."""
-    from scrl_fast.checkpoint import CheckpointManager
-    from scrl_fast.prepare import build_model, build_optimizer
+    from scrl_fast.build import build_model, build_optimizer
+    from scrl_fast.run.checkpoint import CheckpointManager
 
     config = load_recipe("demo")
     config.model.backbone, config.model.hidden_dim, config.model.projection_dim = backbone, 8, 4
@@ -225,7 +225,7 @@ def test_published_layout_comes_back_whole(as_if_theirs, tmp_path):
 
     config = load_recipe("demo")
     config.model.backbone, config.model.hidden_dim, config.model.projection_dim = "resnet10_tiny", 8, 4
-    from scrl_fast.prepare import build_model, build_optimizer
+    from scrl_fast.build import build_model, build_optimizer
 
     fresh = build_model(config, 3)
     fresh_optimizer = build_optimizer(fresh, config, 8)

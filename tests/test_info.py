@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from scrl_fast import _native, backends, info
+from scrl_fast import info
+from scrl_fast.ops import _native, backends
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import kill_runs
 import pytest
 from test_resume import assert_same, metrics
 
-from scrl_fast import runlog
+from scrl_fast.run import log as runlog
 
 
 @pytest.fixture(scope="module")

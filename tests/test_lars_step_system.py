@@ -9,8 +9,7 @@ import torch
 from conftest import guarded
 from tiny_lars_step import ADAPT, DECAY, SHAPES, Lists, assert_same_bits, everywhere
 
-from scrl_fast import _native
-from scrl_fast.ops import lars_step_
+from scrl_fast.ops import _native, lars_step_
 
 needs_native = pytest.mark.skipif(bool(_native.load_failure("_cpu")), reason=_native.load_failure("_cpu"))
 

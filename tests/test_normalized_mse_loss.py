@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_as_accurate
 from tiny_normalized_mse_loss import REDUCTIONS, SIZES, dtypes, everywhere, gradients, plain_rows, plain_two_views, rows
 
-from scrl_fast import backends
-from scrl_fast.ops import normalized_mse_loss, two_view_loss
+from scrl_fast.ops import backends, normalized_mse_loss, two_view_loss
 
 # ---- numbers ----
 

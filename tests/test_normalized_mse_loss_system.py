@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from conftest import guarded, implementations, num_threads, poisoned_allocator
 from tiny_normalized_mse_loss import SIZES, dtypes, everywhere, gradients, rows
 
-from scrl_fast import _native
-from scrl_fast.ops import normalized_mse_loss, two_view_loss
+from scrl_fast.ops import _native, normalized_mse_loss, two_view_loss
 
 # ---- memory and threads ----
 

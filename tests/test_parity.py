@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as transforms
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
+from scrl_fast.data.views import draw_views
 from scrl_fast.trainer import SCRLTrainer
-from scrl_fast.views import draw_views
 
 STEPS, CLASSES = 10, 3
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scrl_fast.philox import permutation, philox4x32, uniforms
+from scrl_fast.ops.philox import permutation, philox4x32, uniforms
 
 
 def test_known_answers() -> None:

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from tiny_trainer import Pictures, make_config, make_trainer
 
-from scrl_fast import backends, distributed, prepare
-from scrl_fast.distributed import World
+from scrl_fast import build as prepare
+from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed.world import World
 from scrl_fast.models.encoders import Encoder
+from scrl_fast.ops import backends
 from scrl_fast.trainer import SCRLTrainer
 
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast import cli, runlog, train
-from scrl_fast.checkpoint import CheckpointManager
-from scrl_fast.resume import restore
-from scrl_fast.signals import StopRequest
+from scrl_fast import train
+from scrl_fast.config import command_line as cli
+from scrl_fast.run import log as runlog
+from scrl_fast.run.checkpoint import CheckpointManager
+from scrl_fast.run.resume import restore
+from scrl_fast.run.signals import StopRequest
 from scrl_fast.trainer import SCRLTrainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")

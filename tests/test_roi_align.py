@@ -26,8 +26,7 @@ from torch import Tensor
 from torchvision.ops import RoIAlign as TorchvisionRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from scrl_fast import _native
-from scrl_fast.ops import RoIAlign, roi_align
+from scrl_fast.ops import RoIAlign, _native, roi_align
 from scrl_fast.ops.roi_align import roi_align_reference
 
 

@@ -18,8 +18,7 @@ from tiny_roi_align import (
     some_boxes,
 )
 
-from scrl_fast import _native
-from scrl_fast.ops import RoIAlign, roi_align
+from scrl_fast.ops import RoIAlign, _native, roi_align
 
 # ---- gradients, tracing ----
 

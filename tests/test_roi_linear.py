@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
 from scrl_fast.evaluate import demo_roi_linear, regions, roi_linear
 from scrl_fast.evaluate.regions import BoxSamples, _fit

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scrl_fast import pictures, runlog
+from scrl_fast.run import log as runlog
+from scrl_fast.run import plots as pictures
 
 ROW = {"epoch": 0.5, "loss": 1.5, "images_per_s": 100.0, "data_wait": 0.25, "feature_std": 0.1, "rankme": 9.0}
 

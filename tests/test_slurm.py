@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import slurm_stubs
 
-from scrl_fast import cli
+from scrl_fast.config import command_line as cli
 
 TEMPLATE = Path(__file__).parents[1] / "scripts" / "slurm.sbatch"
 STOPPED = "2026-01-01 00:00:00 SIGTERM: stopped after step 9, everything is saved. To continue:\n"

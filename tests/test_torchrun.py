@@ -11,7 +11,8 @@ from pathlib import Path
 import slurm_stubs
 import torch
 
-from scrl_fast import runlog, train
+from scrl_fast import train
+from scrl_fast.run import log as runlog
 
 OPTIONS = (
     "--data.demo_images=32 --data.demo_size=48 --views.size=32 --boxes.min_size=8 --train.epochs=40 "

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from photos import write_bad, write_formats
 
-from scrl_fast import runlog, train
+from scrl_fast import train
+from scrl_fast.run import log as runlog
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

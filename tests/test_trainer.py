@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 from tiny_trainer import Pictures, make_config, make_trainer, state_of
 
-from scrl_fast import runlog
-from scrl_fast.config import Config
-from scrl_fast.resume import restore
+from scrl_fast.config.schema import Config
+from scrl_fast.run import log as runlog
+from scrl_fast.run.resume import restore
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
 

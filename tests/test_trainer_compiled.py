@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_trainer import first_batch, make_config, make_trainer, with_boxes
 
-from scrl_fast import prepare
+from scrl_fast import build as prepare
 
 
 def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkeypatch):

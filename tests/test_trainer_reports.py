@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast import evaluate, prepare, runlog
+from scrl_fast import build as prepare
+from scrl_fast import evaluate
 from scrl_fast.evaluate import RoILinearResult
 from scrl_fast.metrics import feature_std, rankme
+from scrl_fast.run import log as runlog
 from scrl_fast.trainer import SCRLTrainer
 
 

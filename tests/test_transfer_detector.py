@@ -12,9 +12,9 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from scrl_fast import weights
 from scrl_fast.data import DemoScenes
+from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
-from scrl_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
 from scrl_fast.transfer.config import DETECTORS
 from scrl_fast.transfer.detector import PyramidRoIAlign, level_of

@@ -15,14 +15,14 @@ from pycocotools import mask as mask_tools
 from tiny_data import HEIGHT, WIDTH, write_coco, write_voc
 from tiny_transfer import write_cityscapes, write_keypoints
 
-from scrl_fast.data.cityscapes import read_cityscapes
-from scrl_fast.data.coco import read_coco
-from scrl_fast.data.voc import read_voc
+from scrl_fast.data.sources.cityscapes import read_cityscapes
+from scrl_fast.data.sources.coco import read_coco
+from scrl_fast.data.sources.voc import read_voc
 from scrl_fast.transfer.cityscapes_metric import cityscapes_average_precision
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
-from scrl_fast.transfer.data import Examples, batches, coco_mask, masks_of, mirrored
+from scrl_fast.transfer.dataset import Examples, batches, coco_mask, masks_of, mirrored
+from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import Detections
-from scrl_fast.transfer.tasks import measure
 from scrl_fast.transfer.voc_metric import voc_average_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2

@@ -17,13 +17,13 @@ from functools import partial
 import pytest
 from tiny_transfer import arguments, transfer
 
-from scrl_fast import checkpoint
 from scrl_fast.data.loader import LoaderStalled
-from scrl_fast.distributed import PeerFailed, World
+from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.errors import UsageError
-from scrl_fast.runlog import read_metrics
+from scrl_fast.run import checkpoint
+from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer.__main__ import main, parse
-from scrl_fast.transfer.data import Ahead
+from scrl_fast.transfer.dataset import Ahead
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_transfer import arguments, transfer, without_masks
 
-from scrl_fast import checkpoint
 from scrl_fast.models import build_encoder
 from scrl_fast.ops import roi_align
-from scrl_fast.runlog import read_metrics
+from scrl_fast.run import checkpoint
+from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASKS
-from scrl_fast.transfer.data import Ahead, maskless
+from scrl_fast.transfer.dataset import Ahead, maskless
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -143,7 +143,7 @@ def test_its_backbone_goes_on_elsewhere(data_root, tmp_path):
 
 
 def test_subset_is_the_same_by_seed(data_root):
-    from scrl_fast.transfer.data import read_split, trainable
+    from scrl_fast.transfer.dataset import read_split, trainable
 
     config = parse(["coco10", f"--data.root={data_root}", "--data.subset=0.5"])
     source = read_split(config, "train2017")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from scrl_fast.config import ViewsConfig
-from scrl_fast.views import VIEW_DTYPE, crops_of, draw_views
+from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.data.views import VIEW_DTYPE, crops_of, draw_views
 
 CONFIG = ViewsConfig()
 MANY = 20_000

@@ -13,8 +13,8 @@ import torchvision
 
 import scrl_fast
 from scrl_fast import weights
+from scrl_fast.build import build_model, build_optimizer
 from scrl_fast.models import SCRL, build_encoder
-from scrl_fast.prepare import build_model, build_optimizer
 from scrl_fast.weights.layouts import from_detectron2, from_published, to_detectron2, to_published
 
 NAME = "resnet18"
@@ -244,7 +244,7 @@ def test_random_is_left_alone():
 
 @pytest.mark.parametrize("compat", ["none", "kakaobrain"])
 def test_momentum_goes_to_its_parameter(tmp_path, compat):
-    from scrl_fast.recipes import load_recipe
+    from scrl_fast.config.recipes import load_recipe
 
     config = load_recipe("demo")
     config.compat = compat

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 from scrl_fast.data import BadImage, Batch, DemoScenes, Loader
 
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 from scrl_fast.trainer import SCRLTrainer
 
 

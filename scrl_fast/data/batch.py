@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.ops.augment_views import PackedImages, augment_views
 
 

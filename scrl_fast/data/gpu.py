@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scrl_fast.backends import triton_failure
-from scrl_fast.config import DataConfig
+from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.decode import Encoded
 from scrl_fast.ops.augment_views import PackedImages
+from scrl_fast.ops.backends import triton_failure
 
 _log = logging.getLogger("scrl_fast")
 

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scrl_fast.config import Config
-from scrl_fast.data.bad import BadFiles
+from scrl_fast.config.schema import Config
+from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.batch import Batch, PackedBatch
-from scrl_fast.data.pending import Pending
+from scrl_fast.data.batch_builder import Pending
+from scrl_fast.data.crash_trace import Trace
 from scrl_fast.data.reader import Reader
-from scrl_fast.data.source import Source
-from scrl_fast.data.trace import Trace
+from scrl_fast.data.sources.base import Source
 from scrl_fast.data.workers import Workers
 from scrl_fast.errors import UsageError
-from scrl_fast.philox import permutation
+from scrl_fast.ops.philox import permutation
 
 _KILLED = (
     "the process before this one was killed, or crashed, while it was reading %s. If a decoder crashed, one of these "

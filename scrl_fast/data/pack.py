@@ -24,14 +24,14 @@ from typing import Any, NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from scrl_fast.config import DataConfig
-from scrl_fast.data.bad import BadFiles
+from scrl_fast.config.schema import DataConfig
+from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.decode import SHRINKS, BadImage, Encoded
-from scrl_fast.data.shard_index import shard_index
-from scrl_fast.data.shards import MANIFEST, read_manifest
-from scrl_fast.data.source import make_source
-from scrl_fast.durable import publish, write_synced, write_text
+from scrl_fast.data.sources.base import make_source
+from scrl_fast.data.sources.shard_index import shard_index
+from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.run.atomic_files import publish, write_synced, write_text
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
 _log = logging.getLogger("scrl_fast")

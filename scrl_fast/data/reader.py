@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scrl_fast.config import Config
-from scrl_fast.data.bad import IN_A_ROW, BadFiles, TooManyBadImages
+from scrl_fast.config.schema import Config
+from scrl_fast.data.bad_images import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.decode import BadImage, Encoded, Room
 from scrl_fast.data.scaled import Whole, largest_shrink, open_image
-from scrl_fast.data.source import Source
+from scrl_fast.data.sources.base import Source
+from scrl_fast.data.views import draw_views
 from scrl_fast.data.workers import Workers
-from scrl_fast.philox import uniforms
-from scrl_fast.views import draw_views
+from scrl_fast.ops.philox import uniforms
 
 _ROOM = 1 << 24  # bytes a thread keeps for the pixels of one image: 5.6 megapixels
 _REPLACEMENT = 0x72657061

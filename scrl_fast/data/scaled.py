@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.decode import SHRINKS, Encoded, Room
-from scrl_fast.data.source import EncodedImages, Source
-from scrl_fast.views import crops_of
+from scrl_fast.data.sources.base import EncodedImages, Source
+from scrl_fast.data.views import crops_of
 
 
 class Opened(Protocol):

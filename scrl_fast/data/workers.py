@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from scrl_fast.data.trace import Trace
+from scrl_fast.data.crash_trace import Trace
 
 _JOIN_SECONDS = 2.0
 

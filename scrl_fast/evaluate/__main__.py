@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from scrl_fast import cli
+from scrl_fast.config import command_line as cli
 from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
-from scrl_fast.evaluate.options import TASKS
+from scrl_fast.evaluate.config import TASKS
 
 PROG = "python -m scrl_fast.evaluate"
 
@@ -36,7 +36,7 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     """
     options.check_ready()
     from scrl_fast.evaluate import tasks  # torch, only once the options are known to be right
-    from scrl_fast.evaluate.subject import load_subject
+    from scrl_fast.evaluate.encoder import load_subject
 
     started = time.perf_counter()
     subject = load_subject(options)
@@ -61,7 +61,7 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
 def _write(path: str, document: dict[str, Any]) -> None:
     from pathlib import Path
 
-    from scrl_fast import durable
+    from scrl_fast.run import atomic_files as durable
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data import DemoScenes, Source
-from scrl_fast.data.annotations import AnnotatedImages
-from scrl_fast.data.coco import read_coco
-from scrl_fast.data.files import class_folders
-from scrl_fast.data.voc import CLASSES, read_voc
+from scrl_fast.data.sources.annotated import AnnotatedImages
+from scrl_fast.data.sources.coco import read_coco
+from scrl_fast.data.sources.files import class_folders
+from scrl_fast.data.sources.voc import CLASSES, read_voc
 from scrl_fast.errors import UsageError
-from scrl_fast.evaluate.options import ImageData, RegionData
+from scrl_fast.evaluate.config import ImageData, RegionData
 
 DEMO_DIGIT = (1 / 3, 2 / 3)  # of the scene: one large digit, as the object of a photograph
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scrl_fast.config import BoxesConfig, ModelConfig, ViewsConfig
+from scrl_fast.config.schema import BoxesConfig, ModelConfig, ViewsConfig
 from scrl_fast.data import Source
+from scrl_fast.data.views import crops_of, draw_views
 from scrl_fast.evaluate.images import read
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align, sample_box_pairs
 from scrl_fast.ops.augment_views import NO_BLUR, augment_views, pack_images
-from scrl_fast.views import crops_of, draw_views
 
 PICTURE_SIDE = 320  # pixels of a view in the picture
 
@@ -218,7 +218,7 @@ def draw_similarity(
     panels = figure.subplots(max(1, len(rows)), points + 1, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    from scrl_fast.pictures import to_picture
+    from scrl_fast.run.plots import to_picture
 
     for (pixels, centres, maps), line in zip(rows, panels, strict=False):
         pictures = [to_picture(view, views.mean, views.std) for view in pixels]

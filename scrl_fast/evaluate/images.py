@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scrl_fast.config import ViewsConfig
+from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data import BadImage, Source
+from scrl_fast.data.views import draw_views
 from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops.augment_views import augment_views, pack_images
-from scrl_fast.views import draw_views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Item = TypeVar("Item")

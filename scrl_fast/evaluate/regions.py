@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scrl_fast.config import Config
+from scrl_fast.config.schema import Config
 from scrl_fast.evaluate.images import frozen, made_ahead, measure_batchnorm, read
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scrl_fast.config import ModelConfig, ViewsConfig
+from scrl_fast.config.schema import ModelConfig, ViewsConfig
 from scrl_fast.data import make_source
 from scrl_fast.errors import UsageError
-from scrl_fast.evaluate import options as o
+from scrl_fast.evaluate import config as o
 from scrl_fast.evaluate.cache import FeatureCache, identity_of
 from scrl_fast.evaluate.datasets import labelled_images, labelled_regions, labels_of
 from scrl_fast.evaluate.dense import dense_consistency, draw_similarity
+from scrl_fast.evaluate.encoder import Subject, probe_of
 from scrl_fast.evaluate.images import Preparation, frozen, measure_batchnorm, pooled_features
 from scrl_fast.evaluate.knn import knn
 from scrl_fast.evaluate.linear import accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.rank import draw_spectrum, rank
 from scrl_fast.evaluate.regions import BoxSamples, RegionReader, _measure_batchnorm, classify, region_features
-from scrl_fast.evaluate.subject import Subject, probe_of
 from scrl_fast.models import Encoder
 
 Say = Callable[[str], None]

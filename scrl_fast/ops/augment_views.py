@@ -1,7 +1,7 @@
 """From decoded images to normalised views: crop, resize, flip, colour, blur, solarise, in one operation.
 
 The reference makes one view at a time with Pillow and torchvision, as the published pipelines do. What a view looks
-like is decided before, in a table (`scrl_fast.views.draw_views`), so every implementation makes the same picture.
+like is decided before, in a table (`scrl_fast.data.views.draw_views`), so every implementation makes the same picture.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register, triton_failure
+from scrl_fast.ops import _native
 from scrl_fast.ops.augment_views_triton import triton_augment_views
+from scrl_fast.ops.backends import Backend, Operation, register, triton_failure
 
 VIEW_DTYPE = np.dtype(
     [

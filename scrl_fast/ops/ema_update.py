@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops import _native
 from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_scalar
+from scrl_fast.ops.backends import Backend, Operation, register
 
 
 @torch.no_grad()

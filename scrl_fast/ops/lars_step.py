@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops import _native
 from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_number, check_scalar
+from scrl_fast.ops.backends import Backend, Operation, register
 
 PLAIN, ADAPT, PLAIN_BY_LR = 0.0, 1.0, 2.0
 """How a tensor's gradient is scaled: by grad_scale, by the LARS ratio, or by the learning rate."""

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops import _native
 from scrl_fast.ops._autograd import differentiated_otherwise, is_plain_one, refuse_double_backward
+from scrl_fast.ops.backends import Backend, Operation, register
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops import _native
 from scrl_fast.ops._autograd import differentiated_otherwise
+from scrl_fast.ops.backends import Backend, Operation, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_SAMPLES = 4096  # a bin and axis; csrc/roi_align.h says why

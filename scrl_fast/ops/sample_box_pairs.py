@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
-from scrl_fast.philox import philox4x32
+from scrl_fast.ops import _native
+from scrl_fast.ops.backends import Backend, Operation, register
+from scrl_fast.ops.philox import philox4x32
 
 TRIES = 50
 _PURPOSE = 0x626F7873  # "boxs": keeps this draw apart from others of the same seed

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scrl_fast import _native
-from scrl_fast.backends import Backend, Operation, register
+from scrl_fast.ops import _native
+from scrl_fast.ops.backends import Backend, Operation, register
 from scrl_fast.ops.sample_box_pairs import (
     TRIES,
     Array,

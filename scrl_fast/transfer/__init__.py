@@ -11,7 +11,7 @@ same): the demo's scenes and what ``data.coco`` and ``data.voc`` read.
 """
 
 from scrl_fast.transfer.detector import build_detector
-from scrl_fast.transfer.loop import fine_tune
+from scrl_fast.transfer.fine_tune import fine_tune
 from scrl_fast.transfer.predict import average_precision, detect
 
 __all__ = ["average_precision", "build_detector", "detect", "fine_tune"]

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scrl_fast import cli, durable
+from scrl_fast.config import command_line as cli
 from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
+from scrl_fast.run import atomic_files as durable
 from scrl_fast.transfer.config import DETECTOR_SETTINGS, TASKS, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
         config = parse(argv)
-        from scrl_fast import distributed  # torch, only once the options are known to be right
+        from scrl_fast.distributed import world as distributed  # torch, only once the options are known to be right
         from scrl_fast.transfer.trainer import Transfer
 
         try:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image, label_path
-from scrl_fast.transfer.data import mask_tools
+from scrl_fast.data.sources.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image, label_path
+from scrl_fast.transfer.dataset import mask_tools
 
 if TYPE_CHECKING:
     from scrl_fast.transfer.predict import Detections

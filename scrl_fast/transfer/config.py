@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from scrl_fast.config import RunConfig
-from scrl_fast.ranges import PATIENCE, SHARE, above, at_least, check_fields, from_below, refusal, within
+from scrl_fast.config.schema import RunConfig
+from scrl_fast.config.validation import PATIENCE, SHARE, above, at_least, check_fields, from_below, refusal, within
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
 

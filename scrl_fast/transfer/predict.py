@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
-from scrl_fast.transfer.data import Ahead, Examples, Regions, mask_tools
+from scrl_fast.transfer.dataset import Ahead, Examples, Regions, mask_tools
 
 
 @dataclass

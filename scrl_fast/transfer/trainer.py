@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from scrl_fast import checkpoint, distributed, prepare, runlog
+from scrl_fast import build as prepare
 from scrl_fast._version import __version__
-from scrl_fast.data.bad import BadImage
+from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.loader import LoaderStalled
-from scrl_fast.distributed import World
+from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
-from scrl_fast.resume import changed_options, choose, step_in_name
-from scrl_fast.signals import OF_ANOTHER, StopRequest
+from scrl_fast.run import checkpoint
+from scrl_fast.run import log as runlog
+from scrl_fast.run.resume import changed_options, choose, step_in_name
+from scrl_fast.run.signals import OF_ANOTHER, StopRequest
 from scrl_fast.transfer.config import TransferConfig
-from scrl_fast.transfer.data import (
+from scrl_fast.transfer.dataset import (
     KEYPOINTS,
     Ahead,
     Example,
@@ -37,7 +40,7 @@ from scrl_fast.transfer.data import (
     trainable,
 )
 from scrl_fast.transfer.detector import build_detector, check_same
-from scrl_fast.transfer.loop import DetectionLossError, build_sgd, stream, train_step
+from scrl_fast.transfer.fine_tune import DetectionLossError, build_sgd, stream, train_step
 from scrl_fast.transfer.predict import Detections, detect
 from scrl_fast.transfer.pyramid import SUPERVISED
 
@@ -304,7 +307,7 @@ class Transfer:
         None when a signal to any process came before or ended it there and then: all of them hear of it, and of data
         that failed, which end the run as in `next_batch`.
         """
-        from scrl_fast.transfer.tasks import measure
+        from scrl_fast.transfer.metrics import measure
 
         count = min(len(self.val), self.config.eval.images or len(self.val))
         if not stop:
@@ -342,7 +345,7 @@ class Transfer:
 
     def introduce(self, notes: Sequence[str]) -> None:
         """What this run is, for the person at the terminal and, in files, for whoever asks later."""
-        from scrl_fast import cli
+        from scrl_fast.config import command_line as cli
 
         for note in notes:
             self.log.say(note)

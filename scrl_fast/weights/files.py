@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from scrl_fast import checkpoint
 from scrl_fast.errors import UsageError
+from scrl_fast.run import checkpoint
 
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
 _ZIP, _TORCH_LEGACY = b"PK\x03\x04", 0x1950A86A20F9469CFC6C

@@ -1,0 +1,1 @@
+"""Where images come from: folders, lists, tar shards, data sets on the hub, generated scenes, annotated sets."""

@@ -1,0 +1,188 @@
+"""Images in tar shards (the layout of WebDataset), read by place: any order, any start, nothing extracted.
+
+A shard is indexed once, from its headers; the index is kept beside it where the folder can be written to.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scrl_fast.data.decode import EXTENSIONS, BadImage
+from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
+from scrl_fast.data.sources.shard_index import shard_index
+from scrl_fast.data.sources.tar import Handles
+from scrl_fast.errors import UsageError
+
+MANIFEST = "packed.json"
+_PROBLEMS_NAMED = 5
+_log = logging.getLogger("scrl_fast")
+
+
+class TarImages(EncodedImages):
+    """The images of shards, one shard after the other. classes: their names; else labels are numbered by `.cls`.
+
+    `problems` says what is wrong with which shard: cut or damaged ones, members left out, labels that are no numbers.
+    """
+
+    def __init__(self, shards: Sequence[str], *, max_pixels: int, classes: Sequence[str] = ()) -> None:
+        self.shards, self.max_pixels = list(shards), max_pixels
+        self._index = [shard_index(path) for path in self.shards]
+        self.problems = [
+            f"{path} {problem}"
+            for path, index in zip(self.shards, self._index, strict=True)
+            for problem in index.problems
+        ]
+        self._ends = np.cumsum([len(index.offsets) for index in self._index])
+        most = max((int(index.labels.max(initial=UNLABELLED)) for index in self._index), default=UNLABELLED)
+        self.num_classes = max(len(classes), most + 1)
+        self.classes = list(classes) or [str(label) for label in range(self.num_classes)]
+        self._handles = Handles(self.shards)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def data(self, index: int) -> bytes:
+        shard, row = self._place(index)
+        entry = self._index[shard]
+        size = int(entry.sizes[row])
+        try:
+            data = self._handles.read(shard, size, int(entry.offsets[row]))
+        except OSError as error:
+            raise BadImage(self.name_of(index), error.strerror or str(error)) from error
+        if len(data) < size:
+            raise BadImage(self.name_of(index), "the shard has become shorter since it was indexed")
+        return data
+
+    def label(self, index: int) -> int:
+        shard, row = self._place(index)
+        return int(self._index[shard].labels[row])
+
+    def name_of(self, index: int) -> str:
+        shard, row = self._place(index)
+        return f"{self.shards[shard]}:{self._index[shard].name(row)}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must lie in 0..{len(self) - 1}, got {index}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def tar_shards(root: str, *, max_pixels: int) -> TarImages:
+    """The shards that root names: a folder of .tar files, one file, or a pattern (`train-{000..146}.tar`, `a/*.tar`).
+
+    Raises UsageError if there are none, or no images in them.
+    """
+    found = TarImages(_shards_of(root), max_pixels=max_pixels)
+    _tell(found.problems)
+    if not len(found):
+        what = f"; {found.problems[0]}" if found.problems else f": looked for members ending in {', '.join(EXTENSIONS)}"
+        raise UsageError(f"no images in the {len(found.shards)} shards of data.root={root!r}{what}")
+    return found
+
+
+def packed_shards(root: str, *, max_pixels: int) -> TarImages:
+    """What `python -m scrl_fast.data.pack` wrote into the folder root.
+
+    Raises UsageError if that is not there, not finished or damaged.
+    """
+    if not root:
+        raise UsageError("data.source=packed needs the folder that scrl_fast.data.pack wrote: --data.root=DIR")
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UsageError(
+            f"data.root={root!r} holds no {MANIFEST}; python -m scrl_fast.data.pack writes such a folder "
+            "(--data.source=tar reads any other shards)"
+        )
+    if not manifest.get("complete"):
+        raise UsageError(
+            f"packing into {root!r} was not finished; run scrl_fast.data.pack again, it goes on from there"
+        )
+    shards = [os.path.join(root, os.path.basename(name)) for name in manifest["shards"]]
+    if missing := [path for path in shards if not os.path.isfile(path)]:
+        raise UsageError(f"{len(missing)} of {len(shards)} shards of {root!r} are gone, the first being {missing[0]!r}")
+    found = TarImages(shards, max_pixels=max_pixels, classes=manifest["classes"])
+    if len(found) != manifest["images"]:
+        problem = f": {found.problems[0]}" if found.problems else ""
+        raise UsageError(f"{root!r} should hold {manifest['images']} images and holds {len(found)}{problem}")
+    return found
+
+
+def read_manifest(root: str | os.PathLike[str]) -> dict | None:
+    """What packed.json in the folder says, or None if there is none. Raises UsageError if it cannot be understood."""
+    path = Path(root, MANIFEST)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or not {"images", "classes", "shards"} <= set(manifest):
+        raise UsageError(f"{path} was not written by scrl_fast.data.pack")
+    return manifest
+
+
+# ---- which shards ----
+
+
+def _shards_of(root: str) -> list[str]:
+    if not root:
+        raise UsageError(
+            "data.source=tar needs the shards: --data.root=DIR, FILE.tar or a pattern like 'DIR/{00..99}.tar'"
+        )
+    if os.path.isdir(root):
+        shards = sorted(path for path in glob.glob(os.path.join(glob.escape(root), "*.tar")) if os.path.isfile(path))
+        if not shards:
+            below = sorted({path.parent.name for path in Path(root).glob("*/*.tar")})
+            hint = f", but its folders {', '.join(below[:5])} do; name one of them" if below else ""
+            raise UsageError(f"data.root={root!r} holds no .tar files{hint}")
+        return shards
+    if os.path.isfile(root):
+        return [root]
+    names = list(expand_braces(root))
+    shards = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    if not shards:
+        raise UsageError(f"data.root={root!r} matches no file")
+    missing = [path for path in shards if not os.path.isfile(path)]
+    if missing and len(shards) == 1:
+        raise UsageError(f"data.root={root!r} does not exist")
+    if missing:
+        raise UsageError(
+            f"data.root={root!r} names {len(shards)} shards, of which {len(missing)} do not exist, "
+            f"the first being {missing[0]!r}"
+        )
+    return shards
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """The names that a pattern with `{000..146}` or `{a,b}` stands for, as in a shell; zeros in front are kept."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not match:
+        yield pattern
+        return
+    first, last, choices = match.groups()
+    if choices is None:
+        if abs(int(last) - int(first)) > 1_000_000:
+            raise UsageError(f"the pattern {pattern!r} stands for more than a million shards")
+        step = 1 if int(last) >= int(first) else -1
+        digits = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        parts = [f"{number:0{digits}d}" for number in range(int(first), int(last) + step, step)]
+    else:
+        parts = choices.split(",")
+    for part in parts:
+        yield from expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems[:_PROBLEMS_NAMED]:
+        _log.warning("shard %s", problem)
+    if len(problems) > _PROBLEMS_NAMED:
+        _log.warning("and %d more problems with shards", len(problems) - _PROBLEMS_NAMED)

@@ -1,0 +1,253 @@
+"""The options of every evaluation task. Names, types, defaults and ranges; nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
+from scrl_fast.config.validation import above, at_least, check_fields, refusal, within
+from scrl_fast.errors import UsageError
+
+SCENES = 1000  # held-out demo scenes, as eval.scenes of the trainer
+
+
+@dataclass
+class Common:
+    """What every task takes."""
+
+    checkpoint: str = ""
+    """Weights: a run folder or checkpoint, the published layout, a ResNet of torchvision, timm, detectron2 or mmdet, or
+    random for an untrained encoder."""
+    backbone: str = ""
+    """resnet50, resnet10_tiny, timm:NAME, ...; empty: what the weights say or show (random: resnet50)."""
+    branch: Literal["online", "target"] = "online"
+    """Which network of a checkpoint that holds both."""
+    batchnorm: Literal["auto", "stored", "measured"] = "auto"
+    """Statistics of BatchNorm: as stored, or measured on the training images as they are; auto: measured where they
+    were never trained, and for roi-linear, else stored."""
+    batch_size: int = 128
+    """Images at a time (linear: also of a training step)."""
+    workers: int = 2
+    """Threads that read and resize images."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of everything random."""
+    json: str = ""
+    """Write {task, result, config, checkpoint, seconds} to this file."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Types and ranges, the sections' included. A task with ranges of its own adds to it."""
+        check_fields(self, "", batch_size=at_least(1), workers=at_least(0), seed=within(0, 2**31))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise refusal("device", self.device, "must be auto, cpu, cuda or cuda:N")
+
+    def check_ready(self) -> None:
+        """Raise UsageError when an option without a default is missing."""
+        if not self.checkpoint:
+            raise UsageError("--checkpoint is missing: a run folder, a file of weights, or --checkpoint=random")
+        data = getattr(self, "data", None)
+        if data is not None and data.source != "demo" and not data.root:
+            raise UsageError(f"data.source={data.source} needs --data.root, the folder of the data set")
+
+
+# ---- data ----
+
+
+@dataclass
+class ImageData:
+    """Labelled images for linear and knn: one folder a class, in a folder each for training and test."""
+
+    source: Literal["demo", "imagenet"] = "demo"
+    """imagenet: ROOT/train/CLASS/* and ROOT/val/CLASS/*; demo: generated scenes of one digit each."""
+    root: str = ""
+    """Folder of the images; the demo needs none."""
+    train: str = "train"
+    """Folder of the training images, in root."""
+    test: str = "val"
+    """Folder of the test images, in root."""
+    max_pixels: int = 178_000_000
+    """Images with more pixels than this are refused before they are decoded."""
+    demo_images: int = 2048
+    """Training scenes (source=demo)."""
+    demo_test: int = SCENES
+    """Test scenes (source=demo)."""
+    demo_size: int = 96
+    """Height and width of a scene (source=demo)."""
+
+    def __post_init__(self) -> None:
+        _check_data(self)
+
+
+@dataclass
+class RegionData:
+    """Images with labelled boxes for roi-linear."""
+
+    source: Literal["demo", "coco", "voc"] = "demo"
+    """coco: ROOT/annotations/instances_SPLIT.json and ROOT/SPLIT; voc: ROOT/VOC2007/{Annotations,ImageSets,JPEGImages};
+    demo: generated scenes of digits."""
+    root: str = ""
+    """Folder of the data set; the demo needs none."""
+    train: str = ""
+    """Split the classifier is trained on; empty: train2017 (coco), trainval (voc)."""
+    test: str = ""
+    """Split it is tested on; empty: val2017 (coco), test (voc)."""
+    year: str = "2007"
+    """Year of VOC."""
+    classes: str = ""
+    """Names of the classes of VOC files that are not VOC's own twenty, separated by commas."""
+    short_side: int = 0
+    """Enlarge or shrink images until the shorter side has this many pixels; 0: as they are."""
+    max_images: int = 0
+    """Use only so many images of each split; 0: all."""
+    max_pixels: int = 178_000_000
+    """Images with more pixels than this are refused before they are decoded."""
+    demo_images: int = 2048
+    """Training scenes (source=demo)."""
+    demo_test: int = SCENES
+    """Test scenes (source=demo)."""
+    demo_size: int = 96
+    """Height and width of a scene (source=demo)."""
+
+    def __post_init__(self) -> None:
+        _check_data(self, short_side=at_least(0), max_images=at_least(0))
+
+
+def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]
+    sizes = dict.fromkeys(("max_pixels", "demo_images", "demo_test"), at_least(1))
+    check_fields(data, "data", demo_size=at_least(16), **sizes, **ranges)
+
+
+# ---- tasks ----
+
+
+@dataclass
+class LinearOptions(Common):
+    """Linear evaluation: classifiers on the frozen, average-pooled feature."""
+
+    data: ImageData = field(default_factory=ImageData)
+    """Labelled images."""
+    size: int = 0
+    """Side of the crops in pixels; 0: that of the views in training, or 224."""
+    augment: Literal["crop", "none"] = "crop"
+    """crop: random crops and flips, the published protocol, the encoder runs in every epoch; none: centre crops, so
+    features are extracted once (and cached) and the rest takes seconds."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's area, as a share of the image (augment=crop)."""
+    lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+    """Learning rates for 256 images, a classifier each, all trained in the same pass."""
+    epochs: int = 80
+    """Passes over the training images."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up, at most half of all."""
+    head: Literal["train", "probe"] = "train"
+    """train: train classifiers; probe: test the checkpoint's own online probe, nothing is trained."""
+    cache: str = "auto"
+    """Folder in which extracted features are kept; auto: ~/.cache/scrl_fast (up to 2 GB each); empty: nowhere."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(
+            self,
+            "",
+            size=at_least(0),
+            crop_scale=within(0, 1),
+            lrs=above(0),
+            epochs=at_least(1),
+            warmup_epochs=at_least(0),
+        )
+
+
+@dataclass
+class KnnOptions(Common):
+    """Weighted k-nearest-neighbour classification of the frozen, average-pooled feature."""
+
+    data: ImageData = field(default_factory=ImageData)
+    """Labelled images."""
+    size: int = 0
+    """Side of the centre crop in pixels; 0: that of the views in training, or 224."""
+    k: tuple[int, ...] = (20, 200)
+    """Neighbours that vote; each k gives a result."""
+    temperature: float = 0.1
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    cache: str = "auto"
+    """Folder in which extracted features are kept; auto: ~/.cache/scrl_fast (up to 2 GB each); empty: nowhere."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", size=at_least(0), k=at_least(1), temperature=above(0))
+
+
+@dataclass
+class RoiLinearOptions(Common):
+    """RoI linear evaluation: a linear classifier on RoIAligned features of ground-truth boxes."""
+
+    data: RegionData = field(default_factory=RegionData)
+    """Images with labelled boxes."""
+    pool_size: int = 1
+    """RoIAlign output is pool_size x pool_size."""
+    plot: str = ""
+    """Draw the accuracy of each class to this file."""
+    cache: str = "auto"
+    """Folder in which extracted features are kept; auto: ~/.cache/scrl_fast (up to 2 GB each); empty: nowhere."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", pool_size=at_least(1))
+
+
+@dataclass
+class DenseOptions(Common):
+    """Dense consistency: does a region of one view find itself in the other?"""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images, as for training; no labels are read."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """The two views; defaults are those that our checkpoint was trained with, else the recipe's."""
+    boxes: BoxesConfig = field(default_factory=BoxesConfig)
+    """The matched boxes; defaults likewise."""
+    images: int = 1024
+    """Images used, the first ones."""
+    plot: str = "dense_consistency.png"
+    """Draw image pairs with similarity maps of chosen points to this file; empty: none."""
+    plot_images: tuple[int, ...] = (0, 1, 2)
+    """Images drawn, by number."""
+    plot_points: int = 3
+    """Points of each."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", images=at_least(1), plot_images=at_least(0), plot_points=at_least(1))
+
+
+@dataclass
+class RankOptions(Common):
+    """Collapse and rank of the frozen, average-pooled feature: RankMe and feature deviation."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images, as for training; no labels are read."""
+    size: int = 0
+    """Side of the centre crop in pixels; 0: that of the views in training, or 224."""
+    images: int = 2048
+    """Images used, the first ones."""
+    plot: str = ""
+    """Draw the spectrum of singular values to this file."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", size=at_least(0), images=at_least(1))
+
+
+TASKS = {
+    "linear": LinearOptions,
+    "knn": KnnOptions,
+    "roi-linear": RoiLinearOptions,
+    "dense-consistency": DenseOptions,
+    "rank": RankOptions,
+}
+"""Every task of ``python -m scrl_fast.evaluate`` with its options."""

@@ -1,0 +1,80 @@
+"""What is evaluated: an encoder with weights from anywhere, and how images are brought to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrl_fast import weights
+from scrl_fast.distributed.world import device_of
+from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.config import Common
+from scrl_fast.evaluate.images import IMAGENET_MEAN, IMAGENET_STD, is_untrained
+from scrl_fast.models import Encoder, build_encoder
+
+DEFAULT_SIZE, DEFAULT_BACKBONE = 224, "resnet50"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder and what is known of it."""
+
+    encoder: Encoder
+    name: str
+    """For the line of result: the file, or ``random``."""
+    report: str
+    """Which tensors of the file were used."""
+    size: int = DEFAULT_SIZE
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    training: dict[str, Any] = field(default_factory=dict)
+    """The configuration of training, where the file holds it (our checkpoints)."""
+    probe: dict[str, Tensor] | None = None
+    """weight and bias of the online probe, where the file holds one."""
+    untrained: bool = False
+
+
+def load_subject(options: Common) -> Subject:
+    """The encoder that the options name, on their device.
+
+    Raises UsageError (WeightsError) for weights that are missing, damaged, or do not fit the backbone.
+    """
+    device = device_of(options.device)
+    if options.checkpoint == weights.RANDOM:
+        torch.manual_seed(options.seed)
+        encoder = build_encoder(options.backbone or DEFAULT_BACKBONE).to(device)
+        return Subject(encoder, "random", f"random {encoder.name}", untrained=True)
+    source = weights.read(options.checkpoint)
+    encoder = build_encoder(options.backbone or weights.guess_backbone(source))
+    report = weights.load_into(encoder, source, branch=options.branch)
+    training = source.metadata.get("config") or {}
+    views = training.get("views", {}) if isinstance(training, dict) else {}
+    return Subject(
+        encoder.to(device),
+        source.path,
+        str(report),
+        size=int(views.get("size", DEFAULT_SIZE)),
+        mean=tuple(views.get("mean", IMAGENET_MEAN)),
+        std=tuple(views.get("std", IMAGENET_STD)),
+        training=training if isinstance(training, dict) else {},
+        probe=source.parts.get("probe"),
+        untrained=is_untrained(encoder),
+    )
+
+
+def probe_of(subject: Subject, classes: int, where: str) -> torch.nn.Linear:
+    """The checkpoint's online probe as a layer.
+
+    Raises UsageError when there is none, or when it has another number of classes than the data in ``where``.
+    """
+    if not subject.probe:
+        raise UsageError(f"{subject.name} holds no online probe: --head=train trains classifiers")
+    weight = subject.probe["weight"]
+    if len(weight) != classes:
+        raise UsageError(f"the online probe of {subject.name} knows {len(weight)} classes, but {where} has {classes}")
+    layer = torch.nn.Linear(weight.shape[1], classes).to(next(subject.encoder.parameters()).device)
+    layer.load_state_dict(subject.probe)
+    return layer

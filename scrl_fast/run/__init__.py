@@ -1,0 +1,1 @@
+"""One run: its folder, loop, checkpoints, log and signals; the same for pre-training and transfer."""

@@ -1,0 +1,317 @@
+"""What a run writes down: the run folder, metrics.jsonl, log.txt, the progress line, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from scrl_fast.run.paths import CHECKPOINTS, CONFIG  # noqa: F401  CONFIG is read from here like its fellows
+
+LOGGER = logging.getLogger("scrl_fast")
+METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
+
+
+def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
+    """Makes the run folder and proves that it can be written to, before anything expensive happens.
+
+    resume: whether this run continues the one that the folder holds; without it a folder that already holds
+        checkpoints or metrics is refused, so that no run silently overwrites another.
+    Raises ValueError naming ``run.dir`` and the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"run.dir {str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
+    if used and not resume:
+        raise ValueError(
+            f"run.dir {str(folder)!r} already holds a run ({', '.join(used)}): continue it with --resume=auto, "
+            "or choose another folder with --run.dir=NEW"
+        )
+    return folder
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a file has content or a folder files: what failed before its first row and checkpoint was no run yet."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out, a missing file has none."""
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def keep_metrics_until(path: str | os.PathLike[str], step: int) -> None:
+    """Drops the rows of steps after ``step``, which a resumed run writes again. The file is replaced in one move."""
+    path = Path(path)
+    if not path.exists():
+        return
+    replace_metrics(path, [row for row in read_metrics(path) if row.get("step", 0) <= step])
+
+
+def replace_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes all rows anew; a reader, or a crash, finds the old file or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_environment(path: Path) -> None:
+    """Versions, device and the implementation behind each operation, as `scrl_fast.info` shows them."""
+    from scrl_fast import info
+
+    path.write_text(json.dumps(info.collect(), indent=2, default=str), encoding="utf-8")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean) + "\n"
+
+
+class Clock:
+    """Throughput between two logging points, and the share of the time that was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside the block as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """``{images_per_s, data_wait}`` since the last call, and starts over; ``seconds`` keeps the time between."""
+        now = time.perf_counter()
+        self.seconds = max(now - self.start, 1e-9)
+        result = {"images_per_s": self.images / self.seconds, "data_wait": self.waited / self.seconds}
+        self.images, self.waited, self.start = 0, 0.0, now
+        return result
+
+
+class LogHandler(logging.Handler):
+    """Takes what the package's modules log (an image that cannot be read) to where the run is reported."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.INFO)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.say(record.getMessage())
+
+
+class RunLog:
+    """Everything a run reports goes through here: `say` for sentences, `metrics` for numbers, `tick` once a step.
+
+    folder: an existing run folder. total_steps: for the progress and the ETA. step: updates already made; rows of
+    later steps in metrics.jsonl are dropped. active: False for every process but the first, which then writes nothing.
+    Raises ValueError when ``run.wandb`` is set and wandb is missing.
+    """
+
+    @classmethod
+    def of(cls, trainer: Any) -> RunLog:
+        """The log of a trainer's run, continued after the step that was restored; process 0 writes it."""
+        run = trainer.config.run
+        return cls(
+            trainer.folder,
+            total_steps=trainer.last_step,
+            step=trainer.step,
+            tensorboard=run.tensorboard,
+            wandb=run.wandb,
+            settings=trainer.config.to_dict(),
+            active=trainer.world.rank == 0,
+        )
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        step: int = 0,
+        tensorboard: bool = True,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+        active: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.folder, self.total_steps, self.active = folder, total_steps, active
+        self.stream = stream or sys.stderr
+        self.bar = self.events = self.tracker = None
+        self.said: set[str] = set()
+        self.handler = LogHandler(self)
+        if not active:
+            return
+        self.tracker = open_wandb(wandb, folder, settings) if wandb else None
+        self.text = open(folder / LOG, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        LOGGER.addHandler(self.handler)
+        keep_metrics_until(folder / METRICS, step)
+        self.rows = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if is_terminal(self.stream):  # into a file tqdm writes ten lines a second; log lines serve better there
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=step, file=self.stream, unit="step", dynamic_ncols=True)
+        if tensorboard:
+            self.events = open_tensorboard(folder, purge_step=step + 1)
+            if self.events is None:
+                self.say("tensorboard is not installed: no event files (pip install tensorboard brings them)")
+
+    def say(self, message: str) -> None:
+        """One message to the terminal and to log.txt."""
+        if not self.active:
+            return
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        if self.bar is not None:
+            self.bar.write(message, file=self.stream)
+        else:
+            print(message, file=self.stream, flush=True)
+
+    def metrics(self, row: Mapping[str, Any], *, seconds_per_step: float = 0.0) -> None:
+        """One row of numbers with at least ``step``: to metrics.jsonl, the progress line and the trackers."""
+        if not self.active:
+            return
+        self.rows.write(json_line(row))
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        for name, value in numbers.items():
+            if self.events is not None:
+                self.events.add_scalar(name, value, row["step"])
+        if self.tracker is not None:
+            self.tracker.log(numbers, step=row["step"])
+        if "loss" not in row:
+            return
+        line = progress_line(row)
+        left = format_seconds(seconds_per_step * (self.total_steps - row["step"]))
+        if self.bar is not None:
+            self.bar.set_postfix_str(line)
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {row['step']}  {line}\n")
+        else:
+            self.say(f"step {row['step']}/{self.total_steps}  {line}  ETA {left}")
+
+    def say_once(self, message: str) -> None:
+        """`say`, but only the first time that this message comes."""
+        if message not in self.said:
+            self.said.add(message)
+            self.say(message)
+
+    def amend(self, extra: Mapping[str, Any]) -> None:
+        """Adds results that came after the last step to its row in metrics.jsonl, so that each step has one row."""
+        rows = read_metrics(self.folder / METRICS) if self.active else []
+        if rows:
+            rows[-1] |= extra
+            self.rows.close()
+            replace_metrics(self.folder / METRICS, rows)
+            self.rows = open(self.folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def end_progress(self) -> None:
+        """Ends the bar: what is said from here on comes below it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        """Ends the bar and closes files and trackers; safe to call twice."""
+        if not self.active:
+            return
+        self.end_progress()
+        self.active = False
+        LOGGER.removeHandler(self.handler)
+        for output in (self.events, self.rows, self.text):
+            if output is not None:
+                output.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a progress bar can be drawn: on a terminal, unless it says that it has no columns."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file behind the stream
+        return True
+
+
+def progress_line(row: Mapping[str, Any]) -> str:
+    """The numbers a person wants to see pass by."""
+    parts = [f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}"]
+    rate = row["images_per_s"]
+    parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s" if rate else "- images/s")
+    parts.append(f"data wait {row['data_wait']:.0%}")
+    if "feature_std" in row:  # pre-training alone has these
+        parts += [f"std {row['feature_std']:.4f}", f"rank {row['rankme']:.1f}"]
+    if row.get("probe_accuracy") is not None:
+        parts.append(f"probe {row['probe_accuracy']:.1%}")
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as people read them: 42s, 3m05s, 7h12m, 3d04h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def open_tensorboard(folder: Path, purge_step: int) -> Any | None:
+    """A TensorBoard writer into the run folder, or None where it is not installed. Its import takes 0.8 s."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def import_wandb(project: str) -> Any:
+    """The module. Raises ValueError where it is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"run.wandb is {project!r}, but wandb is not installed: pip install wandb") from error
+    return wandb
+
+
+def open_wandb(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
+    """A W&B run named after the run folder; the same folder continues the same run."""
+    wandb = import_wandb(project)
+    name = folder.resolve().name
+    return wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(settings or {}), resume="allow")

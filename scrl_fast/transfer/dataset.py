@@ -1,0 +1,362 @@
+"""From annotated images to batches of a detector: targets, flips, batches of like orientation, reading ahead."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scrl_fast.data.bad_images import BadImage
+from scrl_fast.data.loader import LoaderStalled
+from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
+from scrl_fast.data.workers import Work, Workers
+from scrl_fast.errors import UsageError
+from scrl_fast.run.signals import StopRequest
+from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
+
+T = TypeVar("T")
+Target = dict[str, Tensor]
+Example = tuple[Tensor, Target]
+
+KEYPOINTS = 17
+"""Of a person, as COCO's metric is defined for them."""
+KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
+"""COCO's keypoints that change places in a mirror: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
+
+
+class Regions(Protocol):
+    """Images with labelled boxes: demo scenes, or what ``data.coco``, ``data.voc`` and ``data.cityscapes`` read."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]: ...
+
+    def boxes(self, index: int) -> NDArray[np.float32]: ...
+
+    def labels(self, index: int) -> NDArray[np.int64]: ...
+
+
+class Joined:
+    """Several sources of annotated images as one (VOC 2007 and 2012)."""
+
+    def __init__(self, parts: Sequence[AnnotatedImages]) -> None:
+        self.parts, self.classes, self.category_ids = parts, parts[0].classes, parts[0].category_ids
+        self.objects = [objects for part in parts for objects in part.objects]
+        self.annotation_file = " + ".join(part.annotation_file for part in parts)
+        self._place = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def name_of(self, index: int) -> str:
+        part, inner = self._place[index]
+        return part.name_of(inner)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        part, inner = self._place[index]
+        return part.read(inner)
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        return self.objects[index].boxes
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        return self.objects[index].labels
+
+
+# ---- what a task reads ----
+
+
+def read_split(config: TransferConfig, split: str) -> Any:
+    """The annotated images of a split as the task has them. Raises UsageError naming what is missing."""
+    root = config.data.root
+    if config.task == "voc":
+        from scrl_fast.data.sources.voc import read_voc
+
+        parts = [part.partition("_") for part in split.split("+")]
+        if any(not year.isdecimal() or not name for year, _, name in parts):
+            raise UsageError(f"data split {split!r}: for voc it is YEAR_SPLIT, as in 2007_trainval+2012_trainval")
+        return Joined([read_voc(root, name, year=year) for year, _, name in parts])
+    if config.task == "cityscapes":
+        from scrl_fast.data.sources.cityscapes import read_cityscapes
+
+        return read_cityscapes(root, split, workers=config.data.workers)
+    from scrl_fast.data.sources.coco import read_coco
+
+    kind = "person_keypoints" if config.task == "keypoints" else "instances"
+    return read_coco(root, split, kind=kind, keep_segmentations=config.model.detector == "mask_rcnn")
+
+
+def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, keypoints: bool = False) -> list[int]:
+    """Indices of the images to train on: the subset, and of it those with objects (with masks, with keypoints).
+
+    The subset is drawn before images without objects are left out, as a share of the published split.
+    Raises UsageError when nothing is left.
+    """
+    count = len(source)
+    chosen = np.arange(count)
+    if config.subset < 1:
+        order = np.random.default_rng([config.subset_seed, count]).permutation(count)
+        chosen = np.sort(order[: max(1, round(config.subset * count))])
+    needed = {"masks": masks, "keypoints": keypoints}
+    kept = [i for i in chosen.tolist() if config.keep_empty or usable(source, i, **needed).any()]
+    if not kept:
+        what = "keypoints" if keypoints else "masks" if masks else "boxes (crowds do not count)"
+        where = getattr(source, "annotation_file", "the training images")
+        way_out = "--model.detector=faster_rcnn needs none" if masks else "--data.keep_empty=true takes them"
+        raise UsageError(f"{where}: none of {len(chosen)} images has {what} to train on; {way_out}")
+    return kept
+
+
+def usable(source: Any, index: int, *, masks: bool = False, keypoints: bool = False) -> NDArray[np.bool_]:
+    """Which objects of an image a detector is trained on: no crowds; those with a mask, with a labelled keypoint."""
+    objects = _objects(source, index)
+    if objects is None:
+        return np.ones(len(source.labels(index)), bool)
+    keep = ~objects.crowd
+    if masks:
+        keep = keep & np.array([has_mask(segmentation) for segmentation in objects.segmentations], bool)
+    if keypoints:
+        points = objects.keypoints
+        keep = keep & ((points[:, :, 2] > 0).any(1) if points is not None else False)
+    return keep
+
+
+def maskless(source: Any, indices: Sequence[int]) -> int:
+    """How many objects of these images, crowds apart, a detector of masks cannot be trained on."""
+    return sum(int((usable(source, i) & ~usable(source, i, masks=True)).sum()) for i in indices)
+
+
+def _objects(source: Any, index: int) -> Objects | None:
+    objects = getattr(source, "objects", None)
+    return None if objects is None else objects[index]
+
+
+def check_categories(train: Any, val: Any) -> None:
+    """Raise ValueError naming the files when the two splits have different classes."""
+    if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):
+        only = [name for name in train.classes if name not in val.classes]
+        lacks = [name for name in val.classes if name not in train.classes]
+        raise ValueError(
+            f"the categories of {train.annotation_file} and {val.annotation_file} differ: "
+            f"only in the first {only[:5]}, only in the second {lacks[:5]}"
+            + ("" if only or lacks else "; the names agree, their ids do not")
+        )
+
+
+def check_keypoints(source: Any) -> None:
+    """Raise ValueError when no object has keypoints, or not the number that COCO's metric is defined for."""
+    counts = {objects.keypoints.shape[1] for objects in source.objects if objects.keypoints is not None}
+    if counts != {KEYPOINTS}:
+        said = f"objects have {', '.join(map(str, sorted(counts)))} keypoints" if counts else "no object has keypoints"
+        raise ValueError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")
+
+
+# ---- examples ----
+
+
+class Examples:
+    """Images and targets as torchvision's detectors take them.
+
+    source: `Regions`. first_label: what label 0 becomes. masks, keypoints: what targets have beside boxes and labels;
+        keypoints is how many an object has.
+    flip: probability of a mirror image, drawn from (seed, epoch, index) alone.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        first_label: int = 1,
+        masks: bool = False,
+        keypoints: int = 0,
+        flip: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.first_label, self.masks, self.keypoints = source, first_label, masks, keypoints
+        self.flip, self.seed = flip, seed
+
+    def image(self, index: int) -> Tensor:
+        """uint8 ``[3, H, W]``."""
+        return torch.tensor(self.source.read(index)).permute(2, 0, 1).contiguous()  # a copy: sources may share
+
+    def __call__(self, index: int, epoch: int) -> Example:
+        """One training example: image uint8 ``[3, H, W]`` and its target."""
+        image = self.image(index)
+        keep = usable(self.source, index, masks=self.masks, keypoints=self.keypoints > 0)
+        target: Target = {
+            "boxes": torch.from_numpy(self.source.boxes(index)[keep].astype(np.float32)).reshape(-1, 4),
+            "labels": torch.from_numpy(self.source.labels(index)[keep].astype(np.int64)) + self.first_label,
+        }
+        objects = _objects(self.source, index)
+        if self.masks and objects is not None:
+            found = [s for s, k in zip(objects.segmentations, keep, strict=True) if k]
+            target["masks"] = torch.from_numpy(masks_of(found, objects.height, objects.width))
+        if self.keypoints:
+            points = objects.keypoints[keep] if objects is not None and objects.keypoints is not None else np.zeros(0)
+            target["keypoints"] = torch.from_numpy(points.astype(np.float32)).reshape(-1, self.keypoints, 3)
+        if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < self.flip:
+            return mirrored(image, target)
+        return image, target
+
+
+def mirrored(image: Tensor, target: Target) -> Example:
+    """Image and target as seen in a mirror."""
+    width = image.shape[-1]
+    result = dict(target)
+    result["boxes"] = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor(
+        [width, 0.0, width, 0]
+    )
+    if "masks" in target:
+        result["masks"] = target["masks"].flip(-1)
+    if "keypoints" in target:
+        points = target["keypoints"].clone()
+        points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
+        order = list(range(points.shape[1]))
+        for left, right in KEYPOINT_PAIRS if points.shape[1] == KEYPOINTS else ():
+            order[left], order[right] = right, left
+        result["keypoints"] = points[:, order]
+    return image.flip(-1), result
+
+
+def masks_of(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.uint8]:
+    """Masks ``[n, H, W]`` of COCO's polygons and run lengths, or of pairs of `scrl_fast.data.sources.cityscapes`."""
+    masks = np.zeros((len(segmentations), height, width), np.uint8)
+    images: dict[str, NDArray[np.int32]] = {}
+    for row, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, tuple):
+            from scrl_fast.data.sources.cityscapes import instance_image
+
+            path, value = segmentation
+            if path not in images:
+                images[path] = instance_image(path)
+            masks[row] = images[path] == value
+        else:
+            masks[row] = coco_mask(segmentation, height, width)
+    return masks
+
+
+def has_mask(segmentation: Any) -> bool:
+    """Whether an annotation says what its object's pixels are: a polygon of three corners or more, or run lengths."""
+    return any(_is_area(p) for p in segmentation) if isinstance(segmentation, list) else segmentation is not None
+
+
+def _is_area(polygon: Sequence[float]) -> bool:
+    return len(polygon) >= 6
+
+
+def coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """Mask ``[H, W]`` of polygons (a list of lists) or a run-length dict, compressed or not; see `has_mask`."""
+    tools = mask_tools()
+    if isinstance(segmentation, list):
+        encoded = tools.merge(tools.frPyObjects(list(filter(_is_area, segmentation)), height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = tools.frPyObjects(segmentation, height, width)
+    else:
+        encoded = segmentation
+    return tools.decode(encoded)
+
+
+def mask_tools() -> Any:
+    """pycocotools' mask functions. Raises UsageError where it is not installed."""
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise UsageError("masks need pycocotools: pip install 'scrl-fast[eval]'") from error
+    return mask
+
+
+# ---- order ----
+
+
+def batches(wide: Sequence[bool], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, each as places 0..len(wide)-1: images of like orientation together, less padding.
+
+    wide: for each image, whether it is wider than high. There are always len(wide) // batch_size batches: what is left
+    of both kinds makes one mixed batch where it suffices.
+    """
+    rng = np.random.default_rng([seed, epoch, len(wide)])
+    groups: dict[bool, list[int]] = {False: [], True: []}
+    full: list[list[int]] = []
+    for place in rng.permutation(len(wide)).tolist():
+        group = groups[bool(wide[place])]
+        group.append(place)
+        if len(group) == batch_size:
+            full.append(group.copy())
+            group.clear()
+    rest = groups[True] + groups[False]
+    if len(rest) >= batch_size:
+        full.append(rest[:batch_size])
+    return full
+
+
+def is_wide(source: Any, index: int) -> bool:
+    """Whether an image is wider than high; without annotated sizes it is looked at."""
+    objects = _objects(source, index)
+    height, width = (objects.height, objects.width) if objects is not None else source.read(index).shape[:2]
+    return width > height
+
+
+class Ahead:
+    """Calls made by threads ahead of their use, answered in order.
+
+    timeout: how many seconds may pass without a finished call while one is waited for. name_of: what to call the image
+    whose index is a call's first argument. The threads are daemons: a read that never returns keeps no process alive.
+    """
+
+    def __init__(
+        self, workers: int, groups: int, *, timeout: float = math.inf, name_of: Callable[[int], str] = str
+    ) -> None:
+        self.workers, self.groups, self.timeout, self.name_of = Workers(max(1, workers)), groups, timeout, name_of
+
+    def __call__(self, calls: Iterable[Sequence[functools.partial[Any]]]) -> Iterator[list[Any]]:
+        """For each group of calls the list of their results. Raises LoaderStalled, or what a call raised."""
+        waiting: deque[tuple[Work, list[Any]]] = deque()
+        try:
+            for group in calls:
+                waiting.append(self._begin(group))
+                if len(waiting) > self.groups:
+                    self._wait(waiting[0][0])
+                    yield waiting.popleft()[1]
+            while waiting:
+                self._wait(waiting[0][0])
+                yield waiting.popleft()[1]
+        finally:
+            for work, _ in waiting:
+                work.cancelled = True
+
+    def _begin(self, group: Sequence[functools.partial[Any]]) -> tuple[Work, list[Any]]:
+        results: list[Any] = [None] * len(group)
+
+        def make(part: int) -> None:
+            self.workers.reads(self.name_of(group[part].args[0]))
+            results[part] = group[part]()
+            self.workers.finished()
+
+        work = Work(len(group), make, lambda: None)
+        self.workers.submit(work, len(group))
+        return work, results
+
+    def _wait(self, work: Work) -> None:
+        if not work.wait(self.timeout, self.workers.progress):
+            raise LoaderStalled(self.workers.why_stalled(self.timeout))
+        if work.error is not None:
+            raise work.error
+
+    def close(self) -> None:
+        """Ends the threads; what they have not begun is not done."""
+        self.workers.stop()
+
+
+def reading(stop: StopRequest, work: Callable[[], T]) -> tuple[T | None, BadImage | LoaderStalled | None]:
+    """What ``work`` returns, None when a signal ended it, and the image or the disk that did."""
+    try:
+        return stop.until_signal(work), None
+    except (BadImage, LoaderStalled) as error:
+        return None, error
