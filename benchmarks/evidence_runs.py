@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 import scrl_fast
+from scrl_fast import atomic_files as durable
 from scrl_fast import build as prepare
 from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
@@ -25,7 +26,6 @@ from scrl_fast.evaluate import roi_linear
 from scrl_fast.evaluate.dense import dense_consistency
 from scrl_fast.evaluate.images import frozen, measure_batchnorm
 from scrl_fast.models import Encoder
-from scrl_fast.run import atomic_files as durable
 from scrl_fast.trainer import SCRLTrainer
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
 

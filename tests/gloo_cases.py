@@ -24,9 +24,8 @@ from tiny_trainer import Pictures, make_config
 from torch import nn
 
 from scrl_fast.data import BadImage
-from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
+from scrl_fast.distributed.sync_batch_norm import RowBatchNorm, SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.distributed.world import World
-from scrl_fast.models.heads import RowBatchNorm
 from scrl_fast.run import log as runlog
 from scrl_fast.run import plots as pictures
 from scrl_fast.run.checkpoint import CheckpointError

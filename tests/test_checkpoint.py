@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from scrl_fast.run import atomic_files as durable
+from scrl_fast import atomic_files as durable
 from scrl_fast.run.checkpoint import (
     CHECKPOINT_KEYS,
     CheckpointError,

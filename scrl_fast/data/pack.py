@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from PIL import Image
 from tqdm import tqdm
 
+from scrl_fast.atomic_files import publish, write_synced, write_text
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.decode import SHRINKS, BadImage, Encoded
@@ -31,7 +32,6 @@ from scrl_fast.data.sources.base import make_source
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors
-from scrl_fast.run.atomic_files import publish, write_synced, write_text
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
 _log = logging.getLogger("scrl_fast")

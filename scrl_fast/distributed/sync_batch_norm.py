@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scrl_fast.models.heads import RowBatchNorm
+
+class RowBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d that lets a batch without rows pass: empty output, zero gradients, running statistics untouched.
+
+    `synchronize_batch_norm` replaces it like any other BatchNorm.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[0] == 0:  # the affine part alone keeps weight and bias in the graph, as DDP expects
+            return input * self.weight + self.bias
+        return super().forward(input)
+
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, RowBatchNorm)
 ACTIVATION = ("drop", "act")  # what timm's BatchNormAct2d does after the normalisation, in this order

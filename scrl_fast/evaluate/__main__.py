@@ -61,7 +61,7 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
 def _write(path: str, document: dict[str, Any]) -> None:
     from pathlib import Path
 
-    from scrl_fast.run import atomic_files as durable
+    from scrl_fast import atomic_files as durable
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.run import atomic_files as durable
+from scrl_fast import atomic_files as durable
 from scrl_fast.run import checkpoint
 
 VERSION = 1  # of what is computed: raise it when features change for the same key

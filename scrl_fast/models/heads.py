@@ -6,18 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class RowBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d that lets a batch without rows pass: empty output, zero gradients, running statistics untouched.
-
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces it like any other BatchNorm; SyncBatchNorm takes empty input
-    itself, and must, because the other processes wait for this one's (empty) statistics.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.shape[0] == 0:  # the affine part alone keeps weight and bias in the graph, as DDP expects
-            return input * self.weight + self.bias
-        return super().forward(input)
+from scrl_fast.distributed.sync_batch_norm import RowBatchNorm
 
 
 class ProjectionHead(nn.Module):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scrl_fast import atomic_files as durable
 from scrl_fast.config import command_line as cli
 from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
-from scrl_fast.run import atomic_files as durable
 from scrl_fast.transfer.config import DETECTOR_SETTINGS, TASKS, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"

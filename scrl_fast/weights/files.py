@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from scrl_fast.errors import UsageError
-from scrl_fast.run import checkpoint
+from scrl_fast.weights import checkpoint_files
 
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
 _ZIP, _TORCH_LEGACY = b"PK\x03\x04", 0x1950A86A20F9469CFC6C
@@ -37,7 +37,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         document = read_safetensors(path / HUB_WEIGHTS)
         document["__metadata__"] |= _hub_config(path / HUB_CONFIG)
         return path / HUB_WEIGHTS, document
-    path = checkpoint.find(path)
+    path = checkpoint_files.find(path)
     if not path.is_file():
         raise WeightsError(f"no weights at {path}")
     if path.suffix == ".safetensors":
@@ -46,7 +46,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         return path, read_onnx(path)
     if path.suffix == ".pkl" or _is_plain_pickle(path):
         return path, read_pickle(path)
-    return path, checkpoint.load(path)
+    return path, checkpoint_files.load(path)
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scrl_fast.atomic_files import temporary_name
 from scrl_fast.data.decode import EXTENSIONS
 from scrl_fast.data.sources.base import UNLABELLED
 from scrl_fast.data.sources.tar import Damaged, members, read_at
 from scrl_fast.errors import UsageError
-from scrl_fast.run.atomic_files import temporary_name
 
 INDEX_SUFFIX = ".index.npz"
 _VERSION = 1

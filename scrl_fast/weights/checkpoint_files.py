@@ -1,0 +1,148 @@
+"""Reading checkpoint files: which one a path means, whether it is whole, and what it holds.
+
+Loading never runs code from the file (``weights_only=True``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scrl_fast import atomic_files
+from scrl_fast.errors import UsageError
+
+CHECKPOINT_KEYS = ("model", "optimizer", "step", "epoch", "config", "rng", "loader", "version")
+"""What a training checkpoint holds."""
+
+_STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is missing, damaged, or not what was asked for."""
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder that is whole; None when the folder holds none at all.
+
+    Each damaged one on the way is named in a warning. Raises CheckpointError when there are checkpoints and all of
+    them are damaged: to start again from nothing is for the user to decide.
+    """
+    candidates = _candidates(folder)
+    for path in candidates:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", RuntimeWarning, stacklevel=3)
+    if candidates:
+        raise CheckpointError(f"{folder}: all {len(candidates)} checkpoints are damaged")
+    return None
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The ``step_NNNNNNNN.pt`` of a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Newest first, each file once: the newest step, last.pt, the older steps, best.pt."""
+    steps = step_files(folder)
+    order = [*steps[:1], folder / "last.pt", *steps[1:], folder / "best.pt"]
+    files: dict[tuple[int, int], Path] = {}
+    for path in filter(Path.is_file, order):
+        status = path.stat()
+        files.setdefault((status.st_dev, status.st_ino), path)
+    return list(files.values())
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file that ``path`` means: a file itself, or the newest good one of a run folder.
+
+    Raises CheckpointError naming the folder when it holds none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = newest_good(folder)
+        if found is not None:
+            return found
+    raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / 'last.pt'} or step_*.pt there")
+
+
+def load(path: str | os.PathLike[str], *, expect: Sequence[str] = ()) -> dict[str, Any]:
+    """The dict stored in a checkpoint file, all tensors on the CPU; no code of the file is run.
+
+    path: a file, or a run folder, of which the newest good checkpoint is taken.
+    expect: keys that must be there, such as `CHECKPOINT_KEYS`. A file without its ``.sha256`` is then read with a
+        warning; without ``expect`` silently, since weights from elsewhere have none.
+    Raises CheckpointError naming the path when it is missing, damaged or foreign.
+    """
+    path = find(path)
+    verify(path, quiet=not expect)
+    state = _read(path)
+    missing = [key for key in expect if key not in state]
+    if missing:
+        held = ", ".join(map(str, list(state)[:8])) or "nothing"
+        lacks = ", ".join(missing)
+        raise CheckpointError(f"{path} is no training checkpoint of scrl_fast: it lacks {lacks} (it holds {held})")
+    return state
+
+
+def verify(path: str | os.PathLike[str], *, quiet: bool = False) -> None:
+    """Raise CheckpointError unless the file is whole, by its ``.sha256`` or, lacking that, its zip checksums.
+
+    quiet: no warning when the ``.sha256`` is absent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    expected = atomic_files.expected_digest(path)
+    if expected is None:
+        _check_without_digest(path)
+        if not quiet:
+            warnings.warn(
+                f"{path} has no .sha256 beside it: checked by its zip checksums", RuntimeWarning, stacklevel=3
+            )
+    elif atomic_files.digest_of(path) != expected:
+        raise CheckpointError(f"{path} is damaged: its content does not match {atomic_files.sidecar_of(path).name}")
+
+
+def _check_without_digest(path: Path) -> None:
+    """The zip container keeps a CRC-32 of each tensor, which torch writes but does not compare when it loads."""
+    if not zipfile.is_zipfile(path):
+        _read(path)  # torch's older format, or no checkpoint at all: only torch can tell
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if broken is not None:
+        raise CheckpointError(f"{path} is damaged: checksum of {broken}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here; each means that the file is not ours
+        if "weights_only" in str(error):
+            reason = "it holds objects other than tensors and plain values, and unpickling those could run code"
+        else:
+            reason = (
+                f"damaged or no checkpoint ({str(error).strip().partition(chr(10))[0][:120] or type(error).__name__})"
+            )
+        raise CheckpointError(f"cannot load {path}: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"cannot load {path}: it holds a {type(state).__name__}, not a dict")
+    return state
