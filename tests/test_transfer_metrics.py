@@ -20,9 +20,10 @@ from scrl_fast.data.sources.coco import read_coco
 from scrl_fast.data.sources.voc import read_voc
 from scrl_fast.transfer.cityscapes_metric import cityscapes_average_precision
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
-from scrl_fast.transfer.dataset import Examples, batches, coco_mask, masks_of, mirrored
+from scrl_fast.transfer.dataset import Examples, batches, mirrored
+from scrl_fast.transfer.detections import Detections
+from scrl_fast.transfer.masks import coco_mask, masks_of
 from scrl_fast.transfer.metrics import measure
-from scrl_fast.transfer.predict import Detections
 from scrl_fast.transfer.voc_metric import voc_average_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.sources.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image, label_path
-from scrl_fast.transfer.dataset import mask_tools
-
-if TYPE_CHECKING:
-    from scrl_fast.transfer.predict import Detections
+from scrl_fast.transfer.detections import Detections
+from scrl_fast.transfer.masks import mask_tools
 
 OVERLAPS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
 LEAST_PIXELS = 100

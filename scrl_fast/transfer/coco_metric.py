@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from scrl_fast.errors import UsageError
-
-if TYPE_CHECKING:
-    from scrl_fast.transfer.predict import Detections
+from scrl_fast.transfer.detections import Detections
 
 Kind = Literal["bbox", "segm", "keypoints"]
 NAMES: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scrl_fast.transfer.coco_metric import Kind, coco_average_precision
-from scrl_fast.transfer.predict import Detections
+from scrl_fast.transfer.detections import Detections
 
 KINDS: dict[str, tuple[Kind, ...]] = {
     "detection": ("bbox",),

@@ -39,9 +39,10 @@ from scrl_fast.transfer.dataset import (
     reading,
     trainable,
 )
+from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.detector import build_detector, check_same
 from scrl_fast.transfer.fine_tune import DetectionLossError, build_sgd, stream, train_step
-from scrl_fast.transfer.predict import Detections, detect
+from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.pyramid import SUPERVISED
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

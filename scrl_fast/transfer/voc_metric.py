@@ -8,13 +8,12 @@ AP averaged over thresholds 0.5 to 0.95, as COCO does, is what the paper's VOC r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from scrl_fast.transfer.predict import Detections
+from scrl_fast.transfer.detections import Detections
 
 THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
 
