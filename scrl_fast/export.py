@@ -1,7 +1,7 @@
 """``python -m scrl_fast.export CHECKPOINT --to FORMAT OUT``: the trained encoder for other libraries.
 
-Every file is written whole under a temporary name, read back, compared tensor by tensor, and only then given its name.
-``OUT.json`` beside it says where it comes from (safetensors, mmdet, ONNX and folders hold that inside as well).
+Every file is written under a temporary name, read back, compared tensor by tensor, and only then renamed.
+``OUT.json`` beside it holds the metadata (safetensors, mmdet, ONNX and folders hold it inside as well).
 Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
 """
 
@@ -21,9 +21,9 @@ from scrl_fast.errors import UsageError, friendly_errors
 PROG = "python -m scrl_fast.export"
 FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
 SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"}
-"""What those who read a file go by."""
+"""File suffixes by which readers tell the format."""
 ONNX_TOLERANCE = 1e-4
-PRIVATE = (("data", "root"), ("run", "dir"), ("run", "wandb"))
+PRIVATE_OPTIONS = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
 
 def export(
@@ -43,8 +43,8 @@ def export(
     backbone: the encoder's name, where the file does not say and its shapes do not tell.
     size: side of the images by which an ONNX graph is traced and checked; it then takes any. In ``hf``'s config.json
         the input size that timm reports.
-    Returns the metadata, with what was checked under ``checked``.
-    Raises UsageError for what cannot be written in that layout, and for an ``out`` that exists without ``overwrite``.
+    Returns the metadata; ``checked`` says how the file was verified.
+    Raises UsageError where the layout has no place for the encoder, and where ``out`` exists without ``overwrite``.
     """
     from scrl_fast import weights
 
@@ -52,7 +52,7 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"to={to}: must be one of {', '.join(FORMATS)}")
     check_suffix(to, out)
-    check_free(to, out, overwrite)
+    check_output(to, out, overwrite)
     if to in ("onnx", "hf") and size < 1:
         raise UsageError(f"size={size}: must be at least 1, the side of an image in pixels")
     if not out.parent.is_dir():
@@ -67,38 +67,37 @@ def export(
     finally:
         _remove(temporary)
     if to != "hf":
-        note = json.dumps(metadata, indent=2) + "\n"
-        note_of(out).write_text(note, encoding="utf-8")
+        metadata_file(out).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return metadata
 
 
 def check_suffix(to: str, out: Path) -> None:
-    """Raise UsageError for a name that readers of the format, or ours, would take for another format."""
+    """Raise UsageError for a suffix that means another format."""
     wanted = SUFFIXES.get(to)
     if wanted and out.suffix != wanted:
         raise UsageError(
-            f"{out}: --to {to} writes a {wanted} file, and those who read it go by that: {out.stem}{wanted}"
+            f"{out}: --to {to} writes a {wanted} file, and readers tell the format by the suffix: {out.stem}{wanted}"
         )
     if to != "hf" and out.suffix in SUFFIXES.values() and not wanted and (to, out.suffix) != ("timm", ".safetensors"):
         raise UsageError(f"{out}: --to {to} writes a torch file, which {out.suffix} is not: {out.stem}.pth")
 
 
-def check_free(to: str, out: Path, overwrite: bool) -> None:
-    """Raise UsageError where ``out``, or the note beside it, is there already and may not be replaced, or cannot be."""
+def check_output(to: str, out: Path, overwrite: bool) -> None:
+    """Raise UsageError where ``out`` or the metadata file beside it exists and may not, or cannot, be replaced."""
     if out.exists() and out.is_dir() != (to == "hf"):
         raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'a file'}, and --to {to} writes the other")
-    for path in (out,) if to == "hf" else (out, note_of(out)):
+    for path in (out,) if to == "hf" else (out, metadata_file(out)):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists already: choose another name, or --overwrite it")
 
 
-def note_of(out: Path) -> Path:
-    """The file beside ``out`` that says where it comes from."""
+def metadata_file(out: Path) -> Path:
+    """The metadata file beside ``out``."""
     return out.with_name(out.name + ".json")
 
 
 def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]:
-    """Where the weights come from and what they expect: backbone, method, epochs, commit, normalisation, options."""
+    """The metadata of an export: backbone, method, epochs, commit, normalisation, options."""
     from scrl_fast import info
     from scrl_fast.config.schema import ViewsConfig
 
@@ -119,10 +118,10 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
         "format": to,
         "source_layout": source.layout,
         "scrl_fast": version["version"],
-        "commit": said.get("commit") or trained_at(source.path) or version["commit"] or "",
+        "commit": said.get("commit") or training_commit(source.path) or version["commit"] or "",
     }
     if config:
-        metadata["config"] = without_places(config)
+        metadata["config"] = without_private_options(config)
     if to == "detectron2":
         from scrl_fast.weights.formats import DETECTRON2_NOTE
 
@@ -130,8 +129,8 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
     return metadata
 
 
-def trained_at(path: str) -> str:
-    """The commit that a run folder's environment file names, for a checkpoint inside such a folder; else nothing."""
+def training_commit(path: str) -> str:
+    """The commit of the run whose folder holds the checkpoint; "" for a checkpoint outside any run folder."""
     from scrl_fast.run.log import ENVIRONMENT
 
     try:
@@ -141,17 +140,17 @@ def trained_at(path: str) -> str:
         return ""
 
 
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The options without paths and accounts of the machine that trained: an export is there to be published."""
+def without_private_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options without paths and accounts of the training machine, since exports get published."""
     kept = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
-    for section, name in PRIVATE:
+    for section, name in PRIVATE_OPTIONS:
         if isinstance(kept.get(section), dict):
             kept[section].pop(name, None)
     return {name: value for name, value in kept.items() if name not in ("init", "resume", "json")}
 
 
 def _write(to: str, path: Path, source: Any, encoder: Any, metadata: dict[str, Any], size: int) -> str:
-    """Writes one format and says how it was checked."""
+    """Writes one format; returns how the file was verified."""
     from scrl_fast.weights import formats
 
     if to == "onnx":

@@ -156,7 +156,7 @@ def test_wrong_backbone_is_named(tmp_path, source):
     with pytest.raises(weights.WeightsError, match=r"resnet50.*Is it the right backbone\?"):
         weights.load_into(build_encoder("resnet50"), tmp_path / "a.pth")
     own_checkpoint(tmp_path / "b.pt", tiny())
-    with pytest.raises(weights.WeightsError, match=r"fill the encoder resnet18.* it is of resnet10_tiny: choose"):
+    with pytest.raises(weights.WeightsError, match=r"fill the encoder resnet18.* is of resnet10_tiny: choose"):
         weights.load_into(build_encoder("resnet18"), tmp_path / "b.pt")
 
 

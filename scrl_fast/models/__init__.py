@@ -1,4 +1,4 @@
-"""Networks: encoders that give feature maps, the projection heads, and SCRL itself (BYOL is SCRL without boxes)."""
+"""Networks: encoders, projection heads, and SCRL (BYOL is SCRL without boxes)."""
 
 from scrl_fast.models.encoders import Encoder, build_encoder, encoder_names
 from scrl_fast.models.heads import projection_head

@@ -1,4 +1,4 @@
-"""Encoders: networks that turn images into feature maps, by name.
+"""Encoders by name: networks from images to feature maps.
 
 torchvision's ResNet family keeps torchvision's parameter names (without ``fc``), so trained weights load strictly into
 torchvision, timm and detection backbones.
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether only block boundaries are kept for the backward pass, which then computes each block again."""
+        """Whether the backward pass recomputes each block from its input, to save memory."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -77,7 +77,7 @@ def _checkpointed(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
 
 @contextmanager
 def _untracked(module: nn.Module) -> Iterator[None]:
-    """Running statistics stay as they are: the forward pass has moved them once, computing it again must not."""
+    """Keep running statistics as they are: the first forward pass has updated them, the recomputed one must not."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -103,13 +103,13 @@ class TimmEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)[-1]
-        if features.shape[1] != self.out_channels:  # Swin and its like answer with channels at the end
+        if features.shape[1] != self.out_channels:  # Swin gives channels last
             features = features.permute(0, 3, 1, 2)
         return features
 
 
 def encoder_names() -> tuple[str, ...]:
-    """Names that `build_encoder` knows without timm; with timm installed, ``timm:NAME`` adds timm's own."""
+    """Names that `build_encoder` takes without timm; with timm installed, it takes ``timm:NAME`` too."""
     return (TINY_NAME, *TORCHVISION_NAMES)
 
 
@@ -117,8 +117,8 @@ def build_encoder(name: str) -> Encoder:
     """Encoder with random weights, drawn from torch's global generator.
 
     name: one of `encoder_names`, or ``timm:NAME`` for any timm model that offers feature maps.
-    Raises ValueError for an unknown name (and gives the nearest ones), for a timm name without timm, and for a timm
-    model without feature maps.
+    Raises ValueError for an unknown name (with the nearest known ones), for a timm name without timm installed, and for
+    a timm model without feature maps.
     """
     if name.startswith(TIMM_PREFIX):
         return _timm_encoder(name)
@@ -148,7 +148,7 @@ def _resnet10_tiny(width: int = 16) -> torchvision_resnet.ResNet:
     body.layer3 = body._make_layer(torchvision_resnet.BasicBlock, 4 * width, 1, stride=2)
     body.layer4 = nn.Identity()  # type: ignore[assignment]
     body.fc = nn.Identity()  # type: ignore[assignment]
-    for module in body.modules():  # torchvision's own initialisation, for the layers that replaced its
+    for module in body.modules():  # torchvision's own initialisation, for the layers replaced above
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return body

@@ -14,7 +14,7 @@ from scrl_fast.ops import roi_align, two_view_loss
 
 
 class SCRLOutput(NamedTuple):
-    """What one batch gives; every tensor stays on its device, nothing is read back."""
+    """The loss and statistics of one batch; every tensor stays on its device, nothing is read back."""
 
     loss: Tensor
     """Scalar float, mean over pairs of both directions' ``2 - 2cos`` (0..8); 0 where there are no pairs."""
@@ -31,7 +31,7 @@ class SCRLOutput(NamedTuple):
 
 
 class Branch(nn.Module):
-    """Encoder and projector: the part that online and target network share."""
+    """Encoder and projector, the modules of both the online and the target network."""
 
     def __init__(self, encoder: Encoder, projector: ProjectionHead) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class SCRL(nn.Module):
         return {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
 
     def load_state(self, state: dict[str, Any], *, strict: bool = True) -> None:
-        """Load what `state` gave. ``strict=False`` keeps a probe that is missing or of another width as it is.
+        """Load the dict that `state` returned. ``strict=False`` keeps a probe that is missing or of another width.
 
         Raises ValueError naming the part that is missing or does not fit.
         """

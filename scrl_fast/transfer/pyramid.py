@@ -23,7 +23,7 @@ STEM = ("conv1", "bn1")
 TIMM_STRIDES = [4, 8, 16, 32]
 
 
-def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[int], weights.Report]:
+def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[int], weights.LoadReport]:
     """The encoder under a feature pyramid, with the stride of every level of it, and the report of its weights.
 
     Raises UsageError for a backbone of timm that has no such levels, WeightsError for weights that do not fill it.
@@ -102,7 +102,7 @@ class TimmPyramid(nn.Module):
         return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))
 
 
-def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.Report:
+def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.LoadReport:
     """Weights of ``init`` into the encoder; the report's notes name a normalisation that is not the detector's.
 
     Raises UsageError when torchvision's cannot be had.

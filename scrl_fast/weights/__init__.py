@@ -1,24 +1,28 @@
-"""Weights from anywhere: our checkpoints, the published layout, torchvision, timm, detectron2, mmdet, safetensors.
+"""Weights of our checkpoints, the published layout, torchvision, timm, detectron2, mmdet, safetensors and ONNX.
 
-``load_into(encoder, PATH)`` fills an encoder, ``load_into_scrl(model, PATH)`` all networks of a run; both say what
-matched and refuse when less than the whole encoder does. Nothing in a file is executed.
+``load_into(encoder, PATH)`` fills an encoder, ``load_into_scrl(model, PATH)`` all networks of a run. Both report the
+tensors that matched and refuse a file without the whole encoder. No code of a file is run.
 """
 
 from scrl_fast.weights.files import WeightsError
 from scrl_fast.weights.layouts import Weights, read
 from scrl_fast.weights.load import (
     RANDOM,
-    Report,
+    LoadReport,
     encoder_of,
     guess_backbone,
     load_encoder,
     load_into,
     load_into_scrl,
-    load_momentum,
 )
+from scrl_fast.weights.momentum import load_momentum
+
+Report = LoadReport
+"""The report's former name."""
 
 __all__ = [
     "RANDOM",
+    "LoadReport",
     "Report",
     "Weights",
     "WeightsError",

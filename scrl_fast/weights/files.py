@@ -1,4 +1,4 @@
-"""Files of weights to nested dicts of tensors, whatever wrote them; no code of a file is ever run."""
+"""Reads files of weights, in any known format, as nested dicts of tensors. No code of a file is run."""
 
 from __future__ import annotations
 

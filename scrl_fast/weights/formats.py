@@ -1,4 +1,4 @@
-"""The encoder of a checkpoint in the layout of other libraries: one function a format."""
+"""Writes an encoder in the layout of other libraries: one function a format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
 from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, WeightsError, flattened
 from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
-from scrl_fast.weights.load import momentum_by_name, parameter_order
+from scrl_fast.weights.momentum import momentum_by_name, parameter_order
 
 DETECTRON2_NOTE = (
     "detectron2: INPUT.FORMAT=RGB (its default is BGR), MODEL.RESNETS.STRIDE_IN_1X1=False, MODEL.PIXEL_MEAN and "
@@ -24,12 +24,12 @@ DETECTRON2_NOTE = (
 
 
 def contiguous(encoder: Encoder) -> State:
-    """The encoder's tensors on the CPU, dense, whatever memory format the network was trained in."""
+    """The encoder's tensors on the CPU, contiguous in NCHW."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.body.state_dict().items()}
 
 
 def check_family(encoder: Encoder, library: str) -> None:
-    """Raise WeightsError for an encoder that the library has no network for."""
+    """Raise WeightsError for an encoder without a counterpart in the library."""
     if encoder.name not in TORCHVISION_NAMES:
         raise WeightsError(
             f"{library} has no network like {encoder.name!r}: it takes {', '.join(TORCHVISION_NAMES)}; "
@@ -38,13 +38,13 @@ def check_family(encoder: Encoder, library: str) -> None:
 
 
 def write_torchvision(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
-    """State dict of ``torchvision.models.NAME`` without ``fc``."""
+    """Writes the state dict of ``torchvision.models.NAME`` without ``fc``."""
     check_family(encoder, "torchvision")
     torch.save(contiguous(encoder), path)
 
 
 def write_timm(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
-    """State dict of ``timm.create_model(NAME, num_classes=0)``; safetensors where the name ends so."""
+    """Writes the state dict of ``timm.create_model(NAME, num_classes=0)``, as safetensors where the suffix says so."""
     state = contiguous(encoder)
     if encoder.name.startswith(TIMM_PREFIX):
         state = timm_names(encoder, state)
@@ -57,9 +57,9 @@ def write_timm(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> Non
 
 
 def timm_names(encoder: Encoder, state: State) -> State:
-    """timm's own names instead of those of its feature extractor.
+    """Renames tensors from timm's feature extractor to timm's whole model.
 
-    Layers behind the last feature map (a final norm) are no part of the encoder; they are missing from the file.
+    The encoder has no layers behind the last feature map (a final norm), so the result lacks them.
     """
     import timm
 
@@ -74,7 +74,7 @@ def timm_names(encoder: Encoder, state: State) -> State:
 
 
 def write_detectron2(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
-    """The pickle that detectron2's checkpointer reads: NumPy arrays under its own names."""
+    """Writes the pickle of NumPy arrays that detectron2's checkpointer reads."""
     check_family(encoder, "detectron2")
     named = ((to_detectron2(name), tensor.numpy()) for name, tensor in contiguous(encoder).items())
     model = {name: array for name, array in named if name is not None}
@@ -84,19 +84,19 @@ def write_detectron2(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) 
 
 
 def write_mmdet(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
-    """``backbone.*`` under ``state_dict``: mmdet reads it by init_cfg=dict(type='Pretrained', prefix='backbone.')."""
+    """Writes ``backbone.*`` under ``state_dict``, for init_cfg=dict(type='Pretrained', prefix='backbone.') of mmdet."""
     check_family(encoder, "mmdet")
     state = {f"backbone.{name}": tensor for name, tensor in contiguous(encoder).items()}
     torch.save({"meta": flattened(metadata), "state_dict": state}, path)
 
 
 def write_safetensors(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
-    """The encoder's own names with the metadata in the header."""
+    """Writes the encoder under its own names, with the metadata in the header."""
     write_safetensors_state(path, contiguous(encoder), metadata)
 
 
 def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """A safetensors file of these tensors."""
+    """Writes these tensors as a safetensors file."""
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -105,9 +105,9 @@ def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: M
 
 
 def write_reference(path: Path, weights: Weights) -> None:
-    """The published implementation's checkpoint, heads and momentum included.
+    """Writes the published implementation's checkpoint, with heads and momentum.
 
-    Its schedules and loss scaler are left to it ("fake_state_dict" is its own word for that).
+    Schedules and loss scaler are "fake_state_dict", which that implementation skips.
     """
     renamed = {part: {_reference_name(part, n): t for n, t in state.items()} for part, state in weights.parts.items()}
     document: dict[str, Any] = {"tag": "last", "epoch": int(weights.metadata.get("epoch", 0))}
@@ -148,11 +148,11 @@ def _reference_optimizer(weights: Weights) -> dict[str, Any] | str:
 
 
 def write_onnx(path: Path, encoder: Encoder, metadata: Mapping[str, Any], *, size: int) -> float:
-    """The encoder as a graph: ``images [batch, 3, height, width]`` to ``features``; batch and sides may vary.
+    """Writes the encoder as a graph: ``images [batch, 3, height, width]`` to ``features``; batch and sides may vary.
 
-    Its parameters keep their names and norms stay norms (runtimes fold them when they load the graph), so the file can
-    be read back, see `scrl_fast.weights.files.read_onnx`.
-    Returns the largest difference to PyTorch that onnxruntime showed, relative to the largest feature; -1 where
+    Parameters keep their names and norms stay norms (runtimes fold them when they load the graph), so
+    `scrl_fast.weights.files.read_onnx` reads the file back.
+    Returns the largest difference between onnxruntime and PyTorch, relative to the largest feature; -1 where
     onnxruntime is not installed.
     """
     try:
@@ -187,7 +187,7 @@ def onnx_difference(path: Path, encoder: nn.Module, images: Tensor) -> float:
 
 
 def write_hub(folder: Path, encoder: Encoder, metadata: Mapping[str, Any], *, size: int) -> None:
-    """Hugging Face's layout: model.safetensors, config.json (which timm reads as well), README.md as model card."""
+    """Writes Hugging Face's layout: model.safetensors, config.json (timm reads it too) and README.md as model card."""
     folder.mkdir(parents=True, exist_ok=True)
     state = contiguous(encoder)
     if encoder.name.startswith(TIMM_PREFIX):
@@ -212,7 +212,7 @@ def _timm_config(encoder: Encoder, metadata: Mapping[str, Any], size: int) -> di
 
 
 def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
-    """README.md of a model folder: what it is, how it was made, how to load it; nothing that was not measured."""
+    """README.md of a model folder: origin, settings and the lines that load it."""
     rows = [f"| {name} | {value} |" for name, value in metadata.items() if name not in ("config", "notes")]
     timm_name = encoder.name.removeprefix(TIMM_PREFIX)
     load = (
@@ -244,7 +244,7 @@ def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
             "```",
             "",
             "Images are RGB in 0..1, minus `mean`, divided by `std`. `config.json` holds every option of the training,",
-            "where its run was at hand. Data, licence and measured results: to be filled in by whoever publishes this.",
+            "where they are known. Add data, licence and measured results before you publish this.",
             "",
         ]
     )  # fmt: skip

@@ -1,7 +1,6 @@
-"""What the tensors of a file are: which layout wrote them, which of our networks each belongs to, under which name.
+"""Layouts: which library wrote the tensors of a file, to which network each belongs, and under which name.
 
-The encoder's names are torchvision's everywhere in here (``conv1.weight``, ``layer1.0.bn1.bias``, ...); timm's models
-keep their own.
+Encoders use torchvision's names here (``conv1.weight``, ``layer1.0.bn1.bias``, ...); timm's models keep their own.
 """
 
 from __future__ import annotations
@@ -25,67 +24,69 @@ PUBLISHED_PARTS = {
     "predictor_state_dict": "predictor",
     "evaluator_state_dict": "probe",
 }
+BATCH_COUNTER = "num_batches_tracked"
+"""The buffer of a BatchNorm that counts batches; some formats leave it out."""
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict")
 _BODY = "encoder.body."
 
 
 @dataclass
 class Weights:
-    """What one file holds, sorted.
+    """The tensors of one file, by network.
 
-    Names of tensors lie under the module that has them: ``online`` and ``target`` as in `scrl_fast.models.Branch`
-    (``encoder.body.*``, ``projector.*``), predictor and probe as in their modules.
+    ``online`` and ``target`` use the names of `scrl_fast.models.Branch` (``encoder.body.*``, ``projector.*``);
+    ``predictor`` and ``probe`` use the names of their modules.
     """
 
     path: str
     layout: str
     """scrl_fast, scrl-reference, detectron2, mmdet, onnx, or torchvision (which timm and most others share)."""
     parts: dict[str, State]
-    """online, target, predictor, probe: those that are there."""
+    """State dicts of online, target, predictor and probe; networks that the file lacks are left out."""
     other: tuple[str, ...] = ()
     """Names of tensors that belong to none of our networks."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the file says of itself: backbone, method, epochs, normalisation, ... where it does."""
+    """Backbone, method, epochs, normalisation, ..., where the file states them."""
     optimizer: dict[str, Any] | None = None
-    """State dict of the optimizer, in the order of the layout that wrote it."""
+    """State dict of the optimizer, with the parameter order of the layout."""
 
     def encoder(self, branch: str = "online") -> State:
-        """The encoder's tensors, without prefix. Raises WeightsError when the file has no such branch."""
+        """The encoder's tensors, without prefix. Raises WeightsError when the file lacks the branch."""
         if branch not in self.parts:
             raise WeightsError(f"{self.path} ({self.layout}) has no {branch} network, only {', '.join(self.parts)}")
         return {n.removeprefix(_BODY): t for n, t in self.parts[branch].items() if n.startswith(_BODY)}
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """Weights of any file or folder that `scrl_fast.weights.files.read_file` reads.
+    """Reads the weights of a file or folder (see `scrl_fast.weights.files.read_file`).
 
-    Raises WeightsError naming the path when there are no tensors in it.
+    Raises WeightsError naming the path when it holds no tensors.
     """
     found, document = read_file(path)
     name = str(found)
     metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata.get("config", {}), dict):  # another program's, in its own words
+    if not isinstance(metadata.get("config", {}), dict):  # metadata of another program
         del metadata["config"]
     if isinstance(document.get("model"), dict) and "online" in document["model"]:
-        return _own(name, document)
+        return _scrl_fast_weights(name, document)
     if "online_network_state_dict" in document:
-        return _published(name, document)
-    state, wrapped = _flat(document)
+        return _published_weights(name, document)
+    state, wrapped = _named_tensors(document)
     if not state:
         raise WeightsError(f"{name} holds no tensors under names (it holds {', '.join(map(str, list(document)[:8]))})")
     if any(key.endswith("stem.conv1.weight") for key in state):
-        return _backbone(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
+        return _backbone_weights(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
     if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
-        return _backbone(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
+        return _backbone_weights(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
     layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
     if isinstance(wrapped.get("meta"), dict) and "scrl_fast" in wrapped["meta"]:
         metadata = unflattened(wrapped["meta"])
     if found.suffix == ".onnx":
         layout = "onnx"
-    return _backbone(name, layout, state, str, "conv1.weight", metadata)
+    return _backbone_weights(name, layout, state, str, "conv1.weight", metadata)
 
 
-def _own(path: str, document: Mapping[str, Any]) -> Weights:
+def _scrl_fast_weights(path: str, document: Mapping[str, Any]) -> Weights:
     parts = {part: dict(state) for part, state in document["model"].items() if state is not None}
     config = document.get("config", {})
     metadata = {"config": config, **{k: document[k] for k in ("step", "epoch", "version") if k in document}}
@@ -94,7 +95,7 @@ def _own(path: str, document: Mapping[str, Any]) -> Weights:
     return Weights(path, "scrl_fast", parts, metadata=metadata, optimizer=document.get("optimizer"))
 
 
-def _published(path: str, document: Mapping[str, Any]) -> Weights:
+def _published_weights(path: str, document: Mapping[str, Any]) -> Weights:
     parts: dict[str, State] = {}
     for key, part in PUBLISHED_PARTS.items():
         state = document.get(key)
@@ -115,10 +116,10 @@ def _published_name(part: str, name: str) -> str:
     return name if renamed in (None, name) else f"{_BODY}{renamed}"
 
 
-def _backbone(
+def _backbone_weights(
     path: str, layout: str, state: State, rename: Callable[[str], str | None], first: str, metadata: Mapping[str, Any]
 ) -> Weights:
-    """A file with one network: the encoder lies under whatever prefix ``first`` is found with."""
+    """A file with one network; the encoder's prefix is the one in front of its first tensor, ``first``."""
     prefix = _prefix_of(state, first)
     online: State = {}
     other: list[str] = []
@@ -134,7 +135,7 @@ def _backbone(
 
 
 def _prefix_of(state: State, first: str) -> str:
-    """What stands before the encoder's names: ``module.``, ``backbone.``, ``encoder_q.``, ``backbone.body.``, ..."""
+    """The prefix of the encoder's names: ``module.``, ``backbone.``, ``encoder_q.``, ``backbone.body.``, ..."""
     for key in state:
         if key == first or key.endswith("." + first):
             prefix = key[: -len(first)]
@@ -143,8 +144,8 @@ def _prefix_of(state: State, first: str) -> str:
     return "module." if all(key.startswith("module.") for key in state) else ""
 
 
-def _flat(document: Mapping[str, Any]) -> tuple[State, Mapping[str, Any]]:
-    """The tensors by name, and the dict around them if they were wrapped in one."""
+def _named_tensors(document: Mapping[str, Any]) -> tuple[State, Mapping[str, Any]]:
+    """(tensors by name, the dict around them); the second is empty where the tensors are not wrapped."""
     for name in _CONTAINERS:
         inner = document.get(name)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
@@ -158,7 +159,7 @@ _DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(\d+)\.(conv\d|shortcut)\.(norm\.)?
 
 
 def from_detectron2(name: str) -> str | None:
-    """torchvision's name of one of detectron2's ResNet; None for what is no part of it (``stem.fc.weight``)."""
+    """torchvision's name for a tensor of detectron2's ResNet; None where torchvision has none (``stem.fc.weight``)."""
     if match := re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name):
         return ("bn1." if match[1] else "conv1.") + match[2]
     if match := _DETECTRON2_BLOCK.fullmatch(name):
@@ -170,8 +171,8 @@ def from_detectron2(name: str) -> str | None:
 
 
 def to_detectron2(name: str) -> str | None:
-    """detectron2's name of one of torchvision's ResNet; None for what detectron2 does not keep (batch counters)."""
-    if name.endswith("num_batches_tracked"):
+    """detectron2's name for a tensor of torchvision's ResNet; None for batch counters, which detectron2 lacks."""
+    if name.endswith(BATCH_COUNTER):
         return None
     name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
@@ -180,7 +181,7 @@ def to_detectron2(name: str) -> str | None:
 
 
 def from_published(name: str) -> str | None:
-    """torchvision's name of an encoder tensor of the published implementation; heads keep theirs; else None."""
+    """torchvision's name for the published implementation's encoder tensor; a projector's name is kept; else None."""
     if name.startswith("projector.net."):
         return name
     match = re.fullmatch(r"encoder\.(\d)\.(.+)", name)
@@ -192,12 +193,12 @@ def from_published(name: str) -> str | None:
 
 
 def to_published(name: str) -> str:
-    """The published implementation's name of one of torchvision's ResNet."""
+    """The published implementation's name for a tensor of torchvision's ResNet."""
     head, _, rest = name.partition(".")
     index = {"conv1": 0, "bn1": 1}.get(head)
     return f"encoder.{int(head.removeprefix('layer')) + 3 if index is None else index}.{rest}"
 
 
 def cast_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the dtype of ``like``: half-precision files fill float32 networks."""
+    """The tensor in the dtype of ``like``, so that half-precision files fill float32 networks."""
     return tensor.to(like.dtype) if torch.is_floating_point(like) else tensor

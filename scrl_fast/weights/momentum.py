@@ -1,0 +1,54 @@
+"""The optimizer's momentum buffers of a checkpoint, matched to parameters by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scrl_fast.models import SCRL
+from scrl_fast.optim import LARS, lars_param_groups
+from scrl_fast.weights.layouts import BATCH_COUNTER, Weights
+
+
+def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:
+    """Fill the optimizer's momentum buffers from a checkpoint of ours or of the published implementation.
+
+    Returns the number of buffers filled: one for each parameter with the same name and shape on both sides.
+    """
+    found = momentum_by_name(weights)
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    filled = 0
+    for name, parameter in model.named_parameters():
+        buffer = found.get(name)
+        if buffer is not None and id(parameter) in mine and buffer.shape == parameter.shape:
+            kept = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
+            optimizer.state[parameter]["momentum_buffer"] = kept.copy_(buffer)
+            filled += 1
+    return filled
+
+
+def momentum_by_name(weights: Weights) -> dict[str, Tensor]:
+    """Momentum buffers by the parameter's name in `SCRL`; empty without momentum in the file."""
+    state = (weights.optimizer or {}).get("state", {})
+    order = [name for group in parameter_order(weights) for name in group]
+    return {name: state[i]["momentum_buffer"] for i, name in enumerate(order) if "momentum_buffer" in state.get(i, {})}
+
+
+def parameter_order(weights: Weights) -> list[list[str]]:
+    """Names of the parameters, one list for each group, in the order by which the file's optimizer numbers them.
+
+    Both implementations put parameters under LARS before those outside it, each in the order of the modules. The
+    published one divides them by name and includes the probe.
+    """
+    published = weights.layout == "scrl-reference" or weights.metadata.get("config", {}).get("compat") == "kakaobrain"
+    named = [
+        (f"{part}.{name}", tensor.detach().requires_grad_())
+        for part in ("online", "predictor", "probe")
+        for name, tensor in weights.parts.get(part, {}).items()
+        if not name.endswith(("running_mean", "running_var", BATCH_COUNTER)) and tensor.is_floating_point()
+    ]
+    last = [] if published else [name for name, _ in named if name.startswith("probe.")]
+    names = {id(tensor): name for name, tensor in named}
+    under_lars = [(name, tensor) for name, tensor in named if name not in last]
+    groups = lars_param_groups(under_lars, 0.0, compat="kakaobrain" if published else "none")
+    return [*([names[id(tensor)] for tensor in group["params"]] for group in groups), last]
