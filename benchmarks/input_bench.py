@@ -36,7 +36,7 @@ from torch import Tensor
 from scrl_fast.build import keep_memory
 from scrl_fast.config.schema import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
-from scrl_fast.data.decode import Encoded, Room, decode, decoders, jpeg_decoder
+from scrl_fast.data.decode import Encoded, PixelBuffer, decode, decoders, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import augment_views, pack_images
@@ -73,7 +73,7 @@ class Ours(Pipeline):
 
     def __init__(self, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         super().__init__(*args)
-        self._dtype, self._room = dtype, Room(1 << 24)
+        self._dtype, self._buffer = dtype, PixelBuffer(1 << 24)
         self._options = {"size": self.config.size, "mean": self.config.mean, "std": self.config.std, **options}
 
     def __call__(self) -> Tensor:
@@ -82,7 +82,7 @@ class Ours(Pipeline):
         table["image"] = 0
         opened = [Encoded(jpeg, max_pixels=1 << 24) for jpeg in self.jpegs]
         for place, (image, rows) in enumerate(zip(opened, table, strict=True)):
-            packed = pack_images([image.decode(room=self._room)])
+            packed = pack_images([image.decode(buffer=self._buffer)])
             augment_views(packed, rows, out=out[place :: len(opened)], checked=True, **self._options)
         return out
 

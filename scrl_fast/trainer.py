@@ -319,7 +319,7 @@ class SCRLTrainer:
         if planned and self.scores:
             score = fmean(self.scores)
             better, self.best, self.scores = score > self.best, max(score, self.best), []
-        loaders = self.world.gathered([self.loader.state()])
+        loaders = self.world.gathered([self.loader.state_dict()])
         if self.rank == 0:
             self.checkpoints.save(resume.training_state(self, loaders), self.step, best=better)
             if time.monotonic() - self.drawn > CURVES_EVERY:

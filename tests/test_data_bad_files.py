@@ -92,10 +92,10 @@ def test_a_resumed_epoch_stops_where_an_uninterrupted_one_would() -> None:
     config = config_of(data__max_bad_fraction=0.2, data__workers=0, train__epochs=1)
     first, second = (Loader(Pictures(100, bad=bad), config) for _ in range(2))
     assert len(list(first.stream(0, 0, 12))) == 12
-    state = first.state()
+    state = first.state_dict()
     assert len(state["bad"][0]) >= 12 and len(list(second.stream(0, 13, 12))) == 12  # alone, half of them are allowed
     third = Loader(Pictures(100, bad=bad), config)
-    third.load_state([state])
+    third.load_state_dict([state])
     with pytest.raises(TooManyBadImages, match="21 of the 100"):
         list(third.stream(0, 13, 12))
 
@@ -110,9 +110,9 @@ def test_what_stopped_a_run_is_not_held_against_the_next() -> None:
     stopped, again, running = (BadFiles(100, 0.1) for _ in range(3))
     with pytest.raises(TooManyBadImages):
         add(stopped, 30)
-    again.load_state([stopped.state()])
+    again.load_state_dict([stopped.state_dict()])
     add(again, 10)
-    running.load_state([again.state()])
+    running.load_state_dict([again.state_dict()])
     with pytest.raises(TooManyBadImages, match="11 of the 100"):
         running.add(BadImage("10", "no picture"), 0)
 
@@ -121,10 +121,13 @@ def test_another_number_of_processes_shares_what_was_counted() -> None:
     states = [{0: ["a", "b"], 1: ["f"]}, {0: ["b", "c", "d"]}, {0: ["e"]}]
     tallies = [BadFiles(100, 0.1) for _ in range(2)]
     for rank, tally in enumerate(tallies):
-        tally.load_state(states, rank, 2)
+        tally.load_state_dict(states, rank, 2)
         tally.add(BadImage("b", "no picture"), 0)  # which both now find
         tally.add(BadImage(f"new {rank}", "no picture"), 0)
-    assert [tally.state() for tally in tallies] == [{0: ["a", "c", "e", "new 0"], 1: ["f"]}, {0: ["b", "d", "new 1"]}]
+    assert [tally.state_dict() for tally in tallies] == [
+        {0: ["a", "c", "e", "new 0"], 1: ["f"]},
+        {0: ["b", "d", "new 1"]},
+    ]
     for index in range(7):
         tallies[1].add(BadImage(f"more {index}", "no picture"), 0)
     with pytest.raises(TooManyBadImages, match="11 of the 100"):
@@ -142,19 +145,19 @@ def counted(images: int, names: Iterable[str]) -> BadFiles:
 
 
 def test_what_stopped_one_process_is_not_held_against_several() -> None:
-    stopped = counted(100_000, map(str, range(2000))).state()
+    stopped = counted(100_000, map(str, range(2000))).state_dict()
     four = [BadFiles(25_000, 0.01) for _ in range(4)]
     for rank, tally in enumerate(four):
-        tally.load_state([stopped], rank, 4)
+        tally.load_state_dict([stopped], rank, 4)
         for index in range(250):
             tally.add(BadImage(f"{rank} {index}", "no picture"), 0)
             tally.good()
 
 
 def test_what_stopped_no_process_is_held_against_one() -> None:
-    four = [counted(250, [f"{rank} {index}" for index in range(9)]).state() for rank in range(4)]
+    four = [counted(250, [f"{rank} {index}" for index in range(9)]).state_dict() for rank in range(4)]
     one = BadFiles(1000, 0.01)
-    one.load_state(four)
+    one.load_state_dict(four)
     for state in four:  # counted, all of them, though one process would have been stopped by them
         for name in state[0]:
             one.add(BadImage(name, "no picture"), 0)
@@ -167,10 +170,10 @@ def test_another_process_still_holds_its_names_after_a_second_resume() -> None:
     for _ in range(2):
         tallies = [BadFiles(100, 0.1) for _ in range(2)]
         for rank, tally in enumerate(tallies):
-            tally.load_state(states, rank, 2)
-        states = [tally.state() for tally in tallies]
+            tally.load_state_dict(states, rank, 2)
+        states = [tally.state_dict() for tally in tallies]
     tallies[1].add(BadImage("a", "no picture"), 0)
-    assert [tally.state() for tally in tallies] == [{0: ["a"]}, {0: ["b"]}]
+    assert [tally.state_dict() for tally in tallies] == [{0: ["a"]}, {0: ["b"]}]
 
 
 def test_a_hundred_in_a_row_stop_a_run_long_before_the_share_is_reached() -> None:

@@ -17,7 +17,7 @@ from photos import NAMES, crop, write_bad, write_formats
 from PIL import Image, ImageOps
 
 from scrl_fast.data import decode as decode_module
-from scrl_fast.data.decode import BadImage, Encoded, Room, decode, decoders, read_image
+from scrl_fast.data.decode import BadImage, Encoded, PixelBuffer, decode, decoders, read_image
 
 LIMIT = 1_000_000
 JPEG_DECODERS = [name for name, said in decoders().items() if said in ("in use", "works")]
@@ -143,13 +143,13 @@ def test_pixels_are_decoded_into_a_room_where_they_fit(name: str, monkeypatch: p
     files = [encoded(crop(photo, 30, 44), "JPEG", quality=90) for photo in NAMES[:2]]
     turned = encoded(crop(NAMES[0], 30, 44), "JPEG", quality=90, exif=exif)
     large = encoded(crop(NAMES[0], 31, 44), "JPEG", quality=90)
-    room = Room(30 * 44 * 3)
+    buffer = PixelBuffer(30 * 44 * 3)
     for data, fits in ((files[0], True), (turned, False), (files[1], True), (large, False)):
-        pixels = Encoded(data, max_pixels=LIMIT).decode(room=room)
+        pixels = Encoded(data, max_pixels=LIMIT).decode(buffer=buffer)
         assert np.array_equal(pixels, decode(data, max_pixels=LIMIT))
-        assert np.shares_memory(pixels, room.place(30, 44)) == fits
+        assert np.shares_memory(pixels, buffer.place(30, 44)) == fits
     with pytest.raises(BadImage):
-        Encoded(files[0][: len(files[0]) // 2], max_pixels=LIMIT).decode(room=room)
+        Encoded(files[0][: len(files[0]) // 2], max_pixels=LIMIT).decode(buffer=buffer)
 
 
 def test_pixels_are_not_kept_beside_the_file() -> None:

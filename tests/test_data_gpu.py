@@ -11,8 +11,17 @@ import torch
 from photos import write_bad, write_formats, write_photos
 
 from scrl_fast.config.schema import Config, DataConfig
-from scrl_fast.data import Batch, DemoScenes, Loader, PackedBatch, gpu, make_source, on_device, views_on_gpu
-from scrl_fast.data import batch_builder as pending
+from scrl_fast.data import (
+    Batch,
+    DemoScenes,
+    Loader,
+    PackedBatch,
+    batch_builder,
+    gpu,
+    make_source,
+    on_device,
+    views_on_gpu,
+)
 from scrl_fast.ops.augment_views import VIEW_DTYPE
 
 CPU = torch.device("cpu")
@@ -64,7 +73,7 @@ def test_packed_images_give_the_views_of_the_loader(workers: int, tmp_path: Path
 def test_batches_too_large_come_with_their_views(monkeypatch: pytest.MonkeyPatch) -> None:
     source, config = DemoScenes(8, 48), config_of()
     plain = batches(source, config, dtype=torch.uint8)
-    monkeypatch.setattr(pending, "_MOST_PACKED", 4 * 48 * 48 * 3 // 2)
+    monkeypatch.setattr(batch_builder, "_MOST_PACKED", 4 * 48 * 48 * 3 // 2)
     for ours, theirs in zip(batches(source, config, packed=True, dtype=torch.uint8), plain, strict=True):
         assert isinstance(ours, Batch)
         assert_same(ours, theirs)
@@ -72,23 +81,23 @@ def test_batches_too_large_come_with_their_views(monkeypatch: pytest.MonkeyPatch
 
 def test_images_held_are_freed_as_soon_as_the_batch_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    pack = pending.pack_regions
+    pack = batch_builder.pack_regions
 
     def spy(images: Any, **options: Any) -> Any:
         made.append(sum(one is not None for one in held.pop()._images) if held else -1)
         return pack(images, **options)
 
     held: list[Any] = []
-    keep = pending.Pending._keep
+    keep = batch_builder.BatchBuilder._keep
 
     def watch(self: Any, *rest: Any) -> None:
         held.append(self)
         keep(self, *rest)
 
-    monkeypatch.setattr(pending, "pack_regions", spy)
-    monkeypatch.setattr(pending.Pending, "_keep", watch)
-    monkeypatch.setattr(pending, "_MOST_PACKED", 0)
-    monkeypatch.setattr(pending, "_MOST_HELD", 1)  # image by image
+    monkeypatch.setattr(batch_builder, "pack_regions", spy)
+    monkeypatch.setattr(batch_builder.BatchBuilder, "_keep", watch)
+    monkeypatch.setattr(batch_builder, "_MOST_PACKED", 0)
+    monkeypatch.setattr(batch_builder, "_MOST_HELD", 1)  # image by image
     batches(DemoScenes(4, 48), config_of(workers=1), packed=True, dtype=torch.uint8)
     assert made == [0, 0, 0, 0]  # none but the one whose views are being made
 
@@ -135,7 +144,7 @@ def test_decoded_images_of_a_large_batch_are_copied_on_the_stream_that_decoded_t
     streams: list[Any] = []
     beside = gpu._beside_training
     monkeypatch.setattr(gpu, "_beside_training", lambda device: streams.append(device) or beside(device))
-    monkeypatch.setattr(pending, "_MOST_PACKED", 0)
+    monkeypatch.setattr(batch_builder, "_MOST_PACKED", 0)
     for ours, theirs in zip(batches(source, config, packed=True, gpu=CPU, dtype=torch.uint8), plain, strict=True):
         assert_same(ours, theirs)
     assert len(streams) >= 5 and set(streams) == {CPU}

@@ -13,8 +13,7 @@ import pytest
 import torch
 from tiny_loader import SCENES, Pictures, config_of, epoch_of, same
 
-from scrl_fast.data import Batch, Loader
-from scrl_fast.data import batch_builder as pending_module
+from scrl_fast.data import Batch, Loader, batch_builder
 from scrl_fast.data import reader as reader_module
 from scrl_fast.data.views import crops_of, draw_views
 from scrl_fast.errors import UsageError
@@ -188,8 +187,8 @@ def test_without_workers_nothing_is_made_ahead() -> None:
 def test_large_images_are_not_all_held_at_once(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = epoch_of(SCENES, config_of(train__batch_size=24), dtype=torch.uint8)
     lots: list[int] = []
-    monkeypatch.setattr(pending_module, "_MOST_HELD", 5 * 48 * 48 * 3)
-    monkeypatch.setattr(pending_module, "_MOST_PACKED", 0)
+    monkeypatch.setattr(batch_builder, "_MOST_HELD", 5 * 48 * 48 * 3)
+    monkeypatch.setattr(batch_builder, "_MOST_PACKED", 0)
     draw = reader_module.draw_views
 
     def spy(views: Any, sizes: Any, **options: Any) -> np.ndarray:

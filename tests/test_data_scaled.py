@@ -191,7 +191,7 @@ def test_the_loader_uses_it_and_its_stream_stays_one(monkeypatch: pytest.MonkeyP
     shrinks: list[int] = []
     decode = Encoded.decode
     monkeypatch.setattr(
-        Encoded, "decode", lambda self, shrink=1, room=None: shrinks.append(shrink) or decode(self, shrink)
+        Encoded, "decode", lambda self, shrink=1, buffer=None: shrinks.append(shrink) or decode(self, shrink)
     )
     batches = [batch for epoch in (0, 1) for batch in Loader(source, config).epoch(epoch)]
     assert {1, 4} <= set(shrinks) | {8} and max(shrinks) > 1

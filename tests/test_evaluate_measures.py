@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from scrl_fast.config.schema import BoxesConfig, ViewsConfig
 from scrl_fast.data import BadImage, DemoScenes
+from scrl_fast.data.prefetch import prefetched
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import knn as knn_module
 from scrl_fast.evaluate.cache import key_of
 from scrl_fast.evaluate.dense import _scores, dense_consistency, similarity_maps, view_pairs
-from scrl_fast.evaluate.images import Preparation, made_ahead, pooled_features
+from scrl_fast.evaluate.images import Preparation, pooled_features
 from scrl_fast.evaluate.knn import knn, nearest
 from scrl_fast.evaluate.linear import LinearHeads, accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.rank import rank
@@ -212,7 +213,7 @@ def test_images_that_cannot_be_read_stop_the_evaluation():
 
     with pytest.raises(UsageError, match="picture 0: cut off"):
         pooled_features(identity_encoder(), Broken(3, seed=0), Preparation(ViewsConfig(recipe="none", size=32)))
-    assert list(made_ahead(lambda x: x * x, range(9), 2)) == [x * x for x in range(9)]
+    assert list(prefetched(lambda x: x * x, range(9), 2)) == [x * x for x in range(9)]
 
 
 def test_cache_keys_tell_everything_apart():

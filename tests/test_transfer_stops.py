@@ -12,18 +12,17 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 from tiny_transfer import arguments, transfer
 
-from scrl_fast.data.loader import LoaderStalled
+from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer.__main__ import main, parse
-from scrl_fast.transfer.dataset import Ahead
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -69,8 +68,8 @@ def test_a_measurement_that_is_stopped_says_how_to_measure_anew(data_root, tmp_p
 
 def test_a_read_that_never_returns_is_named_and_keeps_no_process_alive():
     released, before = threading.Event(), set(threading.enumerate())
-    with closing(Ahead(2, 1, timeout=0.2, name_of="pic{}.jpg".format)) as ahead:
-        groups = ahead([[partial(released.wait if index == 3 else abs, index)] for index in range(6)])
+    with closing(Prefetcher(2, 1, timeout=0.2, name_of="pic{}.jpg".format)) as prefetcher:
+        groups = prefetcher.map(lambda i: released.wait() if i == 3 else i, [[index] for index in range(6)])
         assert [next(groups) for _ in range(3)] == [[0], [1], [2]]
         own = set(threading.enumerate()) - before
         assert len(own) == 2 and all(thread.daemon for thread in own)
@@ -83,8 +82,8 @@ def test_stalled_data_end_the_run_with_a_checkpoint(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a")
     examples = run.examples
 
-    def stalling(ahead):
-        yield next(examples(ahead))
+    def stalling(prefetcher):
+        yield next(examples(prefetcher))
         raise LoaderStalled("no image was finished")
 
     run.examples = stalling

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_transfer import arguments, transfer, without_masks
 
+from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.models import build_encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.run import checkpoint
@@ -17,7 +18,7 @@ from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASKS
-from scrl_fast.transfer.dataset import Ahead, maskless
+from scrl_fast.transfer.dataset import maskless
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -72,8 +73,8 @@ def test_init_is_in_the_backbone_before_the_first_step(data_root, tmp_path):
 
 def test_mask_rcnn_is_trained_on_masks_in_every_task_of_coco(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a", "--model.detector=mask_rcnn")
-    with closing(Ahead(1, 1)) as ahead:
-        _, target = next(run.examples(ahead))[0]
+    with closing(Prefetcher(1, 1)) as prefetcher:
+        _, target = next(run.examples(prefetcher))[0]
     assert target["masks"].shape[0] == len(target["boxes"]) and target["masks"].flatten(1).any(1).all()
 
 

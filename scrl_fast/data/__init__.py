@@ -4,15 +4,18 @@ from scrl_fast.data.bad_images import TooManyBadImages
 from scrl_fast.data.batch import Batch, PackedBatch
 from scrl_fast.data.decode import BadImage, decoders
 from scrl_fast.data.gpu import views_on_gpu
-from scrl_fast.data.loader import Loader, LoaderStalled
-from scrl_fast.data.sources.base import Source, make_source
+from scrl_fast.data.loader import Loader
+from scrl_fast.data.sources.base import ImagesWithBoxes, Source
 from scrl_fast.data.sources.demo import DemoScenes
+from scrl_fast.data.sources.factory import make_source
 from scrl_fast.data.to_device import on_device
+from scrl_fast.data.workers import LoaderStalled
 
 __all__ = [
     "BadImage",
     "Batch",
     "DemoScenes",
+    "ImagesWithBoxes",
     "Loader",
     "LoaderStalled",
     "PackedBatch",

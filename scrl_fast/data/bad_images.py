@@ -65,7 +65,7 @@ class BadFiles:
                     f"The last: {bad}{self._where()}"
                 )
 
-    def state(self) -> dict[int, list[str]]:
+    def state_dict(self) -> dict[int, list[str]]:
         """The names counted, by epoch: with those of all processes a resumed run stops where this one would have.
 
         Not those of an epoch in which they stopped this run: somebody will have seen to that before the next.
@@ -73,11 +73,14 @@ class BadFiles:
         with self._lock:
             return {epoch: sorted(names) for epoch, names in self._names.items() if 0 < len(names) <= self._allowed}
 
-    def load_state(self, states: Sequence[Mapping[int, Sequence[str]]], rank: int = 0, world_size: int = 1) -> None:
-        """Go on counting from what `state` gave in each process: from this one's own, or, if they are as many no more,
-        from an equal share of all names; none of those is then counted again by another process.
+    def load_state_dict(
+        self, states: Sequence[Mapping[int, Sequence[str]]], rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Go on counting from what `state_dict` gave in each process.
 
-        Of more names than are allowed now, as many as are: the next one stops the run, not what was counted before.
+        With as many processes as before, each takes its own names; with more or fewer, an equal share of all. No name
+        is then counted again by another process. Of more names than are allowed now, only so many are kept: the next
+        bad image stops the run, not those counted before.
         """
         own, others = dict[int, set[str]](), dict[int, set[str]]()
         for epoch in {int(epoch) for state in states for epoch in state}:

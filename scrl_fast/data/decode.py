@@ -60,7 +60,7 @@ def decode(data: bytes, *, max_pixels: int, name: str = "image") -> Pixels:
     return Encoded(data, max_pixels=max_pixels, name=name).decode()
 
 
-class Room:
+class PixelBuffer:
     """Memory for the pixels of one image after the other: always the same, so it stays in the processor's cache.
 
     size: bytes. A larger image is decoded into memory of its own.
@@ -70,7 +70,7 @@ class Room:
         self._memory = np.empty(size, np.uint8)
 
     def place(self, height: int, width: int) -> Pixels | None:
-        """Where an image of that size lies, over the one before; None when there is no room for it."""
+        """Where an image of that size lies, over the one before; None when it does not fit."""
         size = height * width * 3
         return self._memory[:size].reshape(height, width, 3) if size <= self._memory.size else None
 
@@ -109,10 +109,10 @@ class Encoded:
         whole = self._orientation == 1 or self.height % shrink == self.width % shrink == 0  # mirrored, the rest leads
         return self._plain_jpeg and shrink in SHRINKS and whole
 
-    def decode(self, shrink: int = 1, room: Room | None = None) -> Pixels:
+    def decode(self, shrink: int = 1, buffer: PixelBuffer | None = None) -> Pixels:
         """RGB, uint8 `[ceil(height / shrink), ceil(width / shrink), 3]`; a JPEG shrunk while decoding costs less.
 
-        room: where the pixels are to lie until the next image is decoded there, if they fit and the decoder can write
+        buffer: where the pixels are to lie until the next image is decoded there, if they fit and the decoder can write
         there.
         """
         if not self.can_shrink(shrink):
@@ -121,7 +121,7 @@ class Encoded:
         with _bad_image(self.name):
             if self._plain_jpeg and shrink > 1:
                 pixels = _shrunk(decoder)(self.data, shrink)
-            elif self._plain_jpeg and (place := self._place_in(room)) is not None:
+            elif self._plain_jpeg and (place := self._place_in(buffer)) is not None:
                 pixels = _decode_into(place, decoder, self.data)
             elif self._plain_jpeg:
                 pixels = _load(decoder)[0](self.data)
@@ -138,8 +138,8 @@ class Encoded:
                 raise BadImage(self.name, f"{height} x {width} pixels announced, {pixels.shape[:2]} found")
         return pixels
 
-    def _place_in(self, room: Room | None) -> Pixels | None:
-        return room.place(self.height, self.width) if room is not None and self._orientation == 1 else None
+    def _place_in(self, buffer: PixelBuffer | None) -> Pixels | None:
+        return buffer.place(self.height, self.width) if buffer is not None and self._orientation == 1 else None
 
 
 _SEGMENTS = {0xDB, 0xC4, 0xDD, 0xE0, 0xFE}  # tables, restarts, JFIF's density, comments: none changes the picture

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
@@ -23,11 +22,12 @@ from numpy.typing import NDArray
 from scrl_fast.config.schema import Config
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.batch import Batch, PackedBatch
-from scrl_fast.data.batch_builder import Pending
+from scrl_fast.data.batch_builder import BatchBuilder, BatchSpec
 from scrl_fast.data.crash_trace import Trace
+from scrl_fast.data.prefetch import PrefetchQueue
 from scrl_fast.data.reader import Reader
 from scrl_fast.data.sources.base import Source
-from scrl_fast.data.workers import Workers
+from scrl_fast.data.workers import LoaderStalled, Workers
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.philox import permutation
 
@@ -36,10 +36,6 @@ _KILLED = (
     "files made it: move it away, or have it decoded by another library (SCRL_FAST_JPEG=pillow)"
 )
 _log = logging.getLogger("scrl_fast")
-
-
-class LoaderStalled(RuntimeError):
-    """No image was finished within the time limit, or a batch not as long as other processes wait."""
 
 
 class Loader:
@@ -77,16 +73,15 @@ class Loader:
         _check(source, config, rank, world_size)
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
-        self._dtype, self._pin_memory = dtype, pin_memory
-        self._packed, self._gpu = packed, gpu
         self._longest, self._spent = longest, 0.0  # since the present step was begun
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
         if trace and trace.left:
             _log.warning(_KILLED, "; ".join(trace.left))
         self._workers = Workers(config.data.workers, trace)
-        self._reader = Reader(source, config, self._bad, self._workers, keep=packed)
-        self._ahead: deque[Pending] = deque()
+        reader = Reader(source, config, self._bad, self._workers, keep=packed)
+        self._spec = BatchSpec(config, reader, dtype, pin_memory, packed, gpu)
+        self._ahead: PrefetchQueue[BatchBuilder] = PrefetchQueue(self._workers, config.data.timeout)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -115,7 +110,7 @@ class Loader:
                 yield batch
         finally:
             if not last:  # broken off: nothing made ahead is wanted any more
-                self._drop()
+                self._ahead.cancel()
 
     def begin_step(self) -> None:
         """Let the waits from here on count anew towards `longest`.
@@ -133,17 +128,17 @@ class Loader:
                 yield from islice(made, here)
             epoch, start_batch, count = epoch + 1, 0, count - here
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of each process beside epoch and batch: the bad images counted so far."""
-        return {"bad": self._bad.state()}
+        return {"bad": self._bad.state_dict()}
 
-    def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what `state` gave in each process, in however many there were; from {} too."""
-        self._bad.load_state([state.get("bad", {}) for state in states], self.rank, self.world_size)
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what `state_dict` gave in each process, in however many there were; from {} too."""
+        self._bad.load_state_dict([state.get("bad", {}) for state in states], self.rank, self.world_size)
 
     def close(self) -> None:
         """End the threads. The loader cannot be used after it."""
-        self._drop()
+        self._ahead.cancel()
         self._workers.stop()
 
     def _fill_up(self, epoch: int, number: int) -> None:
@@ -152,48 +147,43 @@ class Loader:
         Without workers the wanted one is made here and now, and none ahead of it.
         """
         wanted = (epoch, number)
-        if self._ahead and self._ahead[0].place != wanted:
-            self._drop()
-        place = self._after(self._ahead[-1].place) if self._ahead else wanted
+        if self._ahead and self._ahead.first.place != wanted:
+            self._ahead.cancel()
+        place = self._after(self._ahead.last.place) if self._ahead else wanted
         data, train = self.config.data, self.config.train
         end = max(train.epochs, epoch + 1) * len(self)
         if train.max_steps:
             end = min(end, train.max_steps * train.accumulate)
         ahead = data.prefetch if data.workers else 0
         while not self._ahead or (len(self._ahead) <= ahead and place[0] * len(self) + place[1] < end):
-            self._ahead.append(self._start(place))
+            self._ahead.begin(self._build(place))
             place = self._after(place)
 
     def _after(self, place: tuple[int, int]) -> tuple[int, int]:
         epoch, number = place
         return (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
 
-    def _drop(self) -> None:
-        for pending in self._ahead:
-            pending.work.cancelled = True
-        self._ahead.clear()
-
     def _next(self) -> Batch | PackedBatch:
-        pending = self._ahead.popleft()
-        epoch, number = pending.place
-        timeout, start = self.config.data.timeout, time.monotonic()
-        done = pending.work.wait(timeout, self._workers.progress, self._longest - self._spent)
+        epoch, number = self._ahead.first.place
+        start = time.monotonic()
+        builder = self._ahead.take(self._longest - self._spent)
         self._spent += time.monotonic() - start
-        if not done:
-            pending.work.cancelled = True
-            raise LoaderStalled(self._why_stalled(epoch, number, timeout))
-        error = pending.work.error
+        if builder is None:
+            raise LoaderStalled(self._why_stalled(epoch, number))
+        error = builder.work.error
         if isinstance(error, (UsageError, KeyboardInterrupt)):
             raise error
         if error is not None:
             raise RuntimeError(
                 f"batch {number} of epoch {epoch} cannot be made: {type(error).__name__}: {error}"
             ) from error
-        return pending.batch()
+        return builder.batch()
 
-    def _why_stalled(self, epoch: int, number: int, timeout: float) -> str:
+    def _why_stalled(self, epoch: int, number: int) -> str:
         if self._spent < self._longest:
-            return self._workers.why_stalled(timeout, f" while batch {number} of epoch {epoch} was waited for")
+            return self._workers.why_stalled(
+                self._ahead.timeout, f" while batch {number} of epoch {epoch} was waited for"
+            )
         return (
             f"batch {number} of epoch {epoch} is not complete after {self._spent:.0f} s, and other processes wait no "
             f"longer; the workers are reading {self._workers.stalled()}. The disk or network share is too slow: "
@@ -201,23 +191,22 @@ class Loader:
             "(python -m scrl_fast.data.pack) are read sooner"
         )
 
-    def _start(self, place: tuple[int, int]) -> Pending:
+    def _build(self, place: tuple[int, int]) -> BatchBuilder:
         epoch, number = place
         if self._order[0] != epoch:
             order = permutation(self._seed, epoch, len(self.source))
             self._order = epoch, order[self.rank :: self.world_size]
         keys = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
-        pending = Pending(self, place, keys)
-        self._workers.submit(pending.work, pending.parts)
-        return pending
+        step = (epoch * len(self) + number) // self.config.train.accumulate + 1
+        return BatchBuilder(self._spec, place, keys, step)
 
 
 def _check(source: Source, config: Config, rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0..world_size-1, got rank {rank} of {world_size}")
-    for name, least in (("workers", 0), ("prefetch", 0)):
-        if not getattr(config.data, name) >= least:
-            raise UsageError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}")
+    for name in ("workers", "prefetch"):
+        if not getattr(config.data, name) >= 0:
+            raise UsageError(f"data.{name} must be at least 0, got {getattr(config.data, name)}")
     if not config.train.batch_size > 0:
         raise UsageError(f"train.batch_size must be positive, got {config.train.batch_size}")
     check_enough(len(source), config, world_size)

@@ -28,7 +28,7 @@ from scrl_fast.atomic_files import publish, write_synced, write_text
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.decode import SHRINKS, BadImage, Encoded
-from scrl_fast.data.sources.base import make_source
+from scrl_fast.data.sources.factory import make_source
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors

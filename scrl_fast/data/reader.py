@@ -11,24 +11,24 @@ import numpy as np
 
 from scrl_fast.config.schema import Config
 from scrl_fast.data.bad_images import IN_A_ROW, BadFiles, TooManyBadImages
-from scrl_fast.data.decode import BadImage, Encoded, Room
-from scrl_fast.data.scaled import Whole, largest_shrink, open_image
+from scrl_fast.data.decode import BadImage, Encoded, PixelBuffer
+from scrl_fast.data.scaled import DecodedImage, largest_shrink, open_image
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.views import draw_views
 from scrl_fast.data.workers import Workers
 from scrl_fast.ops.philox import uniforms
 
-_ROOM = 1 << 24  # bytes a thread keeps for the pixels of one image: 5.6 megapixels
+_BUFFER_BYTES = 1 << 24  # bytes a thread keeps for the pixels of one image: 5.6 megapixels
 _REPLACEMENT = 0x72657061
 
 
-class Slot(NamedTuple):
+class BatchItem(NamedTuple):
     """A place in a batch: the image asked for, how many were tried before the one that it got, that one's key."""
 
     asked: int
     attempt: int
     key: int
-    image: Encoded | Whole
+    image: Encoded | DecodedImage
 
 
 class Reading:
@@ -56,9 +56,9 @@ class Reader:
     def __init__(self, source: Source, config: Config, bad: BadFiles, workers: Workers, *, keep: bool) -> None:
         self.source, self._views, self._seed = source, config.views, config.train.seed
         self._scaled, self._bad, self._workers, self._keep = config.data.scaled_decode, bad, workers, keep
-        self._rooms = threading.local()
+        self._buffers = threading.local()
 
-    def open(self, key: int, epoch: int, step: int = 0, attempt: int = 0) -> Slot:
+    def open(self, key: int, epoch: int, step: int = 0, attempt: int = 0) -> BatchItem:
         """Image `key`, or in place of one that cannot be read another that (seed, epoch, key) decides.
 
         step: for which it is read, to be named with what is bad. attempt: how many images were tried before.
@@ -76,43 +76,43 @@ class Reader:
                 self._bad.add(bad, epoch, step)
             else:
                 self._bad.good()  # not only once it is decoded: many are opened before, by many threads
-                return Slot(key, number, candidate, image)
+                return BatchItem(key, number, candidate, image)
         raise TooManyBadImages(f"{IN_A_ROW} images drawn in place of {self.source.name_of(key)} cannot be read either")
 
-    def draw(self, slots: Sequence[Slot], epoch: int) -> np.ndarray:
-        """The table `[2, len(slots)]` of their views."""
-        sizes = [(slot.image.height, slot.image.width) for slot in slots]
-        return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[slot.key for slot in slots])
+    def draw(self, items: Sequence[BatchItem], epoch: int) -> np.ndarray:
+        """The table `[2, len(items)]` of their views."""
+        sizes = [(item.image.height, item.image.width) for item in items]
+        return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[item.key for item in items])
 
     def decode(
-        self, slot: Slot, rows: np.ndarray, epoch: int, step: int = 0, *, alone: bool = False
-    ) -> tuple[Slot, Any, int]:
-        """A slot, or what takes its place; its pixels; by what its sides were divided in decoding.
+        self, item: BatchItem, rows: np.ndarray, epoch: int, step: int = 0, *, alone: bool = False
+    ) -> tuple[BatchItem, Any, int]:
+        """An item, or what takes its place; its pixels; by what its sides were divided in decoding.
 
         rows: VIEW_DTYPE `[2]`, as drawn; filled anew for what takes the place. alone: the pixels may be gone with the
         next call, unless all are to be kept.
         """
-        room = self._room() if alone and not self._keep else None
+        buffer = self._buffer() if alone and not self._keep else None
         while True:
-            if isinstance(slot.image, Whole):
-                return slot, slot.image.data, 1
-            shrink = largest_shrink(slot.image, rows, self._views.size) if self._scaled else 1
+            if isinstance(item.image, DecodedImage):
+                return item, item.image.data, 1
+            shrink = largest_shrink(item.image, rows, self._views.size) if self._scaled else 1
             try:
-                with self.reading(self.source.name_of(slot.key)):
-                    pixels = slot.image.decode(shrink, room)
+                with self.reading(self.source.name_of(item.key)):
+                    pixels = item.image.decode(shrink, buffer)
             except BadImage as bad:
                 self._bad.add(bad, epoch, step)
-                slot = self.open(slot.asked, epoch, step, slot.attempt + 1)
-                rows[:] = self.draw([slot], epoch)[:, 0]
+                item = self.open(item.asked, epoch, step, item.attempt + 1)
+                rows[:] = self.draw([item], epoch)[:, 0]
             else:
-                return slot, pixels, shrink
+                return item, pixels, shrink
 
     def reading(self, name: str) -> Reading:
         """For a `with` around whatever may hang or crash over the image of that name."""
         return Reading(self._workers, name)
 
-    def _room(self) -> Room:
+    def _buffer(self) -> PixelBuffer:
         """The calling thread's memory for the pixels of one image."""
-        if not hasattr(self._rooms, "room"):
-            self._rooms.room = Room(_ROOM)
-        return self._rooms.room
+        if not hasattr(self._buffers, "buffer"):
+            self._buffers.buffer = PixelBuffer(_BUFFER_BYTES)
+        return self._buffers.buffer

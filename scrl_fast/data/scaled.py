@@ -14,23 +14,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.decode import SHRINKS, Encoded, Room
+from scrl_fast.data.decode import SHRINKS, Encoded, PixelBuffer
 from scrl_fast.data.sources.base import EncodedImages, Source
 from scrl_fast.data.views import crops_of
 
 
 class Opened(Protocol):
-    """An image of which the size is known and the pixels are not wanted yet: `decode.Encoded`, or a `Whole`."""
+    """An image of which the size is known and the pixels are not wanted yet: an `Encoded` or a `DecodedImage`."""
 
     height: int
     width: int
 
     def can_shrink(self, shrink: int) -> bool: ...
 
-    def decode(self, shrink: int = 1, room: Room | None = None) -> Any: ...
+    def decode(self, shrink: int = 1, buffer: PixelBuffer | None = None) -> Any: ...
 
 
-class Whole:
+class DecodedImage:
     """Pixels `[H, W, 3]` that are there already, an array or a tensor."""
 
     def __init__(self, pixels: Any) -> None:
@@ -39,13 +39,13 @@ class Whole:
     def can_shrink(self, shrink: int) -> bool:
         return shrink == 1
 
-    def decode(self, shrink: int = 1, room: Room | None = None) -> Any:
+    def decode(self, shrink: int = 1, buffer: PixelBuffer | None = None) -> Any:
         return self.data
 
 
-def open_image(source: Source, index: int) -> Encoded | Whole:
+def open_image(source: Source, index: int) -> Encoded | DecodedImage:
     """Image `index` of any source. Raises BadImage."""
-    return source.open(index) if isinstance(source, EncodedImages) else Whole(source.read(index))
+    return source.open(index) if isinstance(source, EncodedImages) else DecodedImage(source.read(index))
 
 
 def largest_shrink(image: Opened, rows: np.ndarray, least: int) -> int:

@@ -18,14 +18,20 @@ from scrl_fast.data.crash_trace import Trace
 _JOIN_SECONDS = 2.0
 
 
+class LoaderStalled(RuntimeError):
+    """No image was finished within the time limit, or a batch not as long as other processes wait."""
+
+
 class Work:
     """One batch in the making: parts that threads take up in any order. `finish` runs after the last, in its thread."""
 
-    def __init__(self, parts: int, make: Callable[[int], None], finish: Callable[[], None]) -> None:
-        self.cancelled = False
+    def __init__(self, parts: int, make: Callable[[int], None], finish: Callable[[], None] = lambda: None) -> None:
+        self.parts, self.cancelled = parts, False
         self.error: BaseException | None = None
         self._make, self._finish = make, finish
         self._left, self._lock, self._done = parts, threading.Lock(), threading.Event()
+        if not parts:
+            self._done.set()
 
     def run(self, part: int) -> None:
         try:
@@ -73,8 +79,8 @@ class Workers:
             thread.start()
         self.stop = weakref.finalize(self, _stop, self._queue, self._threads, trace)
 
-    def submit(self, work: Work, parts: int) -> None:
-        for part in range(parts):
+    def submit(self, work: Work) -> None:
+        for part in range(work.parts):
             if self._threads:
                 self._queue.put((work, part))
             else:

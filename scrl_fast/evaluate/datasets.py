@@ -73,7 +73,7 @@ def labels_of(source: Source) -> NDArray[np.int64]:
 
 
 def labelled_regions(data: RegionData, seed: int) -> tuple[Any, Any]:
-    """Training and test images with labelled boxes: `DemoScenes`, or `Regions` without crowds and empty images.
+    """Training and test images with labelled boxes: `DemoScenes`, or `ResizedImages` without crowds and empty images.
 
     Images of one size stand together, so that they make batches. Raises UsageError naming what is missing.
     """
@@ -93,7 +93,7 @@ def labelled_regions(data: RegionData, seed: int) -> tuple[Any, Any]:
     return train, test
 
 
-def _annotated(data: RegionData, split: str) -> Regions:
+def _annotated(data: RegionData, split: str) -> ResizedImages:
     if data.source == "coco":
         found = read_coco(data.root, split, keep_segmentations=False, max_pixels=data.max_pixels)
     else:
@@ -105,10 +105,10 @@ def _annotated(data: RegionData, split: str) -> Regions:
         raise UsageError(f"{found.annotation_file} holds no boxes in its {len(found)} images")
     heights, widths = np.array([(o.height, o.width) for o in found.objects]).T
     by_size = chosen[np.lexsort((chosen, widths[chosen], heights[chosen]))]
-    return Regions(found.subset(by_size.tolist()), data.short_side)
+    return ResizedImages(found.subset(by_size.tolist()), data.short_side)
 
 
-class Regions:
+class ResizedImages:
     """Annotated images as `roi_linear` takes them, enlarged or shrunk to a shorter side of so many pixels (0: not).
 
     `areas` are those of the original images, by which COCO sorts objects into small, medium and large.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +14,13 @@ from torch import Tensor, nn
 
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data import BadImage, Source
+from scrl_fast.data.prefetch import prefetched
 from scrl_fast.data.views import draw_views
 from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops.augment_views import augment_views, pack_images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel at 96 pixels and stride 8
 
 
@@ -50,7 +47,7 @@ class Preparation:
         """
         order = np.arange(len(source)) if indices is None else np.asarray(indices)
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        made = made_ahead(lambda chunk: self._made(source, chunk, epoch), chunks, self.workers)
+        made = prefetched(lambda chunk: self._made(source, chunk, epoch), chunks, self.workers)
         yield from zip(made, chunks, strict=True)
 
     def _made(self, source: Source, chunk: NDArray[np.int64], epoch: int) -> Tensor:
@@ -66,21 +63,6 @@ def read(source: Any, index: int) -> NDArray[np.uint8]:
         return source.read(index)
     except BadImage as bad:
         raise UsageError(f"an image that is to be evaluated cannot be read: {bad}") from bad
-
-
-def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
-    """``make`` of every item, in order, by so many threads (0: the caller's own), a few ahead of the one wanted."""
-    if not workers:
-        yield from map(make, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[Made]] = deque()
-        for item in items:
-            ahead.append(pool.submit(make, item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def frozen(encoder: Encoder) -> Encoder:

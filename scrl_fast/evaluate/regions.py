@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scrl_fast.config.schema import Config
-from scrl_fast.evaluate.images import frozen, made_ahead, measure_batchnorm, read
+from scrl_fast.data import ImagesWithBoxes
+from scrl_fast.data.prefetch import prefetched
+from scrl_fast.evaluate.images import frozen, measure_batchnorm, read
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 
@@ -35,22 +37,7 @@ LBFGS_STEPS = 100
 DOUBLE_NUMBERS = 2**28
 
 
-class LabelledRegions(Protocol):
-    """Images with labelled boxes, such as `scrl_fast.data.DemoScenes`."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Image as RGB, uint8 ``[H, W, 3]``; sizes may differ."""
-        ...
-
-    def boxes(self, index: int) -> NDArray[np.float32]:
-        """``[n, 4]`` as x0, y0, x1, y1 in pixels."""
-        ...
-
-    def labels(self, index: int) -> NDArray[np.int64]:
-        """Class of each box, ``[n]``, 0 or more."""
-        ...
+LabelledRegions = ImagesWithBoxes  # its public name here
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,8 @@ class RoILinearResult:
 
 def roi_linear(
     encoder: Encoder,
-    train: LabelledRegions,
-    test: LabelledRegions,
+    train: ImagesWithBoxes,
+    test: ImagesWithBoxes,
     *,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
@@ -102,7 +89,7 @@ def roi_linear(
 
 @torch.no_grad()
 def region_features(
-    encoder: Encoder, regions: LabelledRegions, reader: RegionReader, pooling: tuple[int, int, bool], name: str
+    encoder: Encoder, regions: ImagesWithBoxes, reader: RegionReader, pooling: tuple[int, int, bool], name: str
 ) -> BoxSamples:
     """RoIAligned features of every box. pooling: output size, sampling ratio, aligned.
 
@@ -119,7 +106,7 @@ def region_features(
 
 
 def demo_roi_linear(
-    encoders: Mapping[str, Encoder], config: Config, *, train: LabelledRegions | None = None
+    encoders: Mapping[str, Encoder], config: Config, *, train: ImagesWithBoxes | None = None
 ) -> dict[str, RoILinearResult]:
     """`roi_linear` of each encoder on the demo's own scenes: fitted to the training ones, tested on held-out ones.
 
@@ -170,7 +157,7 @@ class RegionReader:
     batch_size: int
     workers: int = 0
 
-    def batches(self, regions: LabelledRegions) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def batches(self, regions: ImagesWithBoxes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(images ``[b, 3, H, W]``, boxes ``[n, 5]``, labels ``[n]``, image of each box ``[n]``)."""
         for first, pictures in self._same_size(regions):
             at = range(first, first + len(pictures))
@@ -184,9 +171,9 @@ class RegionReader:
                 torch.from_numpy(images),
             )
 
-    def _same_size(self, regions: LabelledRegions) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
+    def _same_size(self, regions: ImagesWithBoxes) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         group: list[NDArray[np.uint8]] = []
-        for i, picture in enumerate(made_ahead(lambda i: read(regions, i), range(len(regions)), self.workers)):
+        for i, picture in enumerate(prefetched(lambda i: read(regions, i), range(len(regions)), self.workers)):
             if group and (len(group) == self.batch_size or picture.shape != group[0].shape):
                 yield i - len(group), group
                 group = []
@@ -200,7 +187,7 @@ class RegionReader:
         return images.float().div_(255).sub_(mean).div_(std)
 
 
-def _measure_batchnorm(encoder: nn.Module, regions: LabelledRegions, reader: RegionReader) -> None:
+def _measure_batchnorm(encoder: nn.Module, regions: ImagesWithBoxes, reader: RegionReader) -> None:
     measure_batchnorm(encoder, (images for images, *_ in reader.batches(regions)))
 
 

@@ -32,7 +32,7 @@ SPREAD = ("train.batch_size", "train.accumulate", "train.threads")
 def training_state(trainer: SCRLTrainer, loaders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All that the run needs to go on as if it had never stopped (DESIGN, "Conventions", and ``log``).
 
-    loaders: what `Loader.state` gave in each process.
+    loaders: what `Loader.state_dict` gave in each process.
     """
     epoch, done = divmod(trainer.step, trainer.steps_per_epoch)
     train = trainer.config.train
@@ -133,7 +133,7 @@ def load_training_state(trainer: SCRLTrainer, state: Mapping[str, Any]) -> None:
         group.update(mine)
     torch.set_rng_state(state["rng"]["torch"])
     trainer.step = state["step"]
-    trainer.loader.load_state(state["loader"].get("processes", [state["loader"]]))
+    trainer.loader.load_state_dict(state["loader"].get("processes", [state["loader"]]))
     log = state.get("log", {})
     trainer.pending = [list(row) for row in log.get("pending", [])]
     trainer.scores, trainer.best = list(log.get("scores", [])), log.get("best", trainer.best)

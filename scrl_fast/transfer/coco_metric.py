@@ -39,7 +39,7 @@ def evaluator(backend: str = "auto") -> tuple[Any, Any]:
 
 
 def ground_truth(source: Any) -> dict[str, Any]:
-    """Boxes of any `Regions` as a document in COCO's format; an image's id is its place, a category's its label."""
+    """`ImagesWithBoxes` as a document in COCO's format; an image's id is its place, a category's its label."""
     objects = getattr(source, "objects", None)
     annotations: list[dict[str, Any]] = []
     labels: set[int] = set()

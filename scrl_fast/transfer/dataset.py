@@ -1,12 +1,9 @@
-"""From annotated images to batches of a detector: targets, flips, batches of like orientation, reading ahead."""
+"""From annotated images to batches of a detector: targets, flips, batches of like orientation."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.data.bad_images import BadImage
-from scrl_fast.data.loader import LoaderStalled
 from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
-from scrl_fast.data.workers import Work, Workers
+from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.errors import UsageError
 from scrl_fast.run.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
@@ -30,18 +26,6 @@ KEYPOINTS = 17
 """Of a person, as COCO's metric is defined for them."""
 KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
 """COCO's keypoints that change places in a mirror: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
-
-
-class Regions(Protocol):
-    """Images with labelled boxes: demo scenes, or what ``data.coco``, ``data.voc`` and ``data.cityscapes`` read."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> NDArray[np.uint8]: ...
-
-    def boxes(self, index: int) -> NDArray[np.float32]: ...
-
-    def labels(self, index: int) -> NDArray[np.int64]: ...
 
 
 class Joined:
@@ -165,8 +149,8 @@ def check_keypoints(source: Any) -> None:
 class Examples:
     """Images and targets as torchvision's detectors take them.
 
-    source: `Regions`. first_label: what label 0 becomes. masks, keypoints: what targets have beside boxes and labels;
-        keypoints is how many an object has.
+    source: `ImagesWithBoxes`. first_label: what label 0 becomes.
+    masks, keypoints: what targets have beside boxes and labels; keypoints is how many an object has.
     flip: probability of a mirror image, drawn from (seed, epoch, index) alone.
     """
 
@@ -255,57 +239,6 @@ def is_wide(source: Any, index: int) -> bool:
     objects = _objects(source, index)
     height, width = (objects.height, objects.width) if objects is not None else source.read(index).shape[:2]
     return width > height
-
-
-class Ahead:
-    """Calls made by threads ahead of their use, answered in order.
-
-    timeout: how many seconds may pass without a finished call while one is waited for. name_of: what to call the image
-    whose index is a call's first argument. The threads are daemons: a read that never returns keeps no process alive.
-    """
-
-    def __init__(
-        self, workers: int, groups: int, *, timeout: float = math.inf, name_of: Callable[[int], str] = str
-    ) -> None:
-        self.workers, self.groups, self.timeout, self.name_of = Workers(max(1, workers)), groups, timeout, name_of
-
-    def __call__(self, calls: Iterable[Sequence[functools.partial[Any]]]) -> Iterator[list[Any]]:
-        """For each group of calls the list of their results. Raises LoaderStalled, or what a call raised."""
-        waiting: deque[tuple[Work, list[Any]]] = deque()
-        try:
-            for group in calls:
-                waiting.append(self._begin(group))
-                if len(waiting) > self.groups:
-                    self._wait(waiting[0][0])
-                    yield waiting.popleft()[1]
-            while waiting:
-                self._wait(waiting[0][0])
-                yield waiting.popleft()[1]
-        finally:
-            for work, _ in waiting:
-                work.cancelled = True
-
-    def _begin(self, group: Sequence[functools.partial[Any]]) -> tuple[Work, list[Any]]:
-        results: list[Any] = [None] * len(group)
-
-        def make(part: int) -> None:
-            self.workers.reads(self.name_of(group[part].args[0]))
-            results[part] = group[part]()
-            self.workers.finished()
-
-        work = Work(len(group), make, lambda: None)
-        self.workers.submit(work, len(group))
-        return work, results
-
-    def _wait(self, work: Work) -> None:
-        if not work.wait(self.timeout, self.workers.progress):
-            raise LoaderStalled(self.workers.why_stalled(self.timeout))
-        if work.error is not None:
-            raise work.error
-
-    def close(self) -> None:
-        """Ends the threads; what they have not begun is not done."""
-        self.workers.stop()
 
 
 def reading(stop: StopRequest, work: Callable[[], T]) -> tuple[T | None, BadImage | LoaderStalled | None]:

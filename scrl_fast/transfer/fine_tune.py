@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from scrl_fast.build import step_seed
+from scrl_fast.data import ImagesWithBoxes
+from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.transfer.config import TransferDataConfig, TransferOptimConfig
-from scrl_fast.transfer.dataset import Ahead, Example, Examples, Regions, batches, is_wide, trainable
+from scrl_fast.transfer.dataset import Example, Examples, batches, is_wide, trainable
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 
@@ -91,7 +92,7 @@ def stream(
     seed: int,
     start: int,
     stop: int,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[Example]]:
@@ -99,21 +100,21 @@ def stream(
     wide = [is_wide(examples.source, index) for index in indices]
     per_epoch = len(indices) // batch_size
 
-    def calls() -> Iterator[list[functools.partial[Example]]]:
+    def groups() -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, []
         for step in range(start, stop):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = batches(wide, batch_size, seed=seed, epoch=epoch)
             places = order[step % per_epoch][rank::world_size]
-            yield [functools.partial(examples, indices[place], epoch) for place in places]
+            yield [(indices[place], epoch) for place in places]
 
-    yield from ahead(calls())
+    yield from prefetcher.map(lambda wanted: examples(*wanted), groups())
 
 
 def fine_tune(
     network: nn.Module,
-    train: Regions,
+    train: ImagesWithBoxes,
     *,
     steps: int,
     batch_size: int = 16,
@@ -147,8 +148,8 @@ def fine_tune(
     device = next(network.parameters()).device
     losses = []
     network.train()
-    with closing(Ahead(workers, 2)) as ahead:
-        source = stream(examples, indices, batch_size, seed=seed, start=0, stop=steps, ahead=ahead)
+    with closing(Prefetcher(max(1, workers), 2)) as prefetcher:
+        source = stream(examples, indices, batch_size, seed=seed, start=0, stop=steps, prefetcher=prefetcher)
         for step, batch in enumerate(source):
             rate, drawn = optim.rate(step, batch_size), step_seed(seed, step, 0)
             row = train_step(

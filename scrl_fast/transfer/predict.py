@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -12,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.data import ImagesWithBoxes
+from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
-from scrl_fast.transfer.dataset import Ahead, Examples, Regions
+from scrl_fast.transfer.dataset import Examples
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.masks import mask_tools
 
@@ -21,7 +22,7 @@ from scrl_fast.transfer.masks import mask_tools
 @torch.no_grad()
 def detect(
     network: nn.Module,
-    source: Regions,
+    source: ImagesWithBoxes,
     indices: Sequence[int] | None = None,
     *,
     batch_size: int = 1,
@@ -40,9 +41,9 @@ def detect(
     training = network.training
     network.eval()
     try:
-        with closing(Ahead(workers, 2, timeout=timeout, name_of=getattr(source, "name_of", str))) as ahead:
-            reads = ([functools.partial(examples.image, index) for index in group] for group in groups)
-            for group, images in zip(groups, ahead(reads), strict=True):
+        name_of = getattr(source, "name_of", str)
+        with closing(Prefetcher(max(1, workers), 2, timeout=timeout, name_of=name_of)) as prefetcher:
+            for group, images in zip(groups, prefetcher.map(examples.image, groups), strict=True):
                 inputs = [image.to(device).float().div_(255) for image in images]
                 with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                     found = network(inputs)
@@ -68,7 +69,12 @@ def _encoded(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def average_precision(
-    network: nn.Module, source: Regions, *, batch_size: int = 1, workers: int = 2, autocast: torch.dtype | None = None
+    network: nn.Module,
+    source: ImagesWithBoxes,
+    *,
+    batch_size: int = 1,
+    workers: int = 2,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
     """COCO's box AP over IoU 0.5 to 0.95, AP50, AP75 and by size (APs, APm, APl), 0 to 1; -1 where there is nothing.
 

@@ -18,7 +18,8 @@ from torch import nn
 from scrl_fast import build as prepare
 from scrl_fast._version import __version__
 from scrl_fast.data.bad_images import BadImage
-from scrl_fast.data.loader import LoaderStalled
+from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import world as distributed
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
@@ -29,7 +30,6 @@ from scrl_fast.run.signals import OF_ANOTHER, StopRequest
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import (
     KEYPOINTS,
-    Ahead,
     Example,
     Examples,
     check_categories,
@@ -144,8 +144,15 @@ class Transfer:
         save_every = config.run.checkpoint_every or self.steps_per_epoch
         self.clock.read()
         data, name_of = config.data, getattr(self.train, "name_of", str)
-        with closing(Ahead(data.workers, data.prefetch, timeout=data.timeout, name_of=name_of)) as ahead:
-            source = self.examples(ahead)
+        with closing(
+            Prefetcher(
+                max(1, data.workers),
+                data.prefetch,
+                timeout=data.timeout,
+                name_of=lambda wanted: name_of(wanted[0]),  # of an index and an epoch
+            )
+        ) as prefetcher:
+            source = self.examples(prefetcher)
             while (batch := self.next_batch(source, stop)) is not None:
                 self.step_once(batch)
                 self.log.tick()
@@ -191,7 +198,7 @@ class Transfer:
         what = f"cannot read {failure}" if isinstance(failure, BadImage) else failure
         raise UsageError(f"{where}: {what}; {kept if self.step and trains else 'put it right'}") from failure
 
-    def examples(self, ahead: Ahead) -> Iterator[list[Example]]:
+    def examples(self, prefetcher: Prefetcher) -> Iterator[list[Example]]:
         """This process's batches from the present step on."""
         config = self.config
         examples = Examples(
@@ -209,7 +216,7 @@ class Transfer:
             seed=config.train.seed,
             start=self.step,
             stop=self.last_step,
-            ahead=ahead,
+            prefetcher=prefetcher,
             rank=self.world.rank,
             world_size=self.world.size,
         )

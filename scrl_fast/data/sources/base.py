@@ -1,4 +1,4 @@
-"""Where images come from: the small protocol of a source, and the one that a configuration asks for."""
+"""What sources of images have in common: two small protocols, and a base for images in files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.config.schema import Config, DataConfig
 from scrl_fast.data.decode import Encoded
 
 UNLABELLED = -1
@@ -34,6 +33,24 @@ class Source(Protocol):
         ...
 
 
+class ImagesWithBoxes(Protocol):
+    """Images with labelled boxes: generated scenes, or what the readers of COCO, VOC and Cityscapes return."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Image `index` as RGB, uint8 `[H, W, 3]`; sizes may differ."""
+        ...
+
+    def boxes(self, index: int) -> NDArray[np.float32]:
+        """`[n, 4]` as x0, y0, x1, y1 in pixels."""
+        ...
+
+    def labels(self, index: int) -> NDArray[np.int64]:
+        """`[n]`, the class of each box, 0 or more."""
+        ...
+
+
 class EncodedImages:
     """What the sources of image files share: they bring `data`, `name_of` and `max_pixels`."""
 
@@ -52,33 +69,3 @@ class EncodedImages:
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return self.open(index).decode()
-
-
-def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Source:
-    """The source of a configuration. seed: of the generated scenes; a Config brings its own (train.seed).
-
-    Raises UsageError that says what to change, before any image is read, when the images are not where data.root says.
-    """
-    from scrl_fast.data.sources.demo import DemoScenes
-    from scrl_fast.data.sources.files import class_folders, image_folder, image_list
-    from scrl_fast.data.sources.hub import hub_dataset
-    from scrl_fast.data.sources.shards import packed_shards, tar_shards
-
-    data = config.data if isinstance(config, Config) else config
-    if seed is None:
-        seed = config.train.seed if isinstance(config, Config) else 0
-    if data.source == "demo":
-        return DemoScenes(data.demo_images, data.demo_size, seed)
-    if data.source == "folder":
-        return image_folder(data.root, max_pixels=data.max_pixels)
-    if data.source in ("imagefolder", "imagenet"):
-        return class_folders(data.root, max_pixels=data.max_pixels, train_split=data.source == "imagenet")
-    if data.source == "list":
-        return image_list(data.root, max_pixels=data.max_pixels)
-    if data.source == "tar":
-        return tar_shards(data.root, max_pixels=data.max_pixels)
-    if data.source == "packed":
-        return packed_shards(data.root, max_pixels=data.max_pixels)
-    if data.source == "hf":
-        return hub_dataset(data.root, max_pixels=data.max_pixels)
-    raise ValueError(f"data.source is {data.source!r}, which is none of its choices")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from scrl_fast.config.schema import Config
-from scrl_fast.data import Batch, DemoScenes, Loader, on_device
-from scrl_fast.data import to_device as transfer
+from scrl_fast.data import Batch, DemoScenes, Loader, on_device, to_device
 
 
 def loader_of(dtype: torch.dtype, channels_last: bool = True) -> Loader:
@@ -92,7 +91,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], FakeStream]:
     monkeypatch.setattr(torch.cuda, "stream", work_on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: told.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(transfer, "_told_by", lambda: working[-1], raising=False)
+    monkeypatch.setattr(to_device, "_told_by", lambda: working[-1], raising=False)
     return told, copies
 
 
@@ -100,11 +99,11 @@ def test_one_ahead_in_the_right_order(streams: tuple[list[str], FakeStream]) -> 
     told, copies = streams
 
     def move(batch: Batch) -> Batch:
-        told.append(f"moved by {transfer._told_by()}")  # type: ignore[attr-defined]
+        told.append(f"moved by {to_device._told_by()}")  # type: ignore[attr-defined]
         return batch
 
     made = list(loader_of(torch.uint8).epoch(0))
-    batches = transfer._one_ahead(iter(made), move, copies)  # type: ignore[arg-type]
+    batches = to_device._one_ahead(iter(made), move, copies)  # type: ignore[arg-type]
     first = next(batches)
     moved = ["moved by copies", "copies records 0", "moved by copies", "copies records 1"]
     assert first is made[0] and told == [*moved, "consumer waits for 0", *["kept for consumer"] * 4]
@@ -114,7 +113,7 @@ def test_one_ahead_in_the_right_order(streams: tuple[list[str], FakeStream]) -> 
     kept = ["kept for consumer"] * 4
     assert told == [*moved, "consumer waits for 1", *kept, "consumer waits for 2", *kept]
     assert next(batches, None) is None
-    assert list(transfer._one_ahead(iter([]), move, copies)) == []  # type: ignore[arg-type]
+    assert list(to_device._one_ahead(iter([]), move, copies)) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
