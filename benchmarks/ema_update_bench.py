@@ -49,17 +49,14 @@ def contenders(t: list[Tensor], s: list[Tensor], device: str) -> dict[str, Calla
     }
 
 
-def agree(targets: list[Tensor], sources: list[Tensor], device: str) -> None:
-    """Every provider, against float64."""
-    for name in contenders(targets, sources, device):
-        made = [t.clone() for t in targets]
-        contenders(made, sources, device)[name]()
-        for i, (a, t, s) in enumerate(zip(made, targets, sources, strict=True)):
-            exact = MOMENTUM * t.double() + (1 - MOMENTUM) * s.double()
-            eps = 4 * torch.finfo(a.dtype).eps
-            torch.testing.assert_close(
-                a.double(), exact, rtol=eps, atol=eps, msg=lambda m, n=name, i=i: f"{n}, tensor {i}: {m}"
-            )
+def agree(name: str, targets: list[Tensor], sources: list[Tensor], device: str) -> None:
+    """One provider, against float64."""
+    made = [t.clone() for t in targets]
+    contenders(made, sources, device)[name]()
+    for i, (a, t, s) in enumerate(zip(made, targets, sources, strict=True)):
+        exact = MOMENTUM * t.double() + (1 - MOMENTUM) * s.double()
+        eps = 4 * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a.double(), exact, rtol=eps, atol=eps, msg=lambda m, i=i: f"tensor {i}: {m}")
 
 
 def main() -> int:
@@ -81,7 +78,7 @@ def main() -> int:
             contenders(t, s, args.device),
             bytes=3 * numbers * bench.dtype.itemsize,
             items=numbers,
-            check=lambda t=t, s=s: agree(t, s, args.device),
+            check_each=lambda name, t=t, s=s: agree(name, t, s, args.device),
             wall=label == "overhead",
         )
     return bench.finish()

@@ -7,7 +7,7 @@ A benchmark is a script of this folder:
     args = parser.parse_args()
     bench = harness.Bench("ema_update", args)
     case = harness.case_name("resnet50", tensors=args.tensors)
-    bench.case(case, {"scrl_fast/native": ours, "torch/foreach": rival}, bytes=12 * numbers, items=numbers, check=agree)
+    bench.case(case, {"scrl_fast/native": ours, "torch/foreach": rival}, bytes=12 * numbers, check_each=agree)
     sys.exit(bench.finish())
 
 Providers are named ``package`` or ``package/backend``; ours is ``scrl_fast``. Each is a callable without arguments.
@@ -101,22 +101,25 @@ class Bench:
         bytes: int = 0,
         items: int = 0,
         check: Callable[[], Any] | None = None,
+        check_each: Callable[[str], Any] | None = None,
         dtype: str | None = None,
         wall: bool = False,
     ) -> list[dict[str, Any]]:
         """Time every provider of a case, interleaved, and print the table; returns its rows.
 
-        bytes: least memory traffic of the work (read + written), the same for all providers. items: images, boxes or
-        numbers of one call. check: runs first; when it raises or returns False no number is taken.
-        dtype: where it is not that of --dtype. wall: what a call costs the host is asked for, so a GPU's calls go by
-        the clock, too.
+        bytes: least memory traffic of the work (read + written), the same for all providers.
+        items: images, boxes or numbers of one call.
+        check: runs first; when it raises or returns False the case gives no number.
+        check_each: takes a provider's name; when it raises or returns False only that provider gets no number.
+        dtype: where it is not that of --dtype.
+        wall: the host's time is asked for, so a GPU's calls go by the clock, too.
         """
         if self.args.only not in case:
             return []
         if (red := _red(check)) is not None:
             self._fail(f"{case}: check is red, no number taken ({red})")
             return []
-        runnable = {name: call for name, call in providers.items() if self._runs(case, name, call)}
+        runnable = {name: call for name, call in providers.items() if self._runs(case, name, call, check_each)}
         times = self.timer.interleaved(runnable, rounds=self.args.repeats, seconds=self.args.seconds, wall=wall)
         rows = []
         for name, call in runnable.items():
@@ -133,23 +136,29 @@ class Bench:
                 rows[-1]["cache"] = "warm"
         self.rows += rows
         print(report.table(case, rows, self.environment["copy_gb_per_s"]), flush=True)
+        self._write_json()  # a run that is cut off keeps what it has measured
         return rows
 
     def finish(self) -> int:
         """Write what --json, --csv and --plot ask for; the exit code: 1 if a check was red or a provider failed."""
-        rows = [*self.rows, self.environment]
-        if self.args.json:
-            self.args.json.parent.mkdir(parents=True, exist_ok=True)
-            self.args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        self._write_json()
         if self.args.csv:
             report.write_csv(self.rows, self.environment, self.args.csv)
         if self.args.plot:
-            report.plot(rows, self.args.plot)
+            report.plot([*self.rows, self.environment], self.args.plot)
         for failure in self.failures:
             print(f"FAILED {failure}")
         return 1 if self.failures else 0
 
-    def _runs(self, case: str, name: str, call: Call) -> bool:
+    def _write_json(self) -> None:
+        if self.args.json:
+            self.args.json.parent.mkdir(parents=True, exist_ok=True)
+            self.args.json.write_text(json.dumps([*self.rows, self.environment], indent=1) + "\n")
+
+    def _runs(self, case: str, name: str, call: Call, check: Callable[[str], Any] | None) -> bool:
+        if check is not None and (red := _red(lambda: check(name))) is not None:
+            self._fail(f"{case}: {name}: its check is red, no number taken ({red})")
+            return False
         try:
             self.timer.warm_up(call)
         except Exception as error:  # a rival that cannot run here must not stop the others
@@ -185,7 +194,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, with -dirty where something that could change a number differs: results and documents do not."""
+    """The commit, with -dirty where something that could change a number differs: results and documents do not.
+
+    ``SCRL_FAST_COMMIT`` names it where the tree travels without its ``.git``.
+    """
+    if named := os.environ.get("SCRL_FAST_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         commit = subprocess.run(

@@ -176,29 +176,28 @@ def expected(state: State, average: bool) -> list[list[Tensor | None]]:
     return [list(column) for column in zip(*results, strict=True)]
 
 
-def agree(build: Callable[[], State], average: bool, bench: harness.Bench) -> None:
-    """Every provider, two steps: parameters, momentum buffers and targets, each by its relative distance."""
+def agree(name: str, build: Callable[[], State], average: bool, bench: harness.Bench) -> None:
+    """One provider, two steps: parameters, momentum buffers and targets, each by its relative distance."""
     exact = expected(build(), average)
-    for name in contenders(build(), average, bench.device):
-        # PyTorch sums the squares of millions of numbers in float32, which costs it a digit
-        wide = 2e-4 if name.startswith("torch") else 2e-5
-        tolerance = 8 * torch.finfo(bench.dtype).eps if bench.dtype.itemsize == 2 else wide
-        state = build()
-        step = contenders(state, average, bench.device)[name]
-        grads = [g.clone() for g in state.grads]
-        step()
-        torch._foreach_copy_(state.grads, grads)
-        made = step()
-        buffers = state.buffers if made is None else [made.state[p]["momentum_buffer"] for p in state.params]
-        for what, mine, theirs in zip(
-            ("param", "buffer", "target"), (state.params, buffers, state.target_list), exact, strict=True
-        ):
-            for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-                # a single number may come near zero by chance, which rounding in 16 bits cannot follow
-                least = 0.5 if what != "buffer" and a is not None and a.numel() == 1 else 1e-30
-                distance = 0 if a is None else float((a.detach().double() - b).norm() / b.norm().clamp_min(least))
-                if not distance <= tolerance * (4 if a is not None and a.numel() == 1 else 1):
-                    raise AssertionError(f"{name}: {what} {i} is off by {distance:.1e}, more than {tolerance:.1e}")
+    # PyTorch sums the squares of millions of numbers in float32, which costs it a digit
+    wide = 2e-4 if name.startswith("torch") else 2e-5
+    tolerance = 8 * torch.finfo(bench.dtype).eps if bench.dtype.itemsize == 2 else wide
+    state = build()
+    step = contenders(state, average, bench.device)[name]
+    grads = [g.clone() for g in state.grads]
+    step()
+    torch._foreach_copy_(state.grads, grads)
+    made = step()
+    buffers = state.buffers if made is None else [made.state[p]["momentum_buffer"] for p in state.params]
+    for what, mine, theirs in zip(
+        ("param", "buffer", "target"), (state.params, buffers, state.target_list), exact, strict=True
+    ):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            # a single number may come near zero by chance, which rounding in 16 bits cannot follow
+            least = 0.5 if what != "buffer" and a is not None and a.numel() == 1 else 1e-30
+            distance = 0 if a is None else float((a.detach().double() - b).norm() / b.norm().clamp_min(least))
+            if not distance <= tolerance * (4 if a is not None and a.numel() == 1 else 1):
+                raise AssertionError(f"{what} {i} is off by {distance:.1e}, more than {tolerance:.1e}")
 
 
 def main() -> int:
@@ -216,7 +215,9 @@ def main() -> int:
                 contenders(state, average, bench.device),
                 bytes=(28 * numbers + 8 * averaged) * bench.dtype.itemsize // 4,
                 items=numbers,
-                check=lambda b=backbone, a=average: agree(lambda: State(b, bench, LR_TO_SEE, steady=False), a, bench),
+                check_each=lambda name, b=backbone, a=average: agree(
+                    name, lambda: State(b, bench, LR_TO_SEE, steady=False), a, bench
+                ),
                 wall=backbone == "overhead",
             )
     return bench.finish()

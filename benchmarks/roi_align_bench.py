@@ -6,6 +6,7 @@ images and other numbers of boxes, for the cost of each. `pyramid` is a detector
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -80,25 +81,27 @@ def case(
     single = 4 * max(height, width) * torch.finfo(torch.float32).eps
     own = 0.0 if bench.dtype is torch.float64 else torch.finfo(bench.dtype).eps
 
-    def close(name: str, made: Tensor, exact: Tensor) -> None:
+    def close(made: Tensor, exact: Tensor) -> None:
         most = float(exact.abs().max())
-        torch.testing.assert_close(
-            made.double(), exact, rtol=own + 1e-12, atol=single * most, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(made.double(), exact, rtol=own + 1e-12, atol=single * most)
 
-    def agree() -> None:
-        """Every provider, every box, against torchvision in float64."""
-        exact = torchvision_roi_align(input.double(), rows.double(), *options)
-        for name, form in forms.items():
-            close(name, form(input, rows, *options), exact)
+    @functools.cache
+    def exact_forward() -> Tensor:
+        return torchvision_roi_align(input.double(), rows.double(), *options)
 
-    def gradients_agree() -> None:
+    @functools.cache
+    def exact_backward() -> Tensor:
         wide = input.double().requires_grad_()
         made = torchvision_roi_align(wide, rows.double(), *options)
-        (exact,) = torch.autograd.grad(made, wide, cotangent.double())
-        for name, call in backward.items():
-            result = call()
-            close(name, reused if result is None else result[0], exact)
+        return torch.autograd.grad(made, wide, cotangent.double())[0]
+
+    def agree(name: str) -> None:
+        """One provider, every box, against torchvision in float64."""
+        close(forms[name](input, rows, *options), exact_forward())
+
+    def gradients_agree(name: str) -> None:
+        result = backward[name]()
+        close(reused if result is None else result[0], exact_backward())
 
     moved = (input.numel() + cotangent.numel()) * input.element_size()
     parameters = {
@@ -110,14 +113,14 @@ def case(
     }
     name = harness.case_name(f"{label} forward {layout}", **parameters)
     bench.case(name, {k: lambda f=f: f(input, rows, *options) for k, f in forms.items()}, bytes=moved, items=boxes,
-               check=agree, wall=label == "call")  # fmt: skip
+               check_each=agree, wall=label == "call")  # fmt: skip
     graphs = {k: f(wanted, rows, *options) for k, f in forms.items()}
     name = harness.case_name(f"{label} backward {layout}", **parameters)
     backward = {k: lambda o=o: torch.autograd.grad(o, wanted, cotangent, retain_graph=True) for k, o in graphs.items()}
     reused = torch.empty_like(input)
     if "scrl_fast/native" in forms:
         backward["scrl_fast/native-reused"] = into(reused, cotangent, rows, scale, ratio)
-    bench.case(name, backward, bytes=moved, items=boxes, check=gradients_agree, wall=label == "call")
+    bench.case(name, backward, bytes=moved, items=boxes, check_each=gradients_agree, wall=label == "call")
 
 
 def main() -> int:

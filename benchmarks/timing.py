@@ -1,7 +1,8 @@
 """How calls are timed: several at once, in turns, by the clock on a CPU and by events on a GPU.
 
-Events see the GPU's time alone. What a call costs the host is hidden behind work that is already queued, so cases that
-ask for it (`wall`) go by the clock on a GPU, too: many calls, then one wait for the last of them.
+Events must see the GPU's time alone. The stream therefore sleeps for longer than the host needs to enqueue the call.
+The start event comes after that sleep, so the call's kernels follow each other without a gap. Cases that measure the
+host's time (`wall`) go by the clock on a GPU, too: many calls, then one wait for the last of them.
 """
 
 from __future__ import annotations
@@ -29,15 +30,23 @@ _SHORT_CALL_S = 1e-3
 _LONG_CALL_S = 50e-3
 _CALLS_BY_THE_WALL = 50
 _SWEEP_BYTES = 256 << 20
+# A GPU sleeps so much longer than its host took to enqueue the call, and at least so long. Cycles are those of the
+# fastest clock that a GPU of today has (2.6 GHz), since a slower clock only sleeps longer.
+_SLEEP_SHARE, _SLEEP_LEAST_S, _CYCLES_PER_S = 2.0, 200e-6, 2.6e9
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 class Timer:
-    """Times calls on one device. cold: a large buffer is written before each call, so no cache holds its inputs."""
+    """Times calls on one device. cold: a large buffer sweeps the caches before each call, so none holds its inputs.
+
+    On a GPU the buffer is read: written lines would be carried back to memory inside the timed call. On a CPU it is
+    written, as its caches are swept by either.
+    """
 
     def __init__(self, device: torch.device, *, cold: bool) -> None:
         self.device, self.cuda = device, device.type == "cuda"
-        self._sweep = torch.empty(_SWEEP_BYTES, dtype=torch.uint8, device=device) if cold else None
+        self._sweep = torch.zeros(_SWEEP_BYTES // 8, dtype=torch.int64, device=device) if cold else None
+        self._enqueue_s: dict[Call, float] = {}
 
     def warm_up(self, call: Call) -> None:
         for _ in range(WARM_UP_CALLS):
@@ -103,18 +112,32 @@ class Timer:
         }
 
     def _once(self, call: Call, untimed: int, timed: int) -> float:
-        if self._sweep is not None:  # on a GPU it also keeps the device busy while Python enqueues the call
-            self._sweep.zero_()
         if self.cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e-3
+            return self._by_events(call)
+        if self._sweep is not None:
+            self._sweep.zero_()
         for _ in range(untimed):
             call()
         return _seconds(call, timed)
+
+    def _by_events(self, call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self._sweep is not None:
+            self._sweep.sum()
+        torch.cuda._sleep(self._sleep_cycles(call))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    def _sleep_cycles(self, call: Call) -> int:
+        """How long the stream must sleep so that the host has enqueued the whole call before it wakes."""
+        if call not in self._enqueue_s:  # the call returns when all is enqueued; one that waits inside is bounded by it
+            self._synchronize()
+            self._enqueue_s[call] = _seconds(call, 1)
+            self._synchronize()
+        return round(max(_SLEEP_SHARE * self._enqueue_s[call], _SLEEP_LEAST_S) * _CYCLES_PER_S)
 
     def _by_the_wall(self, call: Call, untimed: int, timed: int) -> float:
         for _ in range(untimed):

@@ -70,6 +70,57 @@ def test_red_check_gives_no_number(check, capsys):
     assert "red" in capsys.readouterr().out
 
 
+def test_a_red_rival_costs_its_own_number_alone(tmp_path, capsys):
+    bench = start(f"--json={tmp_path}/rows.json")
+    rows = bench.case("case", {"scrl_fast": nap(0), "rival": nap(0)}, check_each=lambda name: name != "rival")
+    assert [row["provider"] for row in rows] == ["scrl_fast"]
+    assert "case: rival: its check is red" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["case"] for row in kept] == ["case", "environment"], "rows are on disk before the run ends"
+    assert bench.finish() == 1
+
+
+def test_the_commit_can_be_told(monkeypatch):
+    monkeypatch.setenv("SCRL_FAST_COMMIT", "abc1234")
+    assert harness.environment("nap", "cpu")["commit"] == "abc1234"
+
+
+def test_a_gpu_sleeps_until_the_call_is_enqueued(monkeypatch):
+    """Played by the CPU: sweep by reading, sleep, start event, call, end event; the sleep outlasts the host's time."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    slept = []
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: (done.append("sleep"), slept.append(cycles)))
+    timer = timing.Timer(torch.device("cpu"), cold=True)
+    timer._sweep = torch.ones(4, dtype=torch.int64)
+    timer.cuda = True
+    monkeypatch.setattr(timer, "_synchronize", lambda: None)
+
+    def slow():
+        done.append("call")
+        time.sleep(2e-3)
+
+    assert timer._by_events(slow) == 1e-3 and timer._by_events(slow) == 1e-3
+    assert done == ["call", *["sleep", "event", "call", "event"] * 2], "one call tells how long the host takes"
+    assert slept[0] == slept[1] >= 2 * 2e-3 * 2.6e9 and timer._sweep.tolist() == [1, 1, 1, 1]
+    timer._by_events(lambda: None)
+    assert slept[-1] == round(timing._SLEEP_LEAST_S * timing._CYCLES_PER_S)
+
+
 def test_failing_rival_is_named_and_others_run(capsys):
     bench = start()
 
