@@ -186,7 +186,7 @@ def bad_case(folder: Path, world: World) -> dict:
     trainer.fit()
     again = trainer_of(folder / "bad", world, SomeBad, batch_size=4, resume="auto")
     restore(again)
-    return {"bad": [trainer.loader.state(), again.loader.state()], "longest": trainer.loader._longest}
+    return {"bad": [trainer.loader.state_dict(), again.loader.state_dict()], "longest": trainer.loader.longest}
 
 
 def before_third_data(trainer, act) -> None:

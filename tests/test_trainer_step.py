@@ -14,7 +14,7 @@ from tiny_trainer import Pictures, first_batch, first_batch_group, make_config, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scrl_fast import trainer as trainer_module
-from scrl_fast.data.workers import Work
+from scrl_fast.data import Loader
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
 
@@ -43,9 +43,11 @@ def test_a_batch_of_one_image_trains(tmp_path, method):
 
 
 @pytest.mark.parametrize("bf16, packed", [(False, False), (True, False), (False, True)])
-def test_what_the_loader_hands_to_a_gpu_becomes_views_on_the_way_to_the_step(tmp_path, bf16, packed):
-    plain, levels = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", precision="bf16" if bf16 else "fp32")
-    levels.loader._dtype, levels.loader._packed = torch.uint8, packed  # as for a GPU
+def test_what_the_loader_hands_to_a_gpu_becomes_views_on_the_way_to_the_step(tmp_path, monkeypatch, bf16, packed):
+    plain = make_trainer(tmp_path / "a")
+    as_for_a_gpu = {"dtype": torch.uint8, "packed": packed}
+    monkeypatch.setattr(trainer_module, "Loader", lambda *args, **given: Loader(*args, **given | as_for_a_gpu))
+    levels = make_trainer(tmp_path / "b", precision="bf16" if bf16 else "fp32")
     expected, found = first_batch(plain).views, first_batch(levels).views
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
@@ -209,15 +211,23 @@ def test_all_that_a_step_waits_for_counts_towards_one_limit(tmp_path, monkeypatc
                 yield held.pop(0)
         yield from held
 
-    trainer = make_trainer(tmp_path, accumulate=accumulate, batch_size=2)
-    trainer.loader._longest, left = 100.0, []
+    waits = []  # of each step, how many batches the loader was waited for
+
+    class Watched(Loader):
+        def begin_step(self):
+            waits.append(0)
+            super().begin_step()
+
+        def epoch(self, epoch, start_batch=0):
+            for batch in super().epoch(epoch, start_batch):
+                waits[-1] += 1
+                yield batch
+
+    monkeypatch.setattr(trainer_module, "Loader", Watched)
     monkeypatch.setattr(trainer_module, "on_device", taken_ahead)
-    monkeypatch.setattr(Work, "wait", lambda self, seconds, progress, most: not left[-1].append(most))
+    trainer = make_trainer(tmp_path, accumulate=accumulate, batch_size=2)
     stream = trainer.batches()
     for _ in range(trainer.last_step):
-        left.append([])
         next(stream)
         trainer.step += 1
-    assert [len(waits) for waits in left[:2]] == [accumulate + ahead, accumulate]
-    for waits in filter(None, left):
-        assert waits[0] == 100 > max(waits[1:], default=0.0)
+    assert waits == [accumulate + ahead, *[accumulate] * (trainer.last_step - 2), accumulate - ahead]

@@ -73,7 +73,7 @@ class Loader:
         _check(source, config, rank, world_size)
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
-        self._longest, self._spent = longest, 0.0  # since the present step was begun
+        self.longest, self._spent = longest, 0.0  # since the present step was begun
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
         trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
         if trace and trace.left:
@@ -166,7 +166,7 @@ class Loader:
     def _next(self) -> Batch | PackedBatch:
         epoch, number = self._ahead.first.place
         start = time.monotonic()
-        builder = self._ahead.take(self._longest - self._spent)
+        builder = self._ahead.take(self.longest - self._spent)
         self._spent += time.monotonic() - start
         if builder is None:
             raise LoaderStalled(self._why_stalled(epoch, number))
@@ -180,14 +180,14 @@ class Loader:
         return builder.batch()
 
     def _why_stalled(self, epoch: int, number: int) -> str:
-        if self._spent < self._longest:
+        if self._spent < self.longest:
             return self._workers.why_stalled(
                 self._ahead.timeout, f" while batch {number} of epoch {epoch} was waited for"
             )
         return (
             f"batch {number} of epoch {epoch} is not complete after {self._spent:.0f} s, and other processes wait no "
             f"longer; the workers are reading {self._workers.stalled()}. The disk or network share is too slow: "
-            f"--data.timeout={2 * self._longest:.0f} lets all wait longer, smaller files "
+            f"--data.timeout={2 * self.longest:.0f} lets all wait longer, smaller files "
             "(python -m scrl_fast.data.pack) are read sooner"
         )
 
