@@ -20,7 +20,7 @@ from scrl_fast.data.sources.coco import read_coco
 from scrl_fast.data.sources.voc import read_voc
 from scrl_fast.transfer.cityscapes_metric import cityscapes_average_precision
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
-from scrl_fast.transfer.dataset import Examples, batches, mirrored
+from scrl_fast.transfer.dataset import Examples, aspect_ratio_batches, flip_horizontally
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.masks import coco_mask, masks_of
 from scrl_fast.transfer.metrics import measure
@@ -343,10 +343,10 @@ def test_mirror():
     points = torch.zeros(1, 17, 3)
     points[0, 1] = torch.tensor([1.0, 1, 2])  # the left eye
     target = {"boxes": torch.tensor([[0.0, 0, 2, 2]]), "keypoints": points, "masks": image.bool()}
-    flipped, result = mirrored(image, target)
+    flipped, result = flip_horizontally(image, target)
     assert flipped[0, 0].tolist() == [4, 3, 2, 1, 0] and result["boxes"].tolist() == [[3, 0, 5, 2]]
     assert result["keypoints"][0, 2].tolist() == [3, 1, 2] and not result["keypoints"][0, 1].any()
-    again = mirrored(flipped, result)[1]
+    again = flip_horizontally(flipped, result)[1]
     assert all(torch.equal(again[name], target[name]) for name in target)
 
 
@@ -369,9 +369,9 @@ def test_flips_depend_on_seed_epoch_and_image_alone(coco):
 @settings(max_examples=40, deadline=None)
 @given(wide=st.lists(st.booleans(), min_size=1, max_size=60), size=st.integers(1, 7), epoch=st.integers(0, 3))
 def test_batches(wide, size, epoch):
-    made = batches(wide, size, seed=1, epoch=epoch)
+    made = aspect_ratio_batches(wide, size, seed=1, epoch=epoch)
     assert len(made) == len(wide) // size and all(len(batch) == size for batch in made)
     used = [place for batch in made for place in batch]
-    assert len(set(used)) == len(used) and made == batches(wide, size, seed=1, epoch=epoch)
+    assert len(set(used)) == len(used) and made == aspect_ratio_batches(wide, size, seed=1, epoch=epoch)
     mixed = sum(len({wide[place] for place in batch}) > 1 for batch in made)
     assert mixed <= 1

@@ -18,7 +18,7 @@ from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASKS
-from scrl_fast.transfer.dataset import maskless
+from scrl_fast.transfer.dataset import count_without_masks
 from scrl_fast.transfer.trainer import Transfer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools, NumPy 2
@@ -82,7 +82,7 @@ def test_objects_without_a_mask_are_left_out_and_counted(data_root, tmp_path):
     task, option = without_masks(data_root, tmp_path, every=2)
     run = Transfer(parse([*arguments(task, data_root, tmp_path / "a"), option, "--train.steps=2", "--eval.images=1"]))
     run.fit()
-    lost = maskless(run.train, run.indices)
+    lost = count_without_masks(run.train, run.indices)
     assert lost > 3 and f"{lost} objects without a mask are left out" in (tmp_path / "a" / "log.txt").read_text()
 
 

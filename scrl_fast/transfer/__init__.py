@@ -1,4 +1,4 @@
-"""The backbone goes to work: detectors on COCO, VOC, Cityscapes or any labelled regions, from pre-trained weights.
+"""Fine-tune detectors from pre-trained weights on COCO, VOC, Cityscapes or any images with labelled boxes.
 
 ``python -m scrl_fast.transfer TASK`` is the command; from Python::
 
@@ -6,8 +6,8 @@
     losses = fine_tune(detector, train_scenes, steps=500, batch_size=16, lr=0.02)
     result = average_precision(detector, test_scenes)  # {"AP": ..., "AP50": ..., ...}, 0 to 1
 
-where scenes are anything with ``read(i)``, ``boxes(i)`` and ``labels(i)`` (`scrl_fast.evaluate.roi_linear` takes the
-same): the demo's scenes and what ``data.coco`` and ``data.voc`` read.
+``train_scenes`` and ``test_scenes`` have ``read(i)``, ``boxes(i)`` and ``labels(i)``, as for
+`scrl_fast.evaluate.roi_linear`: the demo's scenes, or the result of ``read_coco``, ``read_voc`` or ``read_cityscapes``.
 """
 
 from scrl_fast.transfer.detector import build_detector

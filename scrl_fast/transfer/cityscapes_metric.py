@@ -1,8 +1,8 @@
 """Cityscapes' instance-level AP, from the definition of its evaluation (cityscapes-dataset.com/benchmarks).
 
 AP of each class is the area under precision and recall over all images, averaged over overlaps 0.5 to 0.95. Objects
-below 100 pixels are not looked for; a detection that finds nothing is no mistake where enough of it lies on such an
-object, on a group, or on void.
+below 100 pixels are not counted; an unmatched detection is ignored where enough of it lies on such an object, on a
+group, or on void.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ LEAST_PIXELS = 100
 
 
 @dataclass
-class _Truth:
+class _GroundTruth:
     """One object or group of a class in one image."""
 
     pixels: int
-    counts: bool  # an object of its own, and large enough to be looked for
+    counts: bool  # a single object of at least LEAST_PIXELS
 
 
 @dataclass
-class _Guess:
-    """One detection, and what lies under it."""
+class _Prediction:
+    """One detection and the labelled pixels that it covers."""
 
     pixels: int
     score: float
@@ -60,67 +60,67 @@ def _mean(values: NDArray[np.float64]) -> float:
     return -1.0 if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def _matches(image: Detections, values: NDArray[np.int32]) -> list[tuple[list[_Truth], list[_Guess]]]:
-    """For each class the truths and guesses of one image."""
+def _matches(image: Detections, values: NDArray[np.int32]) -> list[tuple[list[_GroundTruth], list[_Prediction]]]:
+    """For each class the truths and predictions of one image."""
     label_of = {class_id: label for label, class_id in enumerate(CLASSES.values())}
-    truths: list[list[_Truth]] = [[] for _ in CLASSES]
+    truths: list[list[_GroundTruth]] = [[] for _ in CLASSES]
     places: dict[int, tuple[int, int]] = {}
     sizes = np.bincount(values.ravel())
     for value in np.flatnonzero(sizes).tolist():
         label = label_of.get(class_of(value))
         if label is not None:
             places[value] = label, len(truths[label])
-            truths[label].append(_Truth(int(sizes[value]), value >= INSTANCE and sizes[value] >= LEAST_PIXELS))
-    guesses: list[list[_Guess]] = [[] for _ in CLASSES]
+            truths[label].append(_GroundTruth(int(sizes[value]), value >= INSTANCE and sizes[value] >= LEAST_PIXELS))
+    predictions: list[list[_Prediction]] = [[] for _ in CLASSES]
     tools = mask_tools()
-    for mask, score, guessed in zip(image.masks or [], image.scores.tolist(), image.labels.tolist(), strict=True):
+    for mask, score, predicted in zip(image.masks or [], image.scores.tolist(), image.labels.tolist(), strict=True):
         under = np.bincount(values[tools.decode(mask).astype(bool)], minlength=1)
         pixels = int(under.sum())
         if not pixels:
             continue
         there = np.flatnonzero(under).tolist()
-        guess = _Guess(pixels, score, sum(int(under[value]) for value in there if class_of(value) in VOID))
+        prediction = _Prediction(pixels, score, sum(int(under[value]) for value in there if class_of(value) in VOID))
         for value in there:
-            if value in places and places[value][0] == guessed:
-                guess.shared[places[value][1]] = int(under[value])
-        guesses[guessed].append(guess)
-    return list(zip(truths, guesses, strict=True))
+            if value in places and places[value][0] == predicted:
+                prediction.shared[places[value][1]] = int(under[value])
+        predictions[predicted].append(prediction)
+    return list(zip(truths, predictions, strict=True))
 
 
-def class_average_precision(images: Sequence[tuple[list[_Truth], list[_Guess]]], overlap: float) -> float:
+def class_average_precision(images: Sequence[tuple[list[_GroundTruth], list[_Prediction]]], overlap: float) -> float:
     """AP of one class at one overlap; NaN where there is nothing to find."""
     right: list[bool] = []
     scores: list[float] = []
-    missed = wanted = guessed = 0
-    for truths, guesses in images:
+    missed = wanted = predicted = 0
+    for truths, predictions in images:
         wanted += sum(truth.counts for truth in truths)
-        guessed += len(guesses)
+        predicted += len(predictions)
         taken: set[int] = set()
         for place, truth in enumerate(truths):
             if truth.counts:
-                missed += not _take(place, truth, guesses, overlap, taken, right, scores)
-        for guess in guesses:
-            if not any(_overlap(guess, place, truths[place]) > overlap for place in guess.shared):
-                _judge_unmatched(guess, truths, overlap, right, scores)
+                missed += not _take(place, truth, predictions, overlap, taken, right, scores)
+        for prediction in predictions:
+            if not any(_overlap(prediction, place, truths[place]) > overlap for place in prediction.shared):
+                _score_unmatched(prediction, truths, overlap, right, scores)
     if not wanted:
         return float("nan")
-    return _area(np.array(right, bool), np.array(scores), missed) if guessed and scores else 0.0
+    return _area(np.array(right, bool), np.array(scores), missed) if predicted and scores else 0.0
 
 
 def _take(
     place: int,
-    truth: _Truth,
-    guesses: list[_Guess],
+    truth: _GroundTruth,
+    predictions: list[_Prediction],
     overlap: float,
     taken: set[int],
     right: list[bool],
     scores: list[float],
 ) -> bool:
-    """The best-scored guess over a truth is right, every other one over it is wrong."""
+    """The best-scored prediction over a truth is right, every other one over it is wrong."""
     over = [
-        (guess.score, i)
-        for i, guess in enumerate(guesses)
-        if i not in taken and place in guess.shared and _overlap(guess, place, truth) > overlap
+        (prediction.score, i)
+        for i, prediction in enumerate(predictions)
+        if i not in taken and place in prediction.shared and _overlap(prediction, place, truth) > overlap
     ]
     for rank, (score, i) in enumerate(sorted(over, key=lambda pair: -pair[0])):
         right.append(rank == 0)
@@ -129,18 +129,18 @@ def _take(
     return bool(over)
 
 
-def _overlap(guess: _Guess, place: int, truth: _Truth) -> float:
-    shared = guess.shared.get(place, 0)
-    return shared / (guess.pixels + truth.pixels - shared)
+def _overlap(prediction: _Prediction, place: int, truth: _GroundTruth) -> float:
+    shared = prediction.shared.get(place, 0)
+    return shared / (prediction.pixels + truth.pixels - shared)
 
 
-def _judge_unmatched(
-    guess: _Guess, truths: list[_Truth], overlap: float, right: list[bool], scores: list[float]
+def _score_unmatched(
+    prediction: _Prediction, truths: list[_GroundTruth], overlap: float, right: list[bool], scores: list[float]
 ) -> None:
-    ignored = guess.void + sum(n for place, n in guess.shared.items() if not truths[place].counts)
-    if ignored / guess.pixels <= overlap:
+    ignored = prediction.void + sum(n for place, n in prediction.shared.items() if not truths[place].counts)
+    if ignored / prediction.pixels <= overlap:
         right.append(False)
-        scores.append(guess.score)
+        scores.append(prediction.score)
 
 
 def _area(right: NDArray[np.bool_], scores: NDArray[np.float64], missed: int) -> float:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.data.bad_images import BadImage
-from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
+from scrl_fast.data.sources.annotated import Objects, concatenate
 from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.errors import UsageError
 from scrl_fast.run.signals import StopRequest
@@ -23,43 +23,16 @@ Target = dict[str, Tensor]
 Example = tuple[Tensor, Target]
 
 KEYPOINTS = 17
-"""Of a person, as COCO's metric is defined for them."""
+"""Keypoints of a person in COCO."""
 KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
-"""COCO's keypoints that change places in a mirror: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
-
-
-class Joined:
-    """Several sources of annotated images as one (VOC 2007 and 2012)."""
-
-    def __init__(self, parts: Sequence[AnnotatedImages]) -> None:
-        self.parts, self.classes, self.category_ids = parts, parts[0].classes, parts[0].category_ids
-        self.objects = [objects for part in parts for objects in part.objects]
-        self.annotation_file = " + ".join(part.annotation_file for part in parts)
-        self._place = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self.objects)
-
-    def name_of(self, index: int) -> str:
-        part, inner = self._place[index]
-        return part.name_of(inner)
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        part, inner = self._place[index]
-        return part.read(inner)
-
-    def boxes(self, index: int) -> NDArray[np.float32]:
-        return self.objects[index].boxes
-
-    def labels(self, index: int) -> NDArray[np.int64]:
-        return self.objects[index].labels
+"""Left and right of COCO's keypoints: eyes, ears, shoulders, elbows, wrists, hips, knees, ankles."""
 
 
 # ---- what a task reads ----
 
 
 def read_split(config: TransferConfig, split: str) -> Any:
-    """The annotated images of a split as the task has them. Raises UsageError naming what is missing."""
+    """The annotated images of a split, in the task's layout. Raises UsageError naming what is missing."""
     root = config.data.root
     if config.task == "voc":
         from scrl_fast.data.sources.voc import read_voc
@@ -67,7 +40,7 @@ def read_split(config: TransferConfig, split: str) -> Any:
         parts = [part.partition("_") for part in split.split("+")]
         if any(not year.isdecimal() or not name for year, _, name in parts):
             raise UsageError(f"data split {split!r}: for voc it is YEAR_SPLIT, as in 2007_trainval+2012_trainval")
-        return Joined([read_voc(root, name, year=year) for year, _, name in parts])
+        return concatenate([read_voc(root, name, year=year) for year, _, name in parts])
     if config.task == "cityscapes":
         from scrl_fast.data.sources.cityscapes import read_cityscapes
 
@@ -100,7 +73,7 @@ def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, k
 
 
 def usable(source: Any, index: int, *, masks: bool = False, keypoints: bool = False) -> NDArray[np.bool_]:
-    """Which objects of an image a detector is trained on: no crowds; those with a mask, with a labelled keypoint."""
+    """Mask ``[n]`` of the objects to train on: no crowds; with ``masks``, ``keypoints`` only objects that have them."""
     objects = _objects(source, index)
     if objects is None:
         return np.ones(len(source.labels(index)), bool)
@@ -113,8 +86,8 @@ def usable(source: Any, index: int, *, masks: bool = False, keypoints: bool = Fa
     return keep
 
 
-def maskless(source: Any, indices: Sequence[int]) -> int:
-    """How many objects of these images, crowds apart, a detector of masks cannot be trained on."""
+def count_without_masks(source: Any, indices: Sequence[int]) -> int:
+    """Number of objects in these images, crowds not counted, that have no mask to train on."""
     return sum(int((usable(source, i) & ~usable(source, i, masks=True)).sum()) for i in indices)
 
 
@@ -147,11 +120,13 @@ def check_keypoints(source: Any) -> None:
 
 
 class Examples:
-    """Images and targets as torchvision's detectors take them.
+    """Images and targets in the form of torchvision's detectors.
 
-    source: `ImagesWithBoxes`. first_label: what label 0 becomes.
-    masks, keypoints: what targets have beside boxes and labels; keypoints is how many an object has.
-    flip: probability of a mirror image, drawn from (seed, epoch, index) alone.
+    source: `ImagesWithBoxes`.
+    first_label: what label 0 becomes: 1 where the detector counts background as 0.
+    masks: targets hold ``masks`` uint8 ``[n, H, W]``.
+    keypoints: number of keypoints of an object; above 0, targets hold ``keypoints`` float32 ``[n, K, 3]``.
+    flip: probability of a horizontal flip, drawn from (seed, epoch, index) alone.
     """
 
     def __init__(
@@ -172,7 +147,7 @@ class Examples:
         return torch.tensor(self.source.read(index)).permute(2, 0, 1).contiguous()  # a copy: sources may share
 
     def __call__(self, index: int, epoch: int) -> Example:
-        """One training example: image uint8 ``[3, H, W]`` and its target."""
+        """One training example: image uint8 ``[3, H, W]``; boxes float32 ``[n, 4]``, labels int64 ``[n]``, ..."""
         image = self.image(index)
         keep = usable(self.source, index, masks=self.masks, keypoints=self.keypoints > 0)
         target: Target = {
@@ -187,12 +162,12 @@ class Examples:
             points = objects.keypoints[keep] if objects is not None and objects.keypoints is not None else np.zeros(0)
             target["keypoints"] = torch.from_numpy(points.astype(np.float32)).reshape(-1, self.keypoints, 3)
         if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < self.flip:
-            return mirrored(image, target)
+            return flip_horizontally(image, target)
         return image, target
 
 
-def mirrored(image: Tensor, target: Target) -> Example:
-    """Image and target as seen in a mirror."""
+def flip_horizontally(image: Tensor, target: Target) -> Example:
+    """Image ``[3, H, W]`` and target flipped left to right; left and right keypoints change places."""
     width = image.shape[-1]
     result = dict(target)
     result["boxes"] = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor(
@@ -213,11 +188,11 @@ def mirrored(image: Tensor, target: Target) -> Example:
 # ---- order ----
 
 
-def batches(wide: Sequence[bool], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, each as places 0..len(wide)-1: images of like orientation together, less padding.
+def aspect_ratio_batches(wide: Sequence[bool], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch as positions in ``wide``; images of one orientation share a batch, which saves padding.
 
-    wide: for each image, whether it is wider than high. There are always len(wide) // batch_size batches: what is left
-    of both kinds makes one mixed batch where it suffices.
+    wide: whether each image is wider than high. There are always len(wide) // batch_size batches: the rest of both
+    orientations makes one mixed batch if it is large enough.
     """
     rng = np.random.default_rng([seed, epoch, len(wide)])
     groups: dict[bool, list[int]] = {False: [], True: []}
@@ -234,8 +209,8 @@ def batches(wide: Sequence[bool], batch_size: int, *, seed: int, epoch: int) -> 
     return full
 
 
-def is_wide(source: Any, index: int) -> bool:
-    """Whether an image is wider than high; without annotated sizes it is looked at."""
+def is_landscape(source: Any, index: int) -> bool:
+    """Whether an image is wider than high; read from the image where the annotations give no size."""
     objects = _objects(source, index)
     height, width = (objects.height, objects.width) if objects is not None else source.read(index).shape[:2]
     return width > height

@@ -1,4 +1,4 @@
-"""The form in which a detector's results for one image are handed on."""
+"""The detections of one image."""
 
 from __future__ import annotations
 

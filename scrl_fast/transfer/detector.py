@@ -1,4 +1,4 @@
-"""torchvision's detectors on an encoder of ours: feature pyramid, normalisation, RoIAlign and anchors as configured."""
+"""torchvision's detectors on our encoders: feature pyramid, normalisation, RoIAlign and anchors as configured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scrl_fast import weights
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.transfer.config import DETECTOR_SETTINGS, DETECTORS, DetectorConfig
-from scrl_fast.transfer.pyramid import build_pyramid, norm_of_heads
+from scrl_fast.transfer.pyramid import build_pyramid, head_norm_layer
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # a box of 224 pixels belongs to stride 16 (FPN, arXiv 1612.03144, eq. 1)
 
@@ -69,15 +69,15 @@ def build_detector(
     pyramid, strides, report = build_pyramid(chosen, init)
     network = _BUILDERS[detector](chosen, pyramid, strides, classes, keypoints)
     # torchvision keeps one list of sides and takes the last in evaluation
-    network.transform = EvaluationSide(
+    network.transform = ResizeAndNormalize(
         chosen.short_sides(), chosen.long_side, list(chosen.mean), list(chosen.std), chosen.test_short_side
     )
     network.init_report, network.first_label = report, int(detector.endswith("rcnn"))
     return network
 
 
-class EvaluationSide(torchvision.models.detection.transform.GeneralizedRCNNTransform):
-    """torchvision's resizing and normalising, with a side of its own for evaluation."""
+class ResizeAndNormalize(torchvision.models.detection.transform.GeneralizedRCNNTransform):
+    """torchvision's resizing and normalising, with a separate shorter side for evaluation."""
 
     def __init__(
         self, sides: tuple[int, ...], long_side: int, mean: list[float], std: list[float], test_side: int
@@ -85,7 +85,7 @@ class EvaluationSide(torchvision.models.detection.transform.GeneralizedRCNNTrans
         super().__init__(sides, long_side, mean, std)  # type: ignore[arg-type]
         self.sides, self.test_side = sides, test_side
 
-    def train(self, mode: bool = True) -> EvaluationSide:
+    def train(self, mode: bool = True) -> ResizeAndNormalize:
         super().train(mode)
         self.min_size = self.sides if mode else (self.test_side,)
         return self
@@ -95,9 +95,9 @@ class EvaluationSide(torchvision.models.detection.transform.GeneralizedRCNNTrans
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's pooler with our RoIAlign: deterministic, in the features' own dtype, aligned by option.
+    """torchvision's pooler with our RoIAlign: deterministic, in the features' dtype, aligned or not.
 
-    strides: of the levels it reads, the finest first. Boxes are assigned to levels by FPN's rule.
+    strides: of the levels that it reads, the finest first. FPN's rule assigns boxes to levels.
     """
 
     def __init__(self, strides: list[int], output_size: int, sampling_ratio: int, aligned: bool) -> None:
@@ -138,12 +138,12 @@ def _pooler(config: DetectorConfig, strides: list[int], size: int) -> MultiScale
 # ---- detectors ----
 
 
-class BoxLossKnee(TorchFunctionMode):
-    """Gives every ``smooth_l1_loss`` inside a module's training pass this knee: torchvision's has no argument."""
+class SmoothL1Beta(TorchFunctionMode):
+    """Sets ``beta`` of every ``smooth_l1_loss`` in a module's training pass: torchvision's detectors fix it."""
 
-    def __init__(self, module: nn.Module, knee: float) -> None:
+    def __init__(self, module: nn.Module, beta: float) -> None:
         super().__init__()
-        self.knee, self.entered = knee, False
+        self.beta, self.entered = beta, False
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave, always_call=True)
 
@@ -160,14 +160,14 @@ class BoxLossKnee(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.smooth_l1_loss:
-            kwargs = {**kwargs, "beta": self.knee}
+            kwargs = {**kwargs, "beta": self.beta}
         return func(*args, **kwargs)
 
 
-def _as_published(network: Any, config: DetectorConfig) -> nn.Module:
-    """Box losses as configured, and heads that start as detectron2's: with boxes and masks that predict nothing yet."""
-    BoxLossKnee(network.rpn, config.rpn_loss_knee)
-    BoxLossKnee(network.roi_heads, config.box_loss_knee)
+def _initialize_heads(network: Any, config: DetectorConfig) -> nn.Module:
+    """Box losses as configured; heads initialised as in detectron2, so that boxes and masks start near zero."""
+    SmoothL1Beta(network.rpn, config.rpn_loss_knee)
+    SmoothL1Beta(network.roi_heads, config.box_loss_knee)
     heads = network.roi_heads
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -203,7 +203,7 @@ def _rcnn_options(config: DetectorConfig, pyramid: Any, strides: list[int], clas
 
 
 def _faster_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
-    return _as_published(FasterRCNN(**_rcnn_options(config, pyramid, strides, classes)), config)
+    return _initialize_heads(FasterRCNN(**_rcnn_options(config, pyramid, strides, classes)), config)
 
 
 def _mask_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
@@ -211,10 +211,10 @@ def _mask_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     network = MaskRCNN(
         **_rcnn_options(config, pyramid, strides, classes),
         mask_roi_pool=_pooler(config, strides, 14),
-        mask_head=MaskRCNNHeads(config.fpn_channels, (width,) * 4, 1, norm_layer=norm_of_heads(config)),
+        mask_head=MaskRCNNHeads(config.fpn_channels, (width,) * 4, 1, norm_layer=head_norm_layer(config)),
         mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
     )
-    return _as_published(network, config)
+    return _initialize_heads(network, config)
 
 
 def _keypoint_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
@@ -225,11 +225,11 @@ def _keypoint_rcnn(config: DetectorConfig, pyramid: Any, strides: list[int], cla
         keypoint_head=KeypointRCNNHeads(config.fpn_channels, (width,) * 8),
         keypoint_predictor=DenseKeypointPredictor(width, keypoints),
     )
-    return _as_published(network, config)
+    return _initialize_heads(network, config)
 
 
 class DenseKeypointPredictor(KeypointRCNNPredictor):
-    """torchvision's, whose loss takes a ``view`` that channels_last heat maps do not have."""
+    """torchvision's predictor with contiguous heat maps, since its loss calls ``view``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).contiguous()
@@ -239,10 +239,10 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
     octaves = [2 ** (third / 3) for third in range(3)]
     sides = tuple(tuple(round(config.anchor_scale / 2 * stride * o) for o in octaves) for stride in strides)
     anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides))
-    norm = functools.partial(LevelNorms, levels=len(strides)) if norm_of_heads(config) else None
+    norm = functools.partial(PerLevelBatchNorm, levels=len(strides)) if head_norm_layer(config) else None
     head = RetinaNetHead(config.fpn_channels, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
     for branch in head.children():
-        branch.register_forward_pre_hook(_from_the_first_level)
+        branch.register_forward_pre_hook(_restart_levels)
     network = RetinaNet(
         pyramid,
         classes,
@@ -253,15 +253,15 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
         detections_per_img=config.detections,
     )
     network.head.regression_head._loss_type = "smooth_l1"
-    BoxLossKnee(network, config.box_loss_knee)
+    SmoothL1Beta(network, config.box_loss_knee)
     return network
 
 
-class LevelNorms(nn.Module):
-    """BatchNorm of a head that all levels of the pyramid share: weights and statistics for each level, in turn.
+class PerLevelBatchNorm(nn.Module):
+    """BatchNorm of a head shared by all pyramid levels: each level has its own weights and statistics.
 
-    One for all would keep running statistics of no level in particular, and evaluation would be off (detectron2 has one
-    for each as well).
+    The levels must be passed in turn. One norm for all levels would mix their running statistics, which do not fit any
+    single level in evaluation; detectron2 has one for each level as well.
     """
 
     def __init__(self, channels: int, levels: int) -> None:
@@ -275,9 +275,9 @@ class LevelNorms(nn.Module):
         return norm(x)
 
 
-def _from_the_first_level(branch: nn.Module, args: Any) -> None:
-    for module in branch.modules():  # whatever ended the last pass
-        if isinstance(module, LevelNorms):
+def _restart_levels(branch: nn.Module, args: Any) -> None:
+    for module in branch.modules():  # a pass that an error ended may have stopped at any level
+        if isinstance(module, PerLevelBatchNorm):
             module.level = 0
 
 
@@ -300,8 +300,8 @@ _BUILDERS: dict[str, Any] = OrderedDict(
 )
 
 
-def check_same(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for the content of a checkpoint of another detector, naming a few tensors that differ."""
+def check_same_detector(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise ValueError naming a few differing tensors when a checkpoint holds another detector."""
     own, found = network.state_dict(), state["model"]
     wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
     if wrong := wrong + [name for name in found if name not in own]:

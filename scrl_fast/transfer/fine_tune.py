@@ -15,17 +15,17 @@ from scrl_fast.build import step_seed
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.transfer.config import TransferDataConfig, TransferOptimConfig
-from scrl_fast.transfer.dataset import Example, Examples, batches, is_wide, trainable
+from scrl_fast.transfer.dataset import Example, Examples, aspect_ratio_batches, is_landscape, trainable
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 
 
 class DetectionLossError(RuntimeError):
-    """A loss became NaN or infinite; the parameters are those of the step before."""
+    """A loss is NaN or infinite; the parameters are those of the step before."""
 
 
 def build_sgd(network: nn.Module, optim: TransferOptimConfig) -> torch.optim.SGD:
-    """SGD over what is trained, normalisation layers with their own weight decay."""
+    """SGD over the trained parameters; normalisation layers have their own weight decay."""
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     trained = [p for p in network.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -36,7 +36,7 @@ def build_sgd(network: nn.Module, optim: TransferOptimConfig) -> torch.optim.SGD
 
 
 def to_device(examples: Sequence[Example], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images as floats in 0..1 and targets, on the device."""
+    """Images as float32 in 0..1 and targets, on the device."""
     images = [image.to(device, non_blocking=True).float().div_(255) for image, _ in examples]
     return images, [{k: v.to(device, non_blocking=True) for k, v in target.items()} for _, target in examples]
 
@@ -55,7 +55,7 @@ def train_step(
 ) -> dict[str, float]:
     """One update; returns the losses by name and their sum as ``loss``.
 
-    seed: of what torchvision draws (sides, anchors, proposals). Raises DetectionLossError before a bad update.
+    seed: of torchvision's draws (sides, anchors, proposals). Raises DetectionLossError before a bad update.
     """
     torch.manual_seed(seed)
     for group in optimizer.param_groups:
@@ -84,7 +84,7 @@ def train_step(
     return row
 
 
-def stream(
+def training_batches(
     examples: Examples,
     indices: Sequence[int],
     batch_size: int,
@@ -96,8 +96,8 @@ def stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[Example]]:
-    """This process's part of the batches of steps start to stop - 1, the same for any start and number of threads."""
-    wide = [is_wide(examples.source, index) for index in indices]
+    """This process's part of the batches of steps start to stop - 1; the same for any start and thread count."""
+    wide = [is_landscape(examples.source, index) for index in indices]
     per_epoch = len(indices) // batch_size
 
     def groups() -> Iterator[list[tuple[int, int]]]:
@@ -105,7 +105,7 @@ def stream(
         for step in range(start, stop):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = batches(wide, batch_size, seed=seed, epoch=epoch)
+                order = aspect_ratio_batches(wide, batch_size, seed=seed, epoch=epoch)
             places = order[step % per_epoch][rank::world_size]
             yield [(indices[place], epoch) for place in places]
 
@@ -128,9 +128,9 @@ def fine_tune(
     autocast: torch.dtype | None = None,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[float]:
-    """Trains a detector of `build_detector` in place, on the device it is on, and returns the loss of every step.
+    """Train a detector of `build_detector` in place, on its own device; returns the loss of every step.
 
-    train: images with boxes and labels; images without are left out, as are crowds.
+    train: images with boxes and labels; crowds and images without boxes are left out.
     lr: for this batch size, not scaled; a tenth of it from each step of ``decay_at`` on (by default at 2/3 and 8/9).
     flip: probability of a mirror image; 0 where left and right differ in meaning (digits).
     report: called with every step's number and losses.
@@ -149,7 +149,7 @@ def fine_tune(
     losses = []
     network.train()
     with closing(Prefetcher(max(1, workers), 2)) as prefetcher:
-        source = stream(examples, indices, batch_size, seed=seed, start=0, stop=steps, prefetcher=prefetcher)
+        source = training_batches(examples, indices, batch_size, seed=seed, start=0, stop=steps, prefetcher=prefetcher)
         for step, batch in enumerate(source):
             rate, drawn = optim.rate(step, batch_size), step_seed(seed, step, 0)
             row = train_step(

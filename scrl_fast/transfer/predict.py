@@ -30,7 +30,7 @@ def detect(
     timeout: float = math.inf,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Detections]:
-    """Detections in each image, in order; the network is in eval mode meanwhile and as it was afterwards.
+    """Detections in each image, in order. The network is in eval mode meanwhile and gets its mode back.
 
     timeout: raise LoaderStalled when no image was read for so many seconds.
     """

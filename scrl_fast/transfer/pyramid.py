@@ -1,4 +1,4 @@
-"""An encoder of ours under a feature pyramid: its weights, what of it stays frozen, which of its maps are used."""
+"""One of our encoders under a feature pyramid: its weights, its frozen stages, the maps that the pyramid uses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[in
     Raises UsageError for a backbone of timm that has no such levels, WeightsError for weights that do not fill it.
     """
     encoder = build_encoder(config.backbone)
-    report = initialise(encoder, init, config)
+    report = load_backbone(encoder, init, config)
     dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
     below = encoder.out_channels if config.detector == "retinanet" else config.fpn_channels  # C5; FCOS: P5
     extra = LastLevelP6P7(below, config.fpn_channels) if dense else LastLevelMaxPool()
-    options = {"extra_blocks": extra, "norm_layer": norm_of_heads(config)}
+    options = {"extra_blocks": extra, "norm_layer": head_norm_layer(config)}
     if isinstance(encoder, TimmEncoder):
         pyramid, strides = _timm_pyramid(encoder, config, int(dense), options)
     else:
@@ -47,9 +47,9 @@ def _torchvision_pyramid(
     body = encoder.body
     stages = [n for n in ("layer1", "layer2", "layer3", "layer4") if not isinstance(getattr(body, n), nn.Identity)]
     strides = [encoder.stride >> (len(stages) - 1 - i) for i in range(len(stages))]
-    freeze(body, [STEM[0], *stages], config.frozen_stages)
+    freeze_stages(body, [STEM[0], *stages], config.frozen_stages)
     if config.norm == "frozen":
-        freeze_norms(body)
+        freeze_batch_norms(body)
     channels = [_channels(getattr(body, name)) for name in stages]
     levels = {name: str(level) for level, name in enumerate(stages[skip:])}
     return BackboneWithFPN(body, levels, channels[skip:], config.fpn_channels, **options), strides[skip:]
@@ -102,10 +102,10 @@ class TimmPyramid(nn.Module):
         return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))
 
 
-def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.LoadReport:
-    """Weights of ``init`` into the encoder; the report's notes name a normalisation that is not the detector's.
+def load_backbone(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.LoadReport:
+    """Load the weights of ``init`` into the encoder; the report notes a normalisation that differs from the detector's.
 
-    Raises UsageError when torchvision's cannot be had.
+    Raises UsageError when torchvision's weights cannot be downloaded.
     """
     if isinstance(init, Encoder):
         own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
@@ -114,7 +114,7 @@ def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.L
         source = init if init == weights.RANDOM or isinstance(init, weights.Weights) else weights.read(init)
         report = weights.load_into(encoder, source, branch=config.branch)
         if isinstance(source, weights.Weights):
-            report.notes += other_normalisation(source, config)
+            report.notes += normalization_notes(source, config)
         return report
     try:
         chosen = torchvision.models.get_model_weights(encoder.name)["IMAGENET1K_V1"]
@@ -129,8 +129,8 @@ def initialise(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.L
     return weights.load_into(encoder, weights.Weights(str(chosen), "torchvision", {"online": body}))
 
 
-def other_normalisation(source: weights.Weights, config: DetectorConfig) -> list[str]:
-    """What to say where images were normalised otherwise in pre-training, as far as the file tells."""
+def normalization_notes(source: weights.Weights, config: DetectorConfig) -> list[str]:
+    """A note when the weights were trained on images normalised differently, where the file says so."""
     views = source.metadata.get("config", {}).get("views")
     said = views if isinstance(views, dict) else source.metadata
     own = {"mean": list(config.mean), "std": list(config.std)}
@@ -139,10 +139,10 @@ def other_normalisation(source: weights.Weights, config: DetectorConfig) -> list
     return [f"it was trained on images normalised otherwise than the detector's: {advice}"] if differ else []
 
 
-def freeze(body: nn.Module, stages: list[str], count: int) -> None:
-    """No gradient for the first ``count`` of the stem and the stages; their norms keep their statistics.
+def freeze_stages(body: nn.Module, stages: list[str], count: int) -> None:
+    """Stop gradients of the first ``count`` of stem and stages; their norms keep their statistics.
 
-    torchvision's own ``trainable_backbone_layers`` is ignored where no weights of torchvision's are asked for.
+    torchvision ignores its own ``trainable_backbone_layers`` unless its pre-trained weights are loaded.
     """
     for name in stages[:count]:
         for part in (name, "bn1") if name == STEM[0] else (name,):
@@ -150,16 +150,16 @@ def freeze(body: nn.Module, stages: list[str], count: int) -> None:
             if part == "bn1":
                 setattr(body, part, _frozen(body.bn1))
             else:
-                freeze_norms(getattr(body, part))
+                freeze_batch_norms(getattr(body, part))
 
 
-def freeze_norms(module: nn.Module) -> None:
-    """BatchNorm inside the module becomes a fixed affine map."""
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Replace every BatchNorm inside the module by FrozenBatchNorm."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, _frozen(child))
         else:
-            freeze_norms(child)
+            freeze_batch_norms(child)
 
 
 def _frozen(norm: Any) -> FrozenBatchNorm2d:
@@ -176,6 +176,6 @@ def _channels(stage: nn.Module) -> int:
     ].weight.numel()
 
 
-def norm_of_heads(config: DetectorConfig) -> type[nn.Module] | None:
+def head_norm_layer(config: DetectorConfig) -> type[nn.Module] | None:
     """Normalisation in feature pyramid and convolutional heads, if any."""
     return nn.BatchNorm2d if config.norm_in_heads and config.norm != "frozen" else None

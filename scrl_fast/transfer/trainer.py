@@ -34,14 +34,14 @@ from scrl_fast.transfer.dataset import (
     Examples,
     check_categories,
     check_keypoints,
-    maskless,
+    count_without_masks,
     read_split,
     reading,
     trainable,
 )
 from scrl_fast.transfer.detections import Detections
-from scrl_fast.transfer.detector import build_detector, check_same
-from scrl_fast.transfer.fine_tune import DetectionLossError, build_sgd, stream, train_step
+from scrl_fast.transfer.detector import build_detector, check_same_detector
+from scrl_fast.transfer.fine_tune import DetectionLossError, build_sgd, train_step, training_batches
 from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.pyramid import SUPERVISED
 
@@ -209,7 +209,7 @@ class Transfer:
             flip=config.data.flip,
             seed=config.train.seed,
         )
-        return stream(
+        return training_batches(
             examples,
             self.indices,
             config.train.batch_size,
@@ -297,7 +297,7 @@ class Transfer:
                 f"resume={config.resume}: run.dir {str(self.folder)!r} holds a newer checkpoint, {newest.name}; to "
                 "branch off from an older one, give the new run its own --run.dir"
             )
-        check_same(self.network, state, path)
+        check_same_detector(self.network, state, path)
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["rng"]["scaler"])
@@ -367,7 +367,7 @@ class Transfer:
                     f"{self.world.size} processes with {config.train.batch_size // self.world.size} images each"
                 )
             self.log.say(f"{len(self.indices)} of {len(self.train)} images, {plan}, learning rate {rate:.4g}")
-            if self.masks and (lost := maskless(self.train, self.indices)):
+            if self.masks and (lost := count_without_masks(self.train, self.indices)):
                 self.log.say(f"{lost} objects without a mask are left out of training")
         self.log.say(f"run folder: {self.folder}")
         if self.world.rank == 0:

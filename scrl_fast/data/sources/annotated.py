@@ -1,4 +1,4 @@
-"""Images with annotated objects, in the form that evaluation and transfer share; `coco` and `voc` read them."""
+"""Images with annotated objects: the form in which COCO, VOC and Cityscapes reach evaluation and transfer."""
 
 from __future__ import annotations
 
@@ -118,6 +118,22 @@ class AnnotatedImages(EncodedImages):
             category_ids=self.category_ids,
             max_pixels=self.max_pixels,
         )
+
+
+def concatenate(parts: Sequence[AnnotatedImages]) -> AnnotatedImages:
+    """Several sources of the same classes as one (VOC 2007 and 2012)."""
+    objects = [
+        replace(objects, file_name=part.name_of(index)) for part in parts for index, objects in enumerate(part.objects)
+    ]
+    first = parts[0]
+    return AnnotatedImages(
+        "",
+        objects,
+        first.classes,
+        annotation_file=" + ".join(part.annotation_file for part in parts),
+        category_ids=first.category_ids,
+        max_pixels=first.max_pixels,
+    )
 
 
 def inside(boxes: NDArray[np.float32], height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
