@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from scrl_fast import models as models
     from scrl_fast import ops as ops
     from scrl_fast import optim as optim
-    from scrl_fast.config.recipes import load_recipe as load_recipe
     from scrl_fast.config.schema import Config as Config
+    from scrl_fast.config.schema import load_recipe as load_recipe
     from scrl_fast.trainer import SCRLTrainer as SCRLTrainer
     from scrl_fast.weights import load_encoder as load_encoder
 
@@ -24,7 +24,7 @@ _ATTRIBUTES = {
     "Config": "scrl_fast.config.schema",
     "SCRLTrainer": "scrl_fast.trainer",
     "load_encoder": "scrl_fast.weights",
-    "load_recipe": "scrl_fast.config.recipes",
+    "load_recipe": "scrl_fast.config.schema",
 }
 
 __all__ = ["Config", "SCRLTrainer", "__version__", "load_encoder", "load_recipe", "models", "ops", "optim"]

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from scrl_fast.config.schema import Config, TrainConfig
-from scrl_fast.data.loader import check_enough
+from scrl_fast.config.schema import Config, TrainConfig, check_enough
 from scrl_fast.distributed import world as distributed
 from scrl_fast.distributed.world import World
 from scrl_fast.models import SCRL

@@ -9,8 +9,9 @@ import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from scrl_fast.config import command_line as cli
+from scrl_fast.config.command_line import parse
 from scrl_fast.errors import friendly_errors
 
 PROG = "python -m scrl_fast.train"
@@ -24,20 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "scrl_fast.train" + (f" (process {os.environ.get('RANK')})" if several else "")
     with friendly_errors(name, debug="--debug" in argv) as report:
         report.quiet = several and os.environ.get("LOCAL_RANK", "0") != "0"  # a wrong option is told once a machine
-        request = cli.parse(argv, prog=PROG)
-        if os.environ.get("RANK", "0") == "0":
-            for note in request.notes:
-                print(note, file=sys.stderr)
-        if request.print_config:
-            print(request.config.to_yaml(), end="")
-            return 0
-        request.config.check_ready()
+        config = parse(argv, prog=PROG, checkpoint_config=_checkpoint_config).options()
+        config.check_ready()
         report.quiet = False
         from scrl_fast.distributed import world as distributed  # torch, only once the options are known to be right
         from scrl_fast.trainer import SCRLTrainer
 
         try:
-            trainer = SCRLTrainer(request.config)
+            trainer = SCRLTrainer(config)
             report.log = trainer.folder / "log.txt"
             trainer.fit()
         except Exception as error:
@@ -47,6 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise told from error
         distributed.leave()
     return 0
+
+
+def _checkpoint_config(path: str) -> dict[str, Any]:
+    """The options in a checkpoint file."""
+    from scrl_fast.weights import checkpoint_files  # torch
+
+    return checkpoint_files.load(path, expect=checkpoint_files.CHECKPOINT_KEYS)["config"]
 
 
 def _tell_native_crashes() -> None:

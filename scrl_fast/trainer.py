@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scrl_fast import build as prepare
 from scrl_fast.config.schema import Config
+from scrl_fast.config.validation import validated
 from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import world as distributed
 from scrl_fast.distributed.world import World
@@ -49,7 +50,7 @@ class SCRLTrainer:
     """
 
     def __init__(self, config: Config, *, source: Any = None, world: World | None = None) -> None:
-        config = Config.from_dict(config.to_dict())  # checks again: options may have been changed since it was made
+        config = validated(config)
         train = config.train
         config.check_ready()
         self.device = distributed.device_of(train.device)

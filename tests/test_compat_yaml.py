@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from scrl_fast.config import command_line as cli
-from scrl_fast.config import kakaobrain as compat
+from scrl_fast.config import command_line, kakaobrain
+from scrl_fast.config.files import Settings, build, option_kinds
 from scrl_fast.config.kakaobrain import FIELDS, SWITCHES
-from scrl_fast.config.recipes import load_recipe
+from scrl_fast.config.schema import Config, load_recipe
 from scrl_fast.errors import UsageError
 
 SCRL_ONLY = {
@@ -63,15 +63,15 @@ def write(tmp_path):
     return write
 
 
-def parse(*argv: str) -> cli.Request:
-    return cli.parse(argv, prog="x")
+def parse(*argv: str) -> command_line.Request:
+    return command_line.parse(argv, prog="x")
 
 
 @pytest.mark.parametrize("method", ["scrl", "byol"])
 @pytest.mark.parametrize("epochs", [200, 1000])
 def test_the_four_files_are_our_four_recipes(write, method, epochs):
     document = published(method, epochs)
-    leaves = compat.leaves(document)
+    leaves = kakaobrain.leaves(document)
     assert len(leaves) == {"scrl": 47, "byol": 37}[method]
     path = write(document)
     request = parse("--config", path)
@@ -85,7 +85,7 @@ def test_the_four_files_are_our_four_recipes(write, method, epochs):
 
 
 def test_each_value_arrives():
-    options, notes = compat.translate(
+    options, notes = kakaobrain.translate(
         {
             "load_dir": "runs/old",
             "network": {
@@ -103,11 +103,12 @@ def test_each_value_arrives():
         },
         "x.yaml",
     )
-    config = cli.build(cli.Settings(options))
+    config = build(Config, Settings(options))
     assert (
         config.to_dict()
-        == cli.build(
-            cli.Settings(
+        == build(
+            Config,
+            Settings(
                 {
                     "resume": "runs/old",
                     "model": {
@@ -121,7 +122,7 @@ def test_each_value_arrives():
                     "optim": {"warmup_epochs": 1},
                     "run": {"log_every": 25},
                 }
-            )
+            ),
         ).to_dict()
     )
     assert "  network.scrl.box_jittering = true  ->  boxes.jitter = 0.2" in notes
@@ -142,7 +143,7 @@ JITTER = [
 
 @pytest.mark.parametrize(("fields", "jitter"), JITTER)
 def test_jitter_is_two_fields(fields, jitter):
-    options, notes = compat.translate({"network": {"scrl": fields}}, "x")
+    options, notes = kakaobrain.translate({"network": {"scrl": fields}}, "x")
     assert options.get("boxes.jitter", 0.0) == jitter
     off = fields.get("box_jittering") is not True and "jittering_ratio" in fields
     assert ("  no effect (box_jittering is off): network.scrl.jittering_ratio" in notes) == off
@@ -174,7 +175,7 @@ def test_jitter_flags_go_with_the_fields_of_a_file(write):
 @pytest.mark.parametrize("word", ["False", "no", "F", "0", 0, False])
 def test_words_are_switches_as_on_its_command_line(word):
     fields = dict.fromkeys(("enabled", "grid_based_box_gen", "detectron_aligned"), word)
-    options, _ = compat.translate({"network": {"scrl": fields}}, "x")
+    options, _ = kakaobrain.translate({"network": {"scrl": fields}}, "x")
     assert options == {"model.method": "byol", "boxes.grid": False, "model.aligned": False}
     config = parse(f"--network/scrl/enabled={word}", f"--network/scrl/grid_based_box_gen={word}").config
     assert (config.model.method, config.boxes.grid) == ("byol", False)
@@ -183,7 +184,7 @@ def test_words_are_switches_as_on_its_command_line(word):
 @pytest.mark.parametrize(("interval", "log_every"), [(1, 10), (9, 10), (10, 10), (11, 11), (500, 500)])
 def test_logging_points_stay_rare(interval, log_every):
     """Each reads the device and decomposes a matrix, so the published one in each step would cost much."""
-    options, notes = compat.translate({"train": {"tb_interval": interval}}, "x")
+    options, notes = kakaobrain.translate({"train": {"tb_interval": interval}}, "x")
     assert options == {"run.log_every": log_every}
     request = parse(f"--train/tb_interval={interval}")
     assert request.config.run.log_every == log_every
@@ -236,7 +237,7 @@ def test_its_flags_keep_their_spelling(write):
 
 
 def test_the_table_names_only_options_that_exist():
-    ours = cli.option_kinds()
+    ours = option_kinds(Config)
     for name, field in FIELDS.items():
         assert (field.option in ours) != bool(field.why), name
         assert name not in ours or field.option == name, f"{name} means two things"

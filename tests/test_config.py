@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from scrl_fast.config import command_line as cli
-from scrl_fast.config import recipes
-from scrl_fast.config.recipes import load_recipe
+from scrl_fast.config import command_line
+from scrl_fast.config.files import option_kinds, recipe_names
 from scrl_fast.config.schema import (
     BACKBONE_STRIDES,
     BoxesConfig,
@@ -23,6 +22,7 @@ from scrl_fast.config.schema import (
     RunConfig,
     TrainConfig,
     ViewsConfig,
+    load_recipe,
 )
 from scrl_fast.errors import UsageError
 
@@ -193,7 +193,7 @@ def test_published_recipes(name, expected):
 
 
 def test_the_recipes_are_these():
-    assert recipes.names() == ("byol_1000ep", "byol_200ep", "demo", "scrl_1000ep", "scrl_200ep")
+    assert recipe_names() == ("byol_1000ep", "byol_200ep", "demo", "scrl_1000ep", "scrl_200ep")
     demo = load_recipe("demo")
     demo.check_ready()
     assert demo.data.source == "demo" and demo.eval.roi_linear
@@ -204,7 +204,7 @@ def test_unknown_recipe():
         load_recipe("scrl-200ep")
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_yaml_round_trip(tmp_path, name):
     config = dataclasses.replace(load_recipe(name), resume="auto")
     config.run.dir = "runs/1e3: [odd] \u00fc 'name'"
@@ -212,7 +212,7 @@ def test_yaml_round_trip(tmp_path, name):
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert Config.from_yaml(path) == config
-    assert cli.parse(["--config", str(path)], prog="x").config == config
+    assert command_line.parse(["--config", str(path)], prog="x").config == config
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert plain == config.to_dict(), "any YAML reader sees numbers as numbers"
     assert list(plain) == [field.name for field in dataclasses.fields(Config)]
@@ -229,11 +229,11 @@ def test_from_dict_takes_any_part():
 
 def test_every_option_is_explained_in_the_help(capsys):
     with pytest.raises(SystemExit) as done:
-        cli.parse(["--help"], prog="python -m scrl_fast.train")
+        command_line.parse(["--help"], prog="python -m scrl_fast.train")
     assert done.value.code == 0
     text = capsys.readouterr().out
     assert "SUPPRESS" not in text
-    for option in cli.option_kinds():
+    for option in option_kinds(Config):
         _, found, rest = text.partition(f"--{option} ")
         assert found, option
         assert "default" in rest.partition("\n  --")[0], f"{option} has no docstring"

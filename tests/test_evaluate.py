@@ -12,9 +12,9 @@ import torch
 import torchvision
 from tiny_data import write_coco, write_imagenet, write_voc, write_voc_object
 
-from scrl_fast.config.recipes import load_recipe
+from scrl_fast.config.schema import load_recipe
 from scrl_fast.evaluate.__main__ import main
-from scrl_fast.evaluate.config import TASKS
+from scrl_fast.evaluate.config import TASK_OPTIONS
 from scrl_fast.trainer import SCRLTrainer
 
 TINY = ["--checkpoint=random", "--backbone=resnet10_tiny", "--cache="]
@@ -199,7 +199,7 @@ def test_misspelt_tasks_and_options_name_the_right_one(capsys):
     assert "must be one of demo, coco, voc" in refused(capsys, "roi-linear", "--data.source=lvis")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASK_OPTIONS)
 def test_help_of_every_task(capsys, task):
     with pytest.raises(SystemExit) as stop:
         main([task, "--help"])

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from scrl_fast import export, weights
-from scrl_fast.config.recipes import load_recipe
+from scrl_fast.config.schema import load_recipe
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, build_encoder
 

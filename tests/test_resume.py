@@ -16,7 +16,7 @@ import torch
 from tiny_trainer import Pictures, make_config
 
 from scrl_fast import train
-from scrl_fast.config import command_line as cli
+from scrl_fast.config import command_line
 from scrl_fast.run import log as runlog
 from scrl_fast.run.checkpoint import CheckpointManager
 from scrl_fast.run.resume import restore
@@ -143,7 +143,7 @@ def test_a_stop_before_the_first_step_says_that_nothing_is_saved_and_starts_from
     summary, said = stopped_before_data(tmp_path, init=weights)
     assert (summary["step"], summary["interrupted"], summary["checkpoint"]) == (0, "SIGTERM", "")
     assert "SIGTERM: stopped before the first step, so there is nothing to save" in said and "is saved" not in said
-    config = cli.parse(shlex.split(summary["resume_command"])[3:], prog="").config
+    config = command_line.parse(shlex.split(summary["resume_command"])[3:], prog="").config
     assert (config.resume, config.init, config.init_momentum) == ("auto", weights, False)
     again = SCRLTrainer(config, source=Pictures(num_classes=3))
     assert any("54 tensors of the encoder matched" in note for note in restore(again))

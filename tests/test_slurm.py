@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import slurm_stubs
 
-from scrl_fast.config import command_line as cli
+from scrl_fast.config import command_line
 
 TEMPLATE = Path(__file__).parents[1] / "scripts" / "slurm.sbatch"
 STOPPED = "2026-01-01 00:00:00 SIGTERM: stopped after step 9, everything is saved. To continue:\n"
@@ -60,7 +60,7 @@ def test_every_node_gets_the_same_rendezvous_and_its_processes(tmp_path, monkeyp
     # RUN is where the template looks: it has the last word
     run = f"--run.dir={tmp_path}/runs/scrl-4711"
     assert first[-6:] == ["--resume=auto", "--train.epochs=100", "--run.dir=elsewhere", run, "240", ""]
-    assert cli.parse(["--config=demo", *first[-4:-2]], prog="train").config.run.dir == run.partition("=")[2]
+    assert command_line.parse(["--config=demo", *first[-4:-2]], prog="train").config.run.dir == run.partition("=")[2]
     assert asked(tmp_path, "srun") == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
     assert asked(tmp_path) == asked(tmp_path, "scancel") == []
 

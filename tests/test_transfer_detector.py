@@ -173,7 +173,7 @@ def test_boxes_go_to_the_level_of_their_size():
 
 @pytest.mark.parametrize("knee", [0.0, 1 / 9, 0.5])
 def test_box_losses_have_the_knee_that_is_asked_for(monkeypatch, knee):
-    network = small(rpn_loss_knee=knee, box_loss_knee=2 * knee)
+    network = small(rpn_smooth_l1_beta=knee, box_smooth_l1_beta=2 * knee)
     network.train()
     target = [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
     given = []

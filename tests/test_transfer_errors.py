@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_detector_is_named(data_root, tmp_path):
 
 @pytest.mark.parametrize("argv", [[], ["--data.root=x"], ["detectoin"]])
 def test_the_task_comes_first(argv):
-    with pytest.raises(UsageError, match=r"must be one of|the first argument is the task"):
+    with pytest.raises(UsageError, match=r"unknown task .detectoin.|the task comes first"):
         parse(argv)
 
 

@@ -17,7 +17,7 @@ from scrl_fast.run import checkpoint
 from scrl_fast.run.log import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
-from scrl_fast.transfer.config import TASKS
+from scrl_fast.transfer.config import TASK_DEFAULTS
 from scrl_fast.transfer.dataset import count_without_masks
 from scrl_fast.transfer.trainer import Transfer
 
@@ -35,9 +35,9 @@ RESULTS = {
 RESULTS["coco10"] = RESULTS["detection"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASK_DEFAULTS)
 def test_task_learns_and_measures(task, data_root, tmp_path):
-    more = ["--train.steps=14", "--optim.decay_at=[14,14]", "--optim.lr=0.02"]
+    more = ["--train.steps=14", "--optim.lr_steps=[14,14]", "--optim.lr=0.02"]
     more += ["--data.subset=0.5"] if task == "coco10" else []
     assert main(arguments(task, data_root, tmp_path / "run", f"--json={tmp_path}/new/result.json", *more)) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -157,15 +157,15 @@ def test_subset_is_the_same_by_seed(data_root):
 
 def test_published_defaults(data_root):
     config = parse(["detection", f"--data.root={data_root}"])
-    assert (config.train.batch_size, config.train.steps, config.optim.decay_at) == (16, 90000, (60000, 80000))
+    assert (config.train.batch_size, config.train.steps, config.optim.lr_steps) == (16, 90000, (60000, 80000))
     rates = [config.optim.rate(step, 16) for step in (0, 500, 1000, 59999, 60000, 80000)]
     assert np.allclose(rates, [0.02 * 0.001, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.0002])
     assert config.optim.rate(2000, 8) == pytest.approx(0.01)
     voc = parse(["voc", f"--data.root={data_root}"])
-    assert (voc.train.steps, voc.optim.decay_at, voc.optim.warmup_steps) == (18000, (12000, 16000), 100)
-    assert voc.model.short_sides() == tuple(range(480, 801, 32)) and voc.model.box_loss_knee == 0
+    assert (voc.train.steps, voc.optim.lr_steps, voc.optim.warmup_steps) == (18000, (12000, 16000), 100)
+    assert voc.model.short_sides() == tuple(range(480, 801, 32)) and voc.model.box_smooth_l1_beta == 0
     points = parse(["keypoints", f"--data.root={data_root}"]).model
-    assert points.proposals == (1500, 1000) and (points.rpn_loss_knee, points.box_loss_knee) == (0, 0.5)
+    assert points.proposals == (1500, 1000) and (points.rpn_smooth_l1_beta, points.box_smooth_l1_beta) == (0, 0.5)
     assert parse(["coco10", f"--data.root={data_root}", "--model.detector=retinanet"]).optim.lr == 0.01
     assert parse(["detection", f"--data.root={data_root}", "--model.detector=fcos", "--optim.lr=0.03"]).optim.lr == 0.03
     fcos = parse(["detection", f"--data.root={data_root}", "--model.detector=fcos"]).model

@@ -244,7 +244,7 @@ def test_random_is_left_alone():
 
 @pytest.mark.parametrize("compat", ["none", "kakaobrain"])
 def test_momentum_goes_to_its_parameter(tmp_path, compat):
-    from scrl_fast.config.recipes import load_recipe
+    from scrl_fast.config.schema import load_recipe
 
     config = load_recipe("demo")
     config.compat = compat

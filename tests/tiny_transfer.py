@@ -21,7 +21,7 @@ SMALL = [
     *("--model.test_short_side=48", "--model.fpn_channels=16", "--model.head_channels=32", "--model.mask_channels=8"),
     *("--model.keypoint_channels=8", "--model.proposals=[40,40]", "--model.rois_per_image=16", "--data.workers=2"),
     *("--train.batch_size=3", "--train.steps=8", "--train.device=cpu", "--optim.reference_batch=3", "--optim.lr=0.01"),
-    *("--optim.decay_at=[8,8]", "--optim.warmup_steps=2", "--run.log_every=1", "--run.tensorboard=false"),
+    *("--optim.lr_steps=[8,8]", "--optim.warmup_steps=2", "--run.log_every=1", "--run.tensorboard=false"),
 ]
 
 

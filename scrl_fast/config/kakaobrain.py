@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from scrl_fast.config.schema import RunConfig
+from scrl_fast.config.defaults import LOG_EVERY
 from scrl_fast.errors import UsageError, did_you_mean
 
 QUIRKS_NOTE = (
@@ -58,7 +58,7 @@ def _training(value: Any) -> bool:
 
 
 def _log_every(steps: Any) -> Any:
-    return RunConfig.log_every if type(steps) is int and 1 <= steps < RunConfig.log_every else steps
+    return LOG_EVERY if type(steps) is int and 1 <= steps < LOG_EVERY else steps
 
 
 _LAUNCH = "processes are started by torchrun"

@@ -1,30 +1,43 @@
 """The options of a run: one tree of dataclasses, filled from a recipe, YAML files and the command line.
 
-This file holds names, types, defaults and ranges; ``cli.py`` holds the parsing. Each field's docstring is what
-``python -m scrl_fast.train --help`` shows. Whatever way a config is made, a value out of range is a ValueError, and one
-of the wrong type a TypeError, that names the option, the value and what is allowed. All options stand in one place:
+This file holds names, types, defaults and ranges; ``files.py`` and ``command_line.py`` hold the parsing. Each field's
+docstring is what ``python -m scrl_fast.train --help`` shows. Whatever way a config is made, a value out of range or of
+the wrong type is a UsageError that names the option, the value and the values allowed. All options stand in one place:
 that is why this file is a long one.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scrl_fast.config.defaults import (
+    DATA_TIMEOUT,
+    DEMO_IMAGES,
+    DEMO_SIZE,
+    DEMO_TEST_IMAGES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LOG_EVERY,
+    MAX_PIXELS,
+)
+from scrl_fast.config.files import Settings, build, dump, read_settings, recipe_names
 from scrl_fast.config.validation import (
-    PATIENCE,
-    SAMPLES,
-    SHARE,
+    FRACTION_RANGE,
+    SAMPLES_RANGE,
+    SEED_RANGE,
+    TIMEOUT_RANGE,
     above,
     at_least,
     check_fields,
     from_above,
     from_below,
-    refusal,
+    option_error,
+    to_plain,
     within,
 )
-from scrl_fast.errors import did_you_mean
+from scrl_fast.errors import UsageError, did_you_mean
 
 BACKBONE_STRIDES = {
     "resnet10_tiny": 8,
@@ -50,12 +63,12 @@ class DataConfig:
     """Threads that read images and make views; 0: the training thread does it between the steps, none ahead."""
     prefetch: int = 2
     """Batches prepared ahead of the one in training, unless workers is 0."""
-    timeout: float = 300.0
+    timeout: float = DATA_TIMEOUT
     """Stop when a batch is waited for and no image was finished for so many seconds, unless workers is 0."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of an epoch's images cannot be read (unless 0, ten never stop a run, or half of
     the images if those are fewer)."""
-    max_pixels: int = 178_000_000
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels than this are refused before they are decoded."""
     scaled_decode: bool = True
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where both crops stay at least as large as a view: several
@@ -65,9 +78,9 @@ class DataConfig:
     decode; auto: on the GPU where there is one with Triton."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """gpu: plain JPEGs are decoded by the GPU (nvJPEG through torchvision), in full, and a few levels off the CPU's."""
-    demo_images: int = 2048
+    demo_images: int = DEMO_IMAGES
     """Scenes in the generated training set (source=demo)."""
-    demo_size: int = 96
+    demo_size: int = DEMO_SIZE
     """Height and width of a generated scene in pixels (source=demo)."""
 
     def __post_init__(self) -> None:
@@ -76,8 +89,8 @@ class DataConfig:
             "data",
             workers=at_least(0),
             prefetch=at_least(1),
-            timeout=PATIENCE,
-            max_bad_fraction=SHARE,
+            timeout=TIMEOUT_RANGE,
+            max_bad_fraction=FRACTION_RANGE,
             max_pixels=at_least(1),
             demo_images=at_least(1),
             demo_size=at_least(16),
@@ -120,9 +133,9 @@ class ViewsConfig:
     """Probability of solarisation in view 1 and in view 2."""
     solarize_threshold: int = 128
     """Values from this on (0..255) are inverted by solarisation."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of red, green, blue that is taken off, for values in 0..1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = IMAGENET_STD
     """Deviation of red, green, blue that is divided by."""
 
     def __post_init__(self) -> None:
@@ -140,12 +153,12 @@ class ViewsConfig:
             blur_sigma=above(0),
             solarize_threshold=within(0, 256),
             std=above(0),
-            **dict.fromkeys(probabilities, SHARE),
+            **dict.fromkeys(probabilities, FRACTION_RANGE),
         )
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise refusal(f"views.{name}", (low, high), "must be a range above 0, the smaller number first")
+                raise option_error(f"views.{name}", (low, high), "must be a range above 0, the smaller number first")
 
 
 @dataclass
@@ -198,13 +211,12 @@ class ModelConfig:
     """Where the target network starts: a copy of the online one, or its own random weights."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "model", hidden_dim=at_least(1), projection_dim=at_least(1), pool_size=at_least(1))
+        sizes = dict.fromkeys(("hidden_dim", "projection_dim", "pool_size"), at_least(1))
+        check_fields(self, "model", sampling_ratio=SAMPLES_RANGE, **sizes)
         if self.backbone not in BACKBONE_STRIDES and not self.backbone.startswith("timm:"):
             known = ", ".join(BACKBONE_STRIDES)
             hint = did_you_mean(self.backbone, BACKBONE_STRIDES)
-            raise refusal("model.backbone", self.backbone, f"must be one of {known}, or timm:NAME{hint}")
-        if self.sampling_ratio != -1 and not SAMPLES.allows(self.sampling_ratio):
-            raise refusal("model.sampling_ratio", self.sampling_ratio, f"must be {SAMPLES.words}, or -1 (adapts)")
+            raise option_error("model.backbone", self.backbone, f"must be one of {known}, or timm:NAME{hint}")
 
 
 @dataclass
@@ -241,7 +253,7 @@ class OptimConfig:
             trust_coefficient=above(0),
             eps=at_least(0),
             warmup_epochs=at_least(0),
-            ema_momentum=SHARE,
+            ema_momentum=FRACTION_RANGE,
             probe_lr=at_least(0),
         )
 
@@ -291,11 +303,11 @@ class TrainConfig:
             epochs=at_least(1),
             max_steps=at_least(0),
             threads=at_least(0),
-            seed=within(0, 2**63 - 1),
+            seed=SEED_RANGE,
         )
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-            raise refusal("train.device", self.device, "must be auto, cpu, cuda or cuda:N")
+            raise option_error("train.device", self.device, "must be auto, cpu, cuda or cuda:N")
 
 
 @dataclass
@@ -304,7 +316,7 @@ class RunConfig:
 
     dir: str = ""
     """Run folder; empty: runs/<source>-<method>-<time>."""
-    log_every: int = 10
+    log_every: int = LOG_EVERY
     """Steps between logging points."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: once an epoch."""
@@ -325,7 +337,7 @@ class EvalConfig:
 
     roi_linear: bool = False
     """Compare RoI linear accuracy of random and trained encoder on held-out scenes (source=demo)."""
-    scenes: int = 1000
+    scenes: int = DEMO_TEST_IMAGES
     """Held-out scenes used for it."""
 
     def __post_init__(self) -> None:
@@ -371,25 +383,25 @@ class Config:
         stride = BACKBONE_STRIDES.get(self.model.backbone, 1)
         if self.views.size < stride:  # before the boxes: smaller boxes would not help such views
             reason = f"must be at least {stride}, the stride of {self.model.backbone}"
-            raise refusal("views.size", self.views.size, reason)
+            raise option_error("views.size", self.views.size, reason)
         if self.model.method == "scrl":
             if self.boxes.per_image < 1:
                 reason = "model.method=scrl needs at least 1 box; --model.method=byol trains without boxes"
-                raise refusal("boxes.per_image", self.boxes.per_image, reason)
+                raise option_error("boxes.per_image", self.boxes.per_image, reason)
             if self.views.size <= self.boxes.min_size:
                 reason = f"views of views.size={self.views.size} pixels have no room for such boxes; choose less"
-                raise refusal("boxes.min_size", self.boxes.min_size, reason)
+                raise option_error("boxes.min_size", self.boxes.min_size, reason)
         if self.init_momentum and self.init in ("", "random"):
-            raise ValueError(
+            raise UsageError(
                 "init_momentum=True takes the momentum out of the file that --init names, and there is none"
             )
         if self.resume not in ("", "auto") and self.init:
-            raise ValueError(
+            raise UsageError(
                 f"resume={self.resume} and init={self.init}: give one, since a resumed run has its weights already"
             )
 
     def check_ready(self) -> None:
-        """Raise ValueError when an option that a recipe leaves to the user is still missing."""
+        """Raise UsageError when an option that a recipe leaves to the user is still missing."""
         if self.data.source != "demo" and not self.data.root:
             what = {
                 "list": "text file with the images' paths",
@@ -397,19 +409,15 @@ class Config:
                 "packed": "folder that scrl_fast.data.pack wrote",
                 "hf": "name or path of the dataset, as NAME[:split[:column]]",
             }.get(self.data.source, "folder of the images")
-            raise ValueError(f"data.source={self.data.source} needs --data.root, the {what}")
+            raise UsageError(f"data.source={self.data.source} needs --data.root, the {what}")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return to_plain(self)
 
     def to_yaml(self) -> str:
         """The whole config as YAML, which ``--config`` and `from_yaml` accept."""
-        from scrl_fast.config import (
-            command_line as cli,  # the parser knows this class, and is needed here only when asked
-        )
-
-        return cli.dump(self.to_dict())
+        return dump(self.to_dict())
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Config:
@@ -417,19 +425,37 @@ class Config:
 
         Raises UsageError for an unknown or ill-typed option, naming the nearest valid one.
         """
-        from scrl_fast.config import command_line as cli
-
-        return cli.build(cli.Settings(options))
+        return build(cls, Settings(options))
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Config:
-        """Config of a YAML file, ours or the published implementation's, or of a recipe by name."""
-        from scrl_fast.config import command_line as cli
+        """Config of a YAML file, ours or the published implementation's, or of a recipe by name.
 
-        return cli.build(cli.read_settings(os.fspath(path)))
+        Raises UsageError naming the nearest recipe when there is neither.
+        """
+        return build(cls, read_settings(os.fspath(path), recipe_names()))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def load_recipe(name: str) -> Config:
+    """Config of a recipe by name (``demo``, ``scrl_200ep``, ...) or of a YAML file by path.
+
+    Raises UsageError naming the nearest recipe when there is neither.
+    """
+    return Config.from_yaml(name)
+
+
+def check_enough(images: int, config: Config, world_size: int = 1) -> None:
+    """Check that a data set of so many images fills a step of all processes.
+
+    Raises UsageError with a batch size that fits.
+    """
+    train = config.train
+    fewest = train.accumulate * world_size  # images in a step of the smallest batch
+    if images >= train.batch_size * fewest:
+        return
+    factors = [f"train.batch_size={train.batch_size}"]
+    factors += [f"train.accumulate={train.accumulate}"] if train.accumulate > 1 else []
+    factors += [f"{world_size} processes"] if world_size > 1 else []
+    smaller = f"use --train.batch_size={images // fewest} or less" if images >= fewest else "there must be more images"
+    needed = train.batch_size * fewest
+    raise UsageError(f"{' x '.join(factors)} needs {needed} images a step, but the data set has {images}: {smaller}")

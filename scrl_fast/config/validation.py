@@ -1,4 +1,4 @@
-"""What the options of a config may be: types from the annotations, ranges beside them, errors that name the option."""
+"""Checks of option values: types from the annotations, ranges beside them, errors that name the option."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+from scrl_fast.config.defaults import MAX_SAMPLES
+from scrl_fast.errors import UsageError
+
+Options = TypeVar("Options")
+
+
+class OptionTypeError(UsageError, TypeError):
+    """An option's value has the wrong type."""
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+_EXAMPLES = {int: ("1", "2", "3"), float: ("0.5", "1.0", "1.5"), str: ("a", "b", "c")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers are allowed, and how to say so."""
+    """A set of numbers and its description in words."""
 
-    words: str
-    allows: Callable[[float], bool]
+    description: str
+    contains: Callable[[float], bool]
 
 
 def at_least(low: float) -> Range:
@@ -44,18 +56,21 @@ def from_above(low: float, high: float) -> Range:
     return Range(f"above {low} and at most {high}", lambda value: low < value <= high)
 
 
-SHARE = within(0, 1)
-PATIENCE = from_above(0, 604_800)  # seconds, a week at most: what waits cannot count to just any number
-SAMPLES = within(1, 4096)  # of a RoIAlign bin and axis; ops.roi_align refuses more
+FRACTION_RANGE = within(0, 1)
+TIMEOUT_RANGE = from_above(0, 604_800)  # seconds, at most a week: timers of the system do not take any number
+SAMPLES_RANGE = Range(
+    f"from 1 to {MAX_SAMPLES}, or -1 (adapts)", lambda value: value == -1 or 1 <= value <= MAX_SAMPLES
+)
+SEED_RANGE = within(0, 2**63 - 1)
 
 
 def check_fields(section: Any, name: str, **ranges: Range) -> None:
     """Check every field of a dataclass object against its annotation, and the named ones against a range.
 
     section: the object; whole numbers given for floats, and lists for tuples, are converted in place.
-    name: how the section is called in options, as in ``train``; empty for the root.
+    name: the section's name in options, such as ``train``; empty for the root.
     ranges: a range for each field that has one; it holds for every element of a tuple.
-    Raises TypeError or ValueError such as ``optim.ema_momentum=1.2: must be from 0 to 1``.
+    Raises UsageError such as ``optim.ema_momentum=1.2: must be from 0 to 1``; for a wrong type OptionTypeError.
     """
     for field, kind in field_types(type(section)).items():
         option = f"{name}.{field}" if name else field
@@ -63,14 +78,32 @@ def check_fields(section: Any, name: str, **ranges: Range) -> None:
         setattr(section, field, value)
         if field in ranges:
             for number in value if isinstance(value, tuple) else (value,):
-                if not ranges[field].allows(number):
-                    raise refusal(option, value, f"must be {ranges[field].words}")
+                if not ranges[field].contains(number):
+                    raise option_error(option, value, f"must be {ranges[field].description}")
 
 
-def refusal(option: str, value: object, reason: str) -> ValueError:
+def validated(options: Options) -> Options:
+    """A checked copy of a dataclass of options, sections included.
+
+    For options that may have been changed since they were made: attributes are not checked when they are set.
+    Raises UsageError as `check_fields` does.
+    """
+    if not dataclasses.is_dataclass(options) or isinstance(options, type):
+        raise OptionTypeError(f"config={options!r}: must be an object such as scrl_fast.Config()")
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    sections = {name: validated(value) for name, value in values.items() if _is_section(value)}
+    return typing.cast(Options, type(options)(**(values | sections)))
+
+
+def to_plain(options: Any) -> dict[str, Any]:
+    """Nested dict of a dataclass of options, tuples as lists: what YAML, JSON and a checkpoint can hold."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
+
+
+def option_error(option: str, value: object, reason: str) -> UsageError:
     """The error for one option: ``option=value: reason``."""
     shown = list(value) if isinstance(value, tuple) else value
-    return ValueError(f"{option}={shown}: {reason}")
+    return UsageError(f"{option}={shown}: {reason}")
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -79,38 +112,53 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def in_words(kind: Any) -> str:
-    """What a value of this type is, for a reader who knows no Python."""
+def type_description(kind: Any) -> str:
+    """The values of a type in plain words, with an example of that type for a list."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        if items[1:] == (...,):
-            return "a list of numbers, such as [1, 2]"
-        return f"a list of {len(items)} numbers, such as [{', '.join(['0.5'] * len(items))}]"
-    return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
+        any_length = items[1:] == (...,)
+        count = "" if any_length else f"{len(items)} "
+        example = ", ".join((_EXAMPLES[items[0]] * len(items))[: len(items)])
+        return f"a list of {count}{_PLURALS[items[0]]}, such as [{example}]"
+    return _NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _is_section(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _wrong_type(option: str, value: Any, kind: Any) -> OptionTypeError:
+    return OptionTypeError(f"{option}={value!r}: must be {type_description(kind)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _converted(option: str, value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, typing.cast(type, kind)):
             return value
-        raise TypeError(f"{option}={value!r}: must be {in_words(kind)}")
+        raise _wrong_type(option, value, kind)
     if typing.get_origin(kind) is typing.Literal:
         if value not in typing.get_args(kind):
-            raise refusal(option, value, f"must be {in_words(kind)}")
+            raise option_error(option, value, f"must be {type_description(kind)}")
         return value
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if items[1:] == (...,) and isinstance(value, (list, tuple)) and value:
             items = items[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
-            raise TypeError(f"{option}={value!r}: must be {in_words(kind)}")
+            raise _wrong_type(option, value, kind)
         return tuple(_converted(option, item, item_kind) for item, item_kind in zip(value, items, strict=True))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise TypeError(f"{option}={value!r}: must be {in_words(kind)}")
+        raise _wrong_type(option, value, kind)
     if kind is float and not math.isfinite(value):
-        raise refusal(option, value, "must be finite")
+        raise option_error(option, value, "must be finite")
     return value

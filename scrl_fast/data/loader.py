@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scrl_fast.config.schema import Config
+from scrl_fast.config.schema import Config, check_enough
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.batch import Batch, PackedBatch
 from scrl_fast.data.batch_builder import BatchBuilder, BatchSpec
@@ -210,17 +210,3 @@ def _check(source: Source, config: Config, rank: int, world_size: int) -> None:
     if not config.train.batch_size > 0:
         raise UsageError(f"train.batch_size must be positive, got {config.train.batch_size}")
     check_enough(len(source), config, world_size)
-
-
-def check_enough(images: int, config: Config, world_size: int = 1) -> None:
-    """Raises UsageError, with what would do, unless a data set of so many images fills a step of all processes."""
-    train = config.train
-    fewest = train.accumulate * world_size  # images in a step of the smallest batch
-    if images >= train.batch_size * fewest:
-        return
-    factors = [f"train.batch_size={train.batch_size}"]
-    factors += [f"train.accumulate={train.accumulate}"] if train.accumulate > 1 else []
-    factors += [f"{world_size} processes"] if world_size > 1 else []
-    smaller = f"use --train.batch_size={images // fewest} or less" if images >= fewest else "there must be more images"
-    needed = train.batch_size * fewest
-    raise UsageError(f"{' x '.join(factors)} needs {needed} images a step, but the data set has {images}: {smaller}")

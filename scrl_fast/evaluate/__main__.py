@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from scrl_fast.config import command_line as cli
-from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
-from scrl_fast.evaluate.config import TASKS
+from scrl_fast.config.command_line import parse_as, take_task
+from scrl_fast.config.files import Settings
+from scrl_fast.errors import friendly_errors
+from scrl_fast.evaluate.config import TASK_OPTIONS
 
 PROG = "python -m scrl_fast.evaluate"
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv):
-        task = _task(argv)
+        summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
+        task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")
         options = _parse(task, argv)
         run(task, options, argv)
     return 0
@@ -41,7 +43,7 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     started = time.perf_counter()
     subject = load_subject(options)
     if task == "dense-consistency" and argv:
-        options = _parse(task, argv, cli.Settings(tasks.training_settings(subject), subject.name))
+        options = _parse(task, argv, Settings(tasks.training_settings(subject), subject.name))
     _say(subject.report)
     outcome = tasks.TASKS[task](options, subject, _say)
     print(outcome.line, flush=True)
@@ -72,27 +74,9 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _task(argv: list[str]) -> str:
-    """The task, taken out of the arguments. Prints the tasks for --help alone."""
-    named = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
-    known = ", ".join(TASKS)
-    if named is None or (argv[0].startswith("-") and argv[0] not in ("--debug",)):
-        if "--help" in argv or "-h" in argv:
-            print(f"usage: {PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...\n\ntasks (each has its own --help):")
-            for name, cls in TASKS.items():
-                print(f"  {name:18} {(cls.__doc__ or '').splitlines()[0]}")
-            raise SystemExit(0)
-        raise UsageError(f"the task comes first: {PROG} TASK ..., one of {known}")
-    task = argv.pop(named)
-    if task not in TASKS:
-        near = did_you_mean(task.replace("_", "-"), TASKS)
-        raise UsageError(f"unknown task '{task}'{near or f'; there are {known}'}")
-    return task
-
-
-def _parse(task: str, argv: Sequence[str], *base: cli.Settings) -> Any:
-    cls = TASKS[task]
-    return cli.parse_as(cls, argv, prog=f"{PROG} {task}", description=cls.__doc__ or "", base=base)
+def _parse(task: str, argv: Sequence[str], *base: Settings) -> Any:
+    cls = TASK_OPTIONS[task]
+    return parse_as(cls, argv, prog=f"{PROG} {task}", description=cls.__doc__ or "", base=base).options()
 
 
 if __name__ == "__main__":

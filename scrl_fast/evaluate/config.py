@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES, MAX_PIXELS
 from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
-from scrl_fast.config.validation import above, at_least, check_fields, refusal, within
+from scrl_fast.config.validation import above, at_least, check_fields, option_error, within
 from scrl_fast.errors import UsageError
-
-SCENES = 1000  # held-out demo scenes, as eval.scenes of the trainer
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Common:
         """Types and ranges, the sections' included. A task with ranges of its own adds to it."""
         check_fields(self, "", batch_size=at_least(1), workers=at_least(0), seed=within(0, 2**31))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise refusal("device", self.device, "must be auto, cpu, cuda or cuda:N")
+            raise option_error("device", self.device, "must be auto, cpu, cuda or cuda:N")
 
     def check_ready(self) -> None:
         """Raise UsageError when an option without a default is missing."""
@@ -71,13 +70,13 @@ class ImageData:
     """Folder of the training images, in root."""
     test: str = "val"
     """Folder of the test images, in root."""
-    max_pixels: int = 178_000_000
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels than this are refused before they are decoded."""
-    demo_images: int = 2048
+    demo_images: int = DEMO_IMAGES
     """Training scenes (source=demo)."""
-    demo_test: int = SCENES
+    demo_test: int = DEMO_TEST_IMAGES
     """Test scenes (source=demo)."""
-    demo_size: int = 96
+    demo_size: int = DEMO_SIZE
     """Height and width of a scene (source=demo)."""
 
     def __post_init__(self) -> None:
@@ -105,13 +104,13 @@ class RegionData:
     """Enlarge or shrink images until the shorter side has this many pixels; 0: as they are."""
     max_images: int = 0
     """Use only so many images of each split; 0: all."""
-    max_pixels: int = 178_000_000
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels than this are refused before they are decoded."""
-    demo_images: int = 2048
+    demo_images: int = DEMO_IMAGES
     """Training scenes (source=demo)."""
-    demo_test: int = SCENES
+    demo_test: int = DEMO_TEST_IMAGES
     """Test scenes (source=demo)."""
-    demo_size: int = 96
+    demo_size: int = DEMO_SIZE
     """Height and width of a scene (source=demo)."""
 
     def __post_init__(self) -> None:
@@ -243,7 +242,7 @@ class RankOptions(Common):
         check_fields(self, "", size=at_least(0), images=at_least(1))
 
 
-TASKS = {
+TASK_OPTIONS = {
     "linear": LinearOptions,
     "knn": KnnOptions,
     "roi-linear": RoiLinearOptions,

@@ -7,11 +7,34 @@
     result = average_precision(detector, test_scenes)  # {"AP": ..., "AP50": ..., ...}, 0 to 1
 
 ``train_scenes`` and ``test_scenes`` have ``read(i)``, ``boxes(i)`` and ``labels(i)``, as for
-`scrl_fast.evaluate.roi_linear`: the demo's scenes, or the result of ``read_coco``, ``read_voc`` or ``read_cityscapes``.
+`scrl_fast.evaluate.roi_linear`: the demo's scenes, or the result of ``read_coco``, ``read_voc`` or ``read_cityscapes``. Names
+are loaded when they are first used, so that a misspelt option is answered before torch is imported.
 """
 
-from scrl_fast.transfer.detector import build_detector
-from scrl_fast.transfer.fine_tune import fine_tune
-from scrl_fast.transfer.predict import average_precision, detect
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scrl_fast.transfer.detector import build_detector as build_detector
+    from scrl_fast.transfer.fine_tune import fine_tune as fine_tune
+    from scrl_fast.transfer.predict import average_precision as average_precision
+    from scrl_fast.transfer.predict import detect as detect
+
+_ATTRIBUTES = {
+    "average_precision": "scrl_fast.transfer.predict",
+    "build_detector": "scrl_fast.transfer.detector",
+    "detect": "scrl_fast.transfer.predict",
+    "fine_tune": "scrl_fast.transfer.fine_tune",
+}
 
 __all__ = ["average_precision", "build_detector", "detect", "fine_tune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

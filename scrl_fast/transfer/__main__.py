@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from scrl_fast import atomic_files as durable
-from scrl_fast.config import command_line as cli
-from scrl_fast.errors import UsageError, did_you_mean, friendly_errors
-from scrl_fast.transfer.config import DETECTOR_SETTINGS, TASKS, TransferConfig
+from scrl_fast.config.command_line import parse_as, take_task
+from scrl_fast.config.files import Settings
+from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"
+USAGE = f"{PROG} TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,36 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> TransferConfig:
     """Options of a task: its own defaults, the detector's, then files, then the command line. Raises UsageError."""
-    task = take_task(argv)
-    settings = [cli.Settings({"task": task, **TASKS[task]}, f"the defaults of {task}")]
+    task = take_task(argv, TASK_SUMMARIES, USAGE)
+    settings = [Settings({"task": task, **TASK_DEFAULTS[task]}, f"the defaults of {task}")]
     description = (
         f"Fine-tune a detector from pre-trained weights and measure it: {task}. The defaults below are those of "
         "detection; --print_config shows the task's own."
     )
-    options: dict[str, Any] = {"prog": f"{PROG} {task}", "description": description}
-    if any(argument.startswith(("--config", "--model.detector", "--model=")) for argument in argv):
-        silent = [argument for argument in argv if argument != "--print_config"]
-        detector = cli.parse_as(TransferConfig, silent, base=settings, **options).model.detector
-        settings.append(cli.Settings(DETECTOR_SETTINGS.get(detector, {}), f"the defaults of {detector}"))
-    config = cli.parse_as(TransferConfig, argv, base=settings, **options)
+    command: dict[str, Any] = {"prog": f"{PROG} {task}", "description": description}
+    request = parse_as(TransferConfig, argv, base=settings, **command)
+    if defaults := DETECTOR_DEFAULTS.get(request.config.model.detector):
+        settings.append(Settings(defaults, f"the defaults of {request.config.model.detector}"))
+        request = parse_as(TransferConfig, argv, base=settings, **command)
+    config = request.options()
     if config.task != task:
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")
     config.check_ready()
     return config
-
-
-def take_task(argv: list[str]) -> str:
-    """The task, taken out of the arguments. Raises UsageError when there is none, SystemExit for --help alone."""
-    known = ", ".join(TASKS)
-    if not argv or argv[0].startswith("-"):
-        if argv[:1] in (["--help"], ["-h"]):
-            print(f"usage: {PROG} TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]...\ntasks: {known}")
-            raise SystemExit(0)
-        raise UsageError(f"the first argument is the task: {known}")
-    task = argv.pop(0)
-    if task not in TASKS:
-        raise UsageError(f"unknown task '{task}', must be one of {known}{did_you_mean(task, TASKS)}")
-    return task
 
 
 def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:

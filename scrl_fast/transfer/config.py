@@ -5,11 +5,25 @@ Defaults are those of detectron2's 1x schedule with SyncBatchNorm everywhere, wh
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+from scrl_fast.config.defaults import DATA_TIMEOUT, IMAGENET_MEAN, IMAGENET_STD
 from scrl_fast.config.schema import RunConfig
-from scrl_fast.config.validation import PATIENCE, SHARE, above, at_least, check_fields, from_below, refusal, within
+from scrl_fast.config.validation import (
+    FRACTION_RANGE,
+    SAMPLES_RANGE,
+    SEED_RANGE,
+    TIMEOUT_RANGE,
+    above,
+    at_least,
+    check_fields,
+    from_below,
+    option_error,
+    to_plain,
+    within,
+)
+from scrl_fast.errors import UsageError
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
 
@@ -37,15 +51,15 @@ class TransferDataConfig:
     """Threads that read images."""
     prefetch: int = 2
     """Batches read ahead of the one in training."""
-    timeout: float = 300.0
+    timeout: float = DATA_TIMEOUT
     """Stop when a batch is waited for and no image was finished for so many seconds."""
 
     def __post_init__(self) -> None:
         share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
-        check_fields(self, "data", flip=share, subset=share, timeout=PATIENCE, **counts)
+        check_fields(self, "data", flip=share, subset=share, timeout=TIMEOUT_RANGE, **counts)
         if self.subset == 0:
-            raise refusal("data.subset", self.subset, "must be above 0")
+            raise option_error("data.subset", self.subset, "must be above 0")
 
 
 @dataclass
@@ -72,9 +86,9 @@ class DetectorConfig:
     """The images' shorter side in evaluation."""
     long_side: int = 1333
     """Images are made smaller where their longer side would exceed this."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of red, green, blue that is taken off, for values in 0..1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = IMAGENET_STD
     """Deviation of red, green, blue that is divided by."""
     roi_align: Literal["torchvision", "scrl_fast"] = "scrl_fast"
     """Whose RoIAlign: ours is deterministic and takes half precision as it is."""
@@ -98,11 +112,11 @@ class DetectorConfig:
     """Proposals of an image after suppression, in training and in evaluation."""
     rois_per_image: int = 512
     """Proposals of an image that the heads are trained on."""
-    rpn_loss_knee: float = 0.0
-    """Errors of a proposal's box below this count squared, above it straight (smooth L1); 0 is plain L1, which
-    detectron2 has; torchvision's detectors have 1/9. RetinaNet has no proposals; FCOS's box loss is GIoU."""
-    box_loss_knee: float = 0.0
-    """The same for the box head's, and RetinaNet's."""
+    rpn_smooth_l1_beta: float = 0.0
+    """Beta of the smooth L1 loss of proposals' boxes: squared below it, linear above; 0 is plain L1, as in detectron2;
+    torchvision's detectors have 1/9. RetinaNet has no proposals; FCOS's box loss is GIoU."""
+    box_smooth_l1_beta: float = 0.0
+    """Beta of the smooth L1 loss of the box head, and of RetinaNet's boxes."""
     score_threshold: float = 0.05
     """Detections below this score are dropped."""
     nms_threshold: float = 0.5
@@ -118,19 +132,18 @@ class DetectorConfig:
             "model",
             frozen_stages=within(0, 5),
             std=above(0),
+            roi_sampling_ratio=SAMPLES_RANGE,
             anchor_scale=above(0),
-            rpn_loss_knee=at_least(0),
-            box_loss_knee=at_least(0),
-            score_threshold=SHARE,
-            nms_threshold=SHARE,
+            rpn_smooth_l1_beta=at_least(0),
+            box_smooth_l1_beta=at_least(0),
+            score_threshold=FRACTION_RANGE,
+            nms_threshold=FRACTION_RANGE,
             **dict.fromkeys(counts + sides, at_least(1)),
         )
         if self.short_side[0] > self.short_side[1]:
-            raise refusal("model.short_side", self.short_side, "must be a range, the smaller number first")
-        if self.roi_sampling_ratio != -1 and self.roi_sampling_ratio < 1:
-            raise refusal("model.roi_sampling_ratio", self.roi_sampling_ratio, "must be at least 1, or -1 (adapts)")
+            raise option_error("model.short_side", self.short_side, "must be a range, the smaller number first")
         if self.roi_aligned and self.roi_align == "torchvision":
-            raise refusal("model.roi_aligned", True, "not with roi_align=torchvision: --model.roi_aligned=false")
+            raise option_error("model.roi_aligned", True, "not with roi_align=torchvision: --model.roi_aligned=false")
 
     def short_sides(self) -> tuple[int, ...]:
         """The sides to choose from in training."""
@@ -152,10 +165,10 @@ class TransferOptimConfig:
     """Weight decay."""
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers."""
-    decay_at: tuple[int, int] = (60000, 80000)
+    lr_steps: tuple[int, int] = (60000, 80000)
     """Steps at which the learning rate falls; a change of train.steps leaves them as they are."""
-    decay: float = 0.1
-    """What it is multiplied by there."""
+    lr_gamma: float = 0.1
+    """Factor of the learning rate at each of lr_steps."""
     warmup_steps: int = 1000
     """Steps of linear warm-up."""
     warmup_factor: float = 0.001
@@ -172,10 +185,10 @@ class TransferOptimConfig:
             momentum=from_below(0, 1),
             weight_decay=at_least(0),
             norm_weight_decay=at_least(0),
-            decay_at=at_least(0),
-            decay=SHARE,
+            lr_steps=at_least(0),
+            lr_gamma=FRACTION_RANGE,
             warmup_steps=at_least(0),
-            warmup_factor=SHARE,
+            warmup_factor=FRACTION_RANGE,
             clip_norm=at_least(0),
         )
 
@@ -185,7 +198,7 @@ class TransferOptimConfig:
         if step < self.warmup_steps:
             share = step / self.warmup_steps
             rate *= self.warmup_factor * (1 - share) + share
-        return rate * self.decay ** sum(step >= milestone for milestone in self.decay_at)
+        return rate * self.lr_gamma ** sum(step >= milestone for milestone in self.lr_steps)
 
 
 @dataclass
@@ -216,7 +229,7 @@ class TransferTrainConfig:
             batch_size=at_least(1),
             steps=at_least(0),
             max_steps=at_least(0),
-            seed=within(0, 2**63 - 1),
+            seed=SEED_RANGE,
         )
 
 
@@ -263,42 +276,43 @@ class TransferConfig:
     json: str = ""
     """File for the result: task, result, config, checkpoint and seconds."""
 
+    renamed: ClassVar[dict[str, str]] = {
+        "model.rpn_loss_knee": "model.rpn_smooth_l1_beta",
+        "model.box_loss_knee": "model.box_smooth_l1_beta",
+        "optim.decay_at": "optim.lr_steps",
+        "optim.decay": "optim.lr_gamma",
+    }
+
     def __post_init__(self) -> None:
         check_fields(self, "")
         needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
         if needs and self.model.detector != needs:
-            raise refusal("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
+            raise option_error("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
 
     def check_ready(self) -> None:
-        """Raise ValueError when what a task leaves to the user is missing."""
+        """Raise UsageError when what a task leaves to the user is missing."""
         if not self.data.root:
-            raise ValueError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
+            raise UsageError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
         if self.eval.only and not self.resume:
-            raise ValueError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
+            raise UsageError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain values, ranges as lists: what YAML and a checkpoint can hold."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+        return to_plain(self)
 
 
 # Sources: detectron2's config files at its commit 02b5c4e (docs/transfer.md names the file of each task)
-TASKS: dict[str, dict[str, Any]] = {
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {},
     "instance": {"model": {"detector": "mask_rcnn"}},
-    "keypoints": {"model": {"detector": "keypoint_rcnn", "proposals": [1500, 1000], "box_loss_knee": 0.5}},
+    "keypoints": {"model": {"detector": "keypoint_rcnn", "proposals": [1500, 1000], "box_smooth_l1_beta": 0.5}},
     # a tenth of the images and of the steps: as many epochs as with all of them (no source gives the paper's)
-    "coco10": {"data": {"subset": 0.1}, "train": {"steps": 9000}, "optim": {"decay_at": [6000, 8000]}},
+    "coco10": {"data": {"subset": 0.1}, "train": {"steps": 9000}, "optim": {"lr_steps": [6000, 8000]}},
     "voc": {
         "data": {"train": "2007_trainval+2012_trainval", "val": "2007_test"},
         "model": {"short_side": [480, 800]},
         "train": {"steps": 18000},
-        "optim": {"decay_at": [12000, 16000], "warmup_steps": 100},
+        "optim": {"lr_steps": [12000, 16000], "warmup_steps": 100},
     },
     # one decay only: the second would come when it is over
     "cityscapes": {
@@ -310,13 +324,23 @@ TASKS: dict[str, dict[str, Any]] = {
             "long_side": 2048,
         },
         "train": {"batch_size": 8, "steps": 24000},
-        "optim": {"lr": 0.01, "reference_batch": 8, "decay_at": [18000, 24000]},
+        "optim": {"lr": 0.01, "reference_batch": 8, "lr_steps": [18000, 24000]},
     },
 }
 """What differs from the defaults above, for each task."""
 
-DETECTOR_SETTINGS: dict[str, dict[str, Any]] = {
-    "retinanet": {"model": {"box_loss_knee": 0.1}, "optim": {"lr": 0.01}},
+TASK_SUMMARIES = {
+    "detection": "boxes on COCO (Faster R-CNN)",
+    "instance": "masks on COCO (Mask R-CNN)",
+    "keypoints": "keypoints of persons on COCO (Keypoint R-CNN)",
+    "coco10": "boxes on a tenth of COCO",
+    "voc": "boxes on VOC 2007 and 2012",
+    "cityscapes": "masks on Cityscapes",
+}
+"""A line on each task."""
+
+DETECTOR_DEFAULTS: dict[str, dict[str, Any]] = {
+    "retinanet": {"model": {"box_smooth_l1_beta": 0.1}, "optim": {"lr": 0.01}},
     "fcos": {"model": {"score_threshold": 0.2, "nms_threshold": 0.6}, "optim": {"lr": 0.01}},
 }
 """What differs from the task's, for detectors that are trained otherwise."""

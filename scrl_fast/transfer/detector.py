@@ -25,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from scrl_fast import weights
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
-from scrl_fast.transfer.config import DETECTOR_SETTINGS, DETECTORS, DetectorConfig
+from scrl_fast.transfer.config import DETECTOR_DEFAULTS, DETECTORS, DetectorConfig
 from scrl_fast.transfer.pyramid import build_pyramid, head_norm_layer
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # a box of 224 pixels belongs to stride 16 (FPN, arXiv 1612.03144, eq. 1)
@@ -63,7 +63,7 @@ def build_detector(
     if isinstance(side, int):
         options |= {"short_side": (side, side), "test_short_side": options.get("test_short_side", side)}
     if config is None:
-        options = {**DETECTOR_SETTINGS.get(detector, {}).get("model", {}), **options}
+        options = {**DETECTOR_DEFAULTS.get(detector, {}).get("model", {}), **options}
     options |= {"detector": detector, "backbone": backbone, "branch": branch}
     chosen = replace(config or DetectorConfig(), **options)
     pyramid, strides, report = build_pyramid(chosen, init)
@@ -166,8 +166,8 @@ class SmoothL1Beta(TorchFunctionMode):
 
 def _initialize_heads(network: Any, config: DetectorConfig) -> nn.Module:
     """Box losses as configured; heads initialised as in detectron2, so that boxes and masks start near zero."""
-    SmoothL1Beta(network.rpn, config.rpn_loss_knee)
-    SmoothL1Beta(network.roi_heads, config.box_loss_knee)
+    SmoothL1Beta(network.rpn, config.rpn_smooth_l1_beta)
+    SmoothL1Beta(network.roi_heads, config.box_smooth_l1_beta)
     heads = network.roi_heads
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -253,7 +253,7 @@ def _retinanet(config: DetectorConfig, pyramid: Any, strides: list[int], classes
         detections_per_img=config.detections,
     )
     network.head.regression_head._loss_type = "smooth_l1"
-    SmoothL1Beta(network, config.box_loss_knee)
+    SmoothL1Beta(network, config.box_smooth_l1_beta)
     return network
 
 

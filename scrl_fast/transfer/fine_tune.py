@@ -141,7 +141,7 @@ def fine_tune(
     indices = trainable(train, TransferDataConfig())
     batch_size = min(batch_size, len(indices))
     decay_at = decay_at or (steps * 2 // 3, steps * 8 // 9)
-    optim = TransferOptimConfig(lr=lr, reference_batch=batch_size, warmup_steps=warmup_steps, decay_at=decay_at)
+    optim = TransferOptimConfig(lr=lr, reference_batch=batch_size, warmup_steps=warmup_steps, lr_steps=decay_at)
     optimizer = build_sgd(network, optim)
     first_label = int(network.first_label)  # type: ignore[arg-type]
     examples = Examples(train, first_label=first_label, flip=flip, seed=seed)

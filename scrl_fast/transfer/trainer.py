@@ -17,6 +17,8 @@ from torch import nn
 
 from scrl_fast import build as prepare
 from scrl_fast._version import __version__
+from scrl_fast.config.files import dump
+from scrl_fast.config.validation import validated
 from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.data.workers import LoaderStalled
@@ -49,7 +51,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Transfer:
-    """One task of `scrl_fast.transfer.config.TASKS`: ``Transfer(config).fit()``.
+    """One task of `scrl_fast.transfer.config.TASK_DEFAULTS`: ``Transfer(config).fit()``.
 
     train, val: annotated images to use instead of those that ``config.data`` names.
     world: this process among its fellows, where it is not the one that torchrun announces.
@@ -60,7 +62,7 @@ class Transfer:
     def __init__(
         self, config: TransferConfig, *, train: Any = None, val: Any = None, world: World | None = None
     ) -> None:
-        config = replace(config)  # checks again what was changed since it was made
+        config = validated(config)
         if train is None or val is None:
             config.check_ready()
         self.device = distributed.device_of(config.train.device)
@@ -353,8 +355,6 @@ class Transfer:
 
     def introduce(self, notes: Sequence[str]) -> None:
         """What this run is, for the person at the terminal and, in files, for whoever asks later."""
-        from scrl_fast.config import command_line as cli
-
         for note in notes:
             self.log.say(note)
         config, model = self.config, self.config.model
@@ -371,7 +371,7 @@ class Transfer:
                 self.log.say(f"{lost} objects without a mask are left out of training")
         self.log.say(f"run folder: {self.folder}")
         if self.world.rank == 0:
-            text = cli.dump(replace(config, resume="", json="").to_dict())
+            text = dump(replace(config, resume="", json="").to_dict())
             (self.folder / runlog.CONFIG).write_text(text, encoding="utf-8")
             runlog.write_environment(self.folder / runlog.ENVIRONMENT)
 

@@ -1,0 +1,20 @@
+"""Values that several dataclasses of options, and functions beside them, take as their default."""
+
+MAX_PIXELS = 178_000_000
+"""Images with more pixels are refused before they are decoded, about where Pillow refuses them too."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of red, green and blue over ImageNet, for values in 0..1."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of red, green and blue over ImageNet."""
+MAX_SAMPLES = 4096
+"""Most samples of a RoIAlign bin and axis; csrc/roi_align.h says why."""
+LOG_EVERY = 10
+"""Steps between logging points: each waits for the GPU."""
+DATA_TIMEOUT = 300.0
+"""Seconds without a finished image after which a run stops."""
+DEMO_SIZE = 96
+"""Height and width of a generated scene in pixels."""
+DEMO_IMAGES = 2048
+"""Scenes in the generated training set."""
+DEMO_TEST_IMAGES = 1000
+"""Held-out generated scenes."""

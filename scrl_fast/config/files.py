@@ -1,0 +1,272 @@
+"""Options in files: recipes, YAML of ours and of the published implementation, and what becomes of them.
+
+Every function takes the dataclass that holds the options, so that the commands share one way: its fields are options,
+and its fields that are dataclasses are sections. A class attribute ``renamed`` may map old dotted names to new ones.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import yaml
+
+from scrl_fast.config import kakaobrain
+from scrl_fast.config.validation import field_types, type_description
+from scrl_fast.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+Options = TypeVar("Options")
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "demo"
+
+TRAINER_DESCRIPTION = (
+    "Without --config it runs the demo recipe, or with --resume what that run was; with it, the defaults below hold "
+    "for all that the file leaves out. "
+    "Options on the command line win over those of files."
+)
+
+
+@dataclasses.dataclass
+class Settings:
+    """A part of the options from one place: a nested dict, the place's name, and notes for the user about it.
+
+    published: by dotted name, the values of the published implementation's options that these were translated from.
+    """
+
+    options: dict[str, Any]
+    origin: str = ""
+    notes: tuple[str, ...] = ()
+    published: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes' names, as ``--config`` takes them."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+@functools.cache
+def option_kinds(cls: type) -> dict[str, Any]:
+    """Every option of a dataclass by its dotted name, with its type."""
+    kinds: dict[str, Any] = {}
+    for name, kind in field_types(cls).items():
+        if dataclasses.is_dataclass(kind):
+            inner = field_types(cast(type, kind))
+            kinds |= {f"{name}.{field}": inner[field] for field in inner}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+@functools.cache
+def sections(cls: type) -> dict[str, tuple[str, ...]]:
+    """The groups of options, each with the names of its options."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for option in option_kinds(cls):
+        section, _, field = option.rpartition(".")
+        if section:
+            groups[section] = (*groups.get(section, ()), field)
+    return groups
+
+
+def build(
+    cls: type[Options], *settings: Settings, tokens: Sequence[str] = (), parser: ArgumentParser | None = None
+) -> Options:
+    """Options of the defaults, then each of ``settings`` in turn, then the command line's ``tokens``.
+
+    Raises UsageError naming an option that is unknown, ill-typed or out of range.
+    """
+    parser = parser or make_parser("scrl_fast", cls)
+    merged: dict[str, Any] = {}
+    parsed = None
+    for part in settings:
+        options = checked(cls, part.options, part.origin)
+        # one by one, so that an error can name its file
+        parsed = _parsed(parser, options, [], f"{part.origin}: " if part.origin else "", cls)
+        _merge(merged, options)
+    if len(settings) != 1 or tokens:
+        parsed = _parsed(parser, merged, tokens, "--", cls)
+    values = parser.instantiate(parsed)
+    return cls(**{name: values[name] for name in field_types(cls)})
+
+
+def read_settings(name: str, recipes: Sequence[str] = ()) -> Settings:
+    """The options of a recipe (by name) or a YAML file (by path), ours or the published implementation's.
+
+    recipes: the names that are recipes. Only the trainer has any; it alone takes the published implementation's YAML.
+    Raises UsageError when there is neither, and for YAML that cannot be read or gives a key twice.
+    """
+    path = RECIPES / f"{name}.yaml" if name in recipes else Path(name)
+    if path.is_dir():
+        raise UsageError(f"--config={name} is a folder; for the config of a run give {path / 'config.yaml'}")
+    try:
+        document = read_yaml(path)
+    except FileNotFoundError:
+        if not recipes:
+            raise UsageError(f"--config={name}: there is no such file") from None
+        hint = did_you_mean(name, recipes)
+        raise UsageError(f"--config={name} is neither a recipe ({', '.join(recipes)}) nor a file{hint}") from None
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: must hold options such as 'train: {{epochs: 3}}', not a {type(document).__name__}")
+    if recipes and kakaobrain.is_published(document):
+        options, notes = kakaobrain.translate(document, str(path))
+        return Settings(options, str(path), notes, kakaobrain.leaves(document))
+    return Settings(document, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The document in a YAML file. Raises UsageError naming file and line; FileNotFoundError."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{line}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+
+
+def dump(options: dict[str, Any]) -> str:
+    """YAML of nested options, in their order, one a line."""
+    return yaml.dump(options, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
+
+
+def as_yaml(value: Any) -> str:
+    """One value on one line, as YAML and the command line take it."""
+    if isinstance(value, str):
+        return value
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1000).strip().removesuffix("\n...")
+
+
+def checked(cls: type, options: dict[str, Any], origin: str = "") -> dict[str, Any]:
+    """The same options nested and under their present names, once each is known and has a value. Raises UsageError."""
+    where = f"{origin}: " if origin else ""
+    nested: dict[str, Any] = {}
+    for given, value in _leaves(options, cls):
+        name = renamed_options(cls).get(given, given)
+        if name in sections(cls):
+            inner = ", ".join(sections(cls)[name])
+            raise UsageError(f"{where}'{name}' must hold options ({inner}), not {as_yaml(value)}")
+        if name not in option_kinds(cls):
+            raise UsageError(f"{where}unknown option '{name}'{did_you_mean(name, option_kinds(cls))}")
+        if value is None:
+            raise UsageError(f"{where}'{name}' has no value: give one, or remove the line")
+        section, _, field = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    return nested
+
+
+def renamed_options(cls: type) -> dict[str, str]:
+    """Old dotted names of options and their present ones."""
+    return getattr(cls, "renamed", {})
+
+
+def renaming_notes(cls: type, options: dict[str, Any], origin: str) -> list[str]:
+    """A line for every option that these settings give under an old name."""
+    new = renamed_options(cls)
+    return [f"{origin}: {name} is now called {new[name]}" for name, _ in _leaves(options, cls) if name in new]
+
+
+def _leaves(options: dict[Any, Any], cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in option_kinds(cls):
+            if value or name in sections(cls):
+                yield from _leaves(value, cls, f"{name}.")
+            else:
+                yield name, value
+        else:
+            yield name, value
+
+
+def _merge(base: dict[str, Any], more: dict[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, dict):
+            _merge(base.setdefault(name, {}), value)
+        else:
+            base[name] = value
+
+
+@functools.cache  # making one takes longer than all that a configuration is parsed for
+def make_parser(prog: str, cls: type, description: str = "", recipes: tuple[str, ...] = ()) -> ArgumentParser:
+    """The parser of a command whose options a dataclass holds; its docstrings are the help."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    source = "RECIPE|FILE" if recipes else "FILE"
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config {source}]... [--SECTION.OPTION=VALUE]...",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    known = f"recipe ({', '.join(recipes)}) or YAML file" if recipes else "YAML file"
+    parser.add_argument("--config", metavar=source, help=f"{known}; may be repeated, the last one wins")
+    parser.add_argument("--print_config", action="store_true", help="print the resulting config as YAML and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_class_arguments(cls, None)
+    for action in parser._actions:
+        if action.dest in sections(cls):
+            action.help = argparse.SUPPRESS  # `--train FILE` would be a second way to say `--config FILE`
+    return parser
+
+
+def _parsed(
+    parser: ArgumentParser, options: dict[str, Any], tokens: Sequence[str], prefix: str, cls: type
+) -> Namespace:
+    """jsonargparse's namespace; ``prefix`` stands in front of the option that an error names."""
+    from jsonargparse import ArgumentError
+
+    try:
+        values = parser.parse_object(options)
+        return parser.parse_args(list(tokens), namespace=values) if tokens else values
+    except ArgumentError as error:
+        raise UsageError(_reworded(str(error), prefix, cls)) from error
+
+
+def _reworded(message: str, prefix: str, cls: type) -> str:
+    """jsonargparse's message in the words of this package."""
+    if match := re.search(r'key "([^"]+)".*?(?:Got value: (.*))?$', message, re.DOTALL):
+        name, value = match.groups()
+        if name in option_kinds(cls):
+            return f"{prefix}{name}={value}: must be {type_description(option_kinds(cls)[name])}"
+    if match := re.search(r"argument (\S+): expected one argument", message):
+        return f"{match[1]} needs a value, as in {match[1]}=..."
+    if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        return f"what is '{match[1]}'? An option looks like --train.epochs=3"
+    return " ".join(message.split())
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Blocks for sections, ``[a, b]`` for lists."""
+
+
+def _flow_list(dumper: yaml.SafeDumper, value: Any) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+
+
+_Dumper.add_representer(list, _flow_list)
+_Dumper.add_representer(tuple, _flow_list)

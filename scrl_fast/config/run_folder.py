@@ -1,0 +1,30 @@
+"""Where a run lies that a command line goes on with, told from its folder, its config or one of its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path | None:
+    """The run folder that a path names or lies in: the folder itself, its config, its checkpoints or one of them.
+
+    None for a file outside any run, such as a checkpoint that was copied away.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path.parent if path.name == CHECKPOINTS else path
+    if path.name == CONFIG:
+        return path.parent if (path.parent / CHECKPOINTS).is_dir() else None
+    return path.parent.parent if path.parent.name == CHECKPOINTS else None
+
+
+def moved_to(config_file: str, named: str) -> str:
+    """The folder of a run whose own config file still names another folder, ``named``; '' where nothing has moved."""
+    folder = folder_of(config_file) if Path(config_file).name == CONFIG else None
+    if folder is None or (Path(named).exists() and folder.samefile(named)):
+        return ""
+    return str(folder)
