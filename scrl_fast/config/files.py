@@ -171,6 +171,17 @@ def renamed_options(cls: type) -> dict[str, str]:
     return getattr(cls, "renamed", {})
 
 
+def under_present_names(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested options, as a checkpoint of an earlier release holds them, under their present names."""
+    copy = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+    for old, new in renamed_options(cls).items():
+        section, _, field = old.rpartition(".")
+        group = copy.get(section) if section else copy
+        if isinstance(group, dict) and field in group:
+            group[new.rpartition(".")[2]] = group.pop(field)
+    return copy
+
+
 def renaming_notes(cls: type, options: dict[str, Any], origin: str) -> list[str]:
     """A line for every option that these settings give under an old name."""
     new = renamed_options(cls)

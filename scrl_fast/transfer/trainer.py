@@ -17,7 +17,7 @@ from torch import nn
 
 from scrl_fast import build as prepare
 from scrl_fast._version import __version__
-from scrl_fast.config.files import dump
+from scrl_fast.config.files import dump, under_present_names
 from scrl_fast.config.validation import validated
 from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.prefetch import Prefetcher
@@ -307,7 +307,9 @@ class Transfer:
         self.saved = self.step if own else 0
         self.pending = list(state.get("log", {}).get("pending", []))
         notes.append(f"resumed from {path} at step {self.step}")
-        if changed := changed_options(state["config"], config.to_dict(), besides=("json",)):
+        if changed := changed_options(
+            under_present_names(TransferConfig, state["config"]), config.to_dict(), besides=("json",)
+        ):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
 
