@@ -7,8 +7,8 @@
     result = average_precision(detector, test_scenes)  # {"AP": ..., "AP50": ..., ...}, 0 to 1
 
 ``train_scenes`` and ``test_scenes`` have ``read(i)``, ``boxes(i)`` and ``labels(i)``, as for
-`scrl_fast.evaluate.roi_linear`: the demo's scenes, or the result of ``read_coco``, ``read_voc`` or ``read_cityscapes``. Names
-are loaded when they are first used, so that a misspelt option is answered before torch is imported.
+`scrl_fast.evaluate.roi_linear`: the demo's scenes, or the result of ``read_coco``, ``read_voc`` or ``read_cityscapes``.
+Names are loaded when they are first used, so that a misspelt option is answered before torch is imported.
 """
 
 from __future__ import annotations
