@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 import scrl_fast
-from scrl_fast import atomic_files as durable
+from scrl_fast import atomic_files
 from scrl_fast import build as prepare
 from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
@@ -24,7 +24,7 @@ from scrl_fast.data.sources.demo import NUM_DIGITS
 from scrl_fast.distributed import world as distributed
 from scrl_fast.evaluate import roi_linear
 from scrl_fast.evaluate.dense import dense_consistency
-from scrl_fast.evaluate.images import frozen, measure_batchnorm
+from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
 from scrl_fast.models import Encoder
 from scrl_fast.trainer import SCRLTrainer
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
@@ -130,7 +130,7 @@ class Line:
         self.state["seconds"][name] = round(time.perf_counter() - started, 1)
         self.state.setdefault("commits", {})[name] = harness._commit()
         self.folder.mkdir(parents=True, exist_ok=True)
-        durable.write_text(self.path, json.dumps(self.state, indent=1))
+        atomic_files.write_text(self.path, json.dumps(self.state, indent=1))
         print(
             f"{self.method} seed {self.seed}: {name} {self.shown(name)} [{self.state['seconds'][name]} s]", flush=True
         )
@@ -181,7 +181,7 @@ class Line:
         if self.method != "random":
             path = self.folder / "run" / "checkpoints" / checkpoint
             model.load_state(scrl_fast.run.checkpoint.load(path)["model"], strict=False)
-        encoder = frozen(model.online.encoder.to(distributed.device_of(self.device)))
+        encoder = frozen_copy(model.online.encoder.to(distributed.device_of(self.device)))
         mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
         images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()
         measure_batchnorm(encoder, iter(images.to(next(encoder.parameters()).device).split(128)))

@@ -18,7 +18,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import knn as knn_module
 from scrl_fast.evaluate.cache import key_of
 from scrl_fast.evaluate.dense import _scores, dense_consistency, similarity_maps, view_pairs
-from scrl_fast.evaluate.images import Preparation, pooled_features
+from scrl_fast.evaluate.images import ImageLoader, pooled_features
 from scrl_fast.evaluate.knn import knn, nearest
 from scrl_fast.evaluate.linear import LinearHeads, accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.rank import rank
@@ -197,7 +197,7 @@ def test_rank_of_features_that_are_known():
 def test_pooled_features_are_those_of_centre_crops(workers):
     data = Colours(9, seed=0)
     views = ViewsConfig(recipe="none", size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
-    found = pooled_features(identity_encoder().eval(), data, Preparation(views, 4, workers))
+    found = pooled_features(identity_encoder().eval(), data, ImageLoader(views, 4, workers))
     from PIL import Image
 
     for i, row in enumerate(found):
@@ -212,7 +212,7 @@ def test_images_that_cannot_be_read_stop_the_evaluation():
             raise BadImage(f"picture {index}", "cut off")
 
     with pytest.raises(UsageError, match="picture 0: cut off"):
-        pooled_features(identity_encoder(), Broken(3, seed=0), Preparation(ViewsConfig(recipe="none", size=32)))
+        pooled_features(identity_encoder(), Broken(3, seed=0), ImageLoader(ViewsConfig(recipe="none", size=32)))
     assert list(prefetched(lambda x: x * x, range(9), 2)) == [x * x for x in range(9)]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
 from scrl_fast.evaluate import demo_roi_linear, regions, roi_linear
-from scrl_fast.evaluate.regions import BoxSamples, _fit
+from scrl_fast.evaluate.regions import BoxFeatures, _fit
 from scrl_fast.models import Encoder, build_encoder
 
 module = importlib.import_module("scrl_fast.evaluate.regions")  # the package gives the name to the function
@@ -117,7 +117,7 @@ def test_batchnorm_statistics_are_plain_averages_over_the_first_images(monkeypat
     encoder, data = identity_encoder().train(), Colours(60, seed=0)
     encoder.body.bn1.num_batches_tracked.fill_(1000)
     encoder.body.bn1.running_mean.fill_(9.0)
-    module._measure_batchnorm(encoder, data, module.RegionReader((0.5,) * 3, (0.25,) * 3, torch.device("cpu"), 10))
+    module.measure_batchnorm_on_boxes(encoder, data, module.BoxLoader((0.5,) * 3, (0.25,) * 3, torch.device("cpu"), 10))
     first = torch.stack([torch.from_numpy(data.read(i)).float() for i in range(20)])  # two batches of ten
     cells = ((first / 255 - 0.5) / 0.25).view(20, 8, 4, 8, 4, 3).mean((2, 4)).flatten(0, 2)
     torch.testing.assert_close(encoder.body.bn1.running_mean, cells.mean(0))
@@ -142,7 +142,7 @@ def test_the_penalty_is_chosen_by_images_held_back():
     ordered = fine[:, None] + 0.1 * rng.normal(size=(200, 1))
     chosen = []
     for features, labels in ((hidden, coarse), (ordered, fine)):
-        samples = BoxSamples(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(200))
+        samples = BoxFeatures(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(200))
         chosen.append(module.classify(samples, samples)[0].penalty)
     assert chosen[0] >= 1e-2 and chosen[1] <= 1e-4
 
@@ -153,7 +153,7 @@ def test_classifier_agrees_with_scikit_learn():
     features, labels = rng.normal(size=(300, 7)), rng.integers(0, 4, 300)
     features[:, 0] += labels
     penalty = 1e-2
-    samples = BoxSamples(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(300))
+    samples = BoxFeatures(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(300))
     (ours,) = _fit(samples, 4, [penalty])
     theirs = linear_model.LogisticRegression(C=1 / (2 * penalty * 300), tol=1e-10, max_iter=2000).fit(features, labels)
     torch.testing.assert_close(ours[:-1].T, torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-4)

@@ -37,22 +37,23 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     argv: parsed once more over the training options that a checkpoint may bring (dense-consistency).
     """
     options.check_ready()
-    from scrl_fast.evaluate import tasks  # torch, only once the options are known to be right
-    from scrl_fast.evaluate.encoder import load_subject
+    from scrl_fast.evaluate.encoder import load_evaluated  # torch, only once the options are known to be right
+    from scrl_fast.evaluate.region_tasks import training_settings
+    from scrl_fast.evaluate.tasks import TASKS
 
     started = time.perf_counter()
-    subject = load_subject(options)
+    evaluated = load_evaluated(options)
     if task == "dense-consistency" and argv:
-        options = _parse(task, argv, Settings(tasks.training_settings(subject), subject.name))
-    _say(subject.report)
-    outcome = tasks.TASKS[task](options, subject, _say)
-    print(outcome.line, flush=True)
+        options = _parse(task, argv, Settings(training_settings(evaluated), evaluated.name))
+    _say(evaluated.report)
+    result = TASKS[task](options, evaluated, _say)
+    print(result.line, flush=True)
     document = {
         "task": task,
-        "result": outcome.result,
+        "result": result.values,
         "config": dataclasses.asdict(options),
-        "checkpoint": subject.name,
-        "backbone": subject.encoder.name,
+        "checkpoint": evaluated.name,
+        "backbone": evaluated.encoder.name,
         "seconds": round(time.perf_counter() - started, 3),
     }
     if options.json:
@@ -63,11 +64,11 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
 def _write(path: str, document: dict[str, Any]) -> None:
     from pathlib import Path
 
-    from scrl_fast import atomic_files as durable
+    from scrl_fast import atomic_files
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(file, json.dumps(document, indent=1) + "\n")
+    atomic_files.write_text(file, json.dumps(document, indent=1) + "\n")
 
 
 def _say(line: str) -> None:

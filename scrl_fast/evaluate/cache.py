@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scrl_fast import atomic_files as durable
-from scrl_fast.run import checkpoint
+from scrl_fast import atomic_files
+from scrl_fast.weights import checkpoint_files
 
 VERSION = 1  # of what is computed: raise it when features change for the same key
 AUTO_BYTES = 2_000_000_000
@@ -35,8 +35,8 @@ class FeatureCache:
         path = self.folder / f"features-{key_of([VERSION, torch.__version__, *parts])[:32]}.pt"
         if path.exists():
             try:
-                found = checkpoint.load(path)["features"]
-            except (checkpoint.CheckpointError, KeyError) as error:
+                found = checkpoint_files.load(path)["features"]
+            except (checkpoint_files.CheckpointError, KeyError) as error:
                 self.say(f"cached features are of no use ({error}); extracting them again")
             else:
                 self.say(f"features taken from {path}")
@@ -50,11 +50,11 @@ class FeatureCache:
         if self.limit is not None and size > self.limit:
             self.say(f"{size / 1e9:.1f} GB of features are not kept: name a folder for them with --cache=DIR")
             return
-        temporary = durable.temporary_name(path)
+        temporary = atomic_files.temporary_name(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            digest = durable.write_synced(temporary, lambda file: torch.save({"features": made}, file))  # type: ignore[arg-type]
-            durable.publish(temporary, path, digest)
+            digest = atomic_files.write_synced(temporary, lambda file: torch.save({"features": made}, file))  # type: ignore[arg-type]
+            atomic_files.publish(temporary, path, digest)
         except OSError as error:  # a full disk costs the cache, not the evaluation
             self.say(f"features are not kept: {error}")
         finally:

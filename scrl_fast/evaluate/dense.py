@@ -8,8 +8,6 @@ highest cosine similarity. Both directions count.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +18,10 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import BoxesConfig, ModelConfig, ViewsConfig
 from scrl_fast.data import Source
 from scrl_fast.data.views import crops_of, draw_views
-from scrl_fast.evaluate.images import read
+from scrl_fast.evaluate.images import read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align, sample_box_pairs
 from scrl_fast.ops.augment_views import NO_BLUR, augment_views, pack_images
-
-PICTURE_SIDE = 320  # pixels of a view in the picture
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def view_pairs(
 
     photometric: False leaves colours as they are: only crop and flip differ. Raises UsageError for a bad image.
     """
-    images = [read(source, index) for index in indices]
+    images = [read_image(source, index) for index in indices]
     keys = np.asarray(indices)
     table = draw_views(views, [image.shape[:2] for image in images], seed=seed, epoch=0, keys=keys)
     if not photometric:
@@ -169,9 +165,6 @@ def _retrieved(cosine: Tensor, match: Tensor, left_out: Tensor) -> Tensor:
     return ((match > forth).double() + (match > back).double()) / 2
 
 
-# ---- the picture ----
-
-
 @torch.no_grad()
 def similarity_maps(encoder: Encoder, views: Tensor, points: Tensor) -> Tensor:
     """Cosine similarity of each point's feature in view 1 to every cell of view 2: ``[P, h, w]``.
@@ -182,57 +175,3 @@ def similarity_maps(encoder: Encoder, views: Tensor, points: Tensor) -> Tensor:
     cells = ((points / encoder.stride).long()).clamp(min=0)
     picked = first[:, cells[:, 1].clamp(max=first.shape[1] - 1), cells[:, 0].clamp(max=first.shape[2] - 1)]
     return torch.einsum("cp,chw->phw", picked, second)
-
-
-def draw_similarity(
-    path: str | os.PathLike[str],
-    encoder: Encoder,
-    source: Source,
-    views: ViewsConfig,
-    boxes: BoxesConfig,
-    *,
-    images: Iterable[int] = (0, 1, 2),
-    points: int = 3,
-    seed: int = 0,
-) -> bool:
-    """An image pair a row: view 1 with chosen points, then view 2 under each point's similarity, its place marked.
-
-    The points are the centres of the image's first box pairs. Images without boxes are passed over.
-    Returns False where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    rows = []
-    device = next(encoder.parameters()).device
-    for index in images:
-        pair = view_pairs(source, views, boxes, range(index, index + 1), seed=seed, photometric=False)
-        if len(pair.boxes[0]):
-            centres = [(b[:points, 1:3] + b[:points, 3:5]) / 2 for b in pair.boxes]
-            maps = similarity_maps(encoder, pair.views.to(device), centres[0].to(device)).cpu()
-            rows.append((pair.views, centres, maps))
-    figure = Figure(figsize=(2.4 * (points + 1), 2.5 * max(1, len(rows))), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(max(1, len(rows)), points + 1, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    from scrl_fast.run.plots import to_picture
-
-    for (pixels, centres, maps), line in zip(rows, panels, strict=False):
-        pictures = [to_picture(view, views.mean, views.std) for view in pixels]
-        line[0].imshow(pictures[0])
-        line[0].set_title("view 1", fontsize=8)
-        for k, axes in zip(range(len(maps)), line[1:], strict=False):
-            colour = f"C{k}"
-            x, y = centres[0][k].tolist()
-            line[0].plot(x, y, "o", color=colour, markeredgecolor="white", markersize=8)
-            axes.imshow(pictures[1])
-            heat = F.interpolate(maps[k][None, None], size=pixels.shape[-2:], mode="bilinear")[0, 0].numpy()
-            axes.imshow(heat, cmap="inferno", alpha=0.6)
-            x, y = centres[1][k].tolist()
-            axes.plot(x, y, "o", markerfacecolor="none", markeredgecolor=colour, markersize=11, markeredgewidth=2)
-            axes.set_title(f"view 2, similarity {heat.min():.2f} to {heat.max():.2f}", fontsize=8)
-    figure.savefig(path, dpi=110)
-    return True

@@ -12,15 +12,15 @@ from scrl_fast import weights
 from scrl_fast.distributed.world import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
-from scrl_fast.evaluate.images import IMAGENET_MEAN, IMAGENET_STD, is_untrained
+from scrl_fast.evaluate.images import IMAGENET_MEAN, IMAGENET_STD, has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
 
 DEFAULT_SIZE, DEFAULT_BACKBONE = 224, "resnet50"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An encoder and what is known of it."""
+class EvaluatedEncoder:
+    """An encoder, and what its file of weights says of it."""
 
     encoder: Encoder
     name: str
@@ -36,8 +36,12 @@ class Subject:
     """weight and bias of the online probe, where the file holds one."""
     untrained: bool = False
 
+    def measures_batchnorm(self, options: Common) -> bool:
+        """Whether the tasks other than roi-linear measure BatchNorm statistics anew."""
+        return options.batchnorm == "measured" or (options.batchnorm == "auto" and self.untrained)
 
-def load_subject(options: Common) -> Subject:
+
+def load_evaluated(options: Common) -> EvaluatedEncoder:
     """The encoder that the options name, on their device.
 
     Raises UsageError (WeightsError) for weights that are missing, damaged, or do not fit the backbone.
@@ -46,13 +50,13 @@ def load_subject(options: Common) -> Subject:
     if options.checkpoint == weights.RANDOM:
         torch.manual_seed(options.seed)
         encoder = build_encoder(options.backbone or DEFAULT_BACKBONE).to(device)
-        return Subject(encoder, "random", f"random {encoder.name}", untrained=True)
+        return EvaluatedEncoder(encoder, "random", f"random {encoder.name}", untrained=True)
     source = weights.read(options.checkpoint)
     encoder = build_encoder(options.backbone or weights.guess_backbone(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
     views = training.get("views", {}) if isinstance(training, dict) else {}
-    return Subject(
+    return EvaluatedEncoder(
         encoder.to(device),
         source.path,
         str(report),
@@ -61,20 +65,20 @@ def load_subject(options: Common) -> Subject:
         std=tuple(views.get("std", IMAGENET_STD)),
         training=training if isinstance(training, dict) else {},
         probe=source.parts.get("probe"),
-        untrained=is_untrained(encoder),
+        untrained=has_untrained_batch_norm(encoder),
     )
 
 
-def probe_of(subject: Subject, classes: int, where: str) -> torch.nn.Linear:
+def probe_of(evaluated: EvaluatedEncoder, classes: int, where: str) -> torch.nn.Linear:
     """The checkpoint's online probe as a layer.
 
     Raises UsageError when there is none, or when it has another number of classes than the data in ``where``.
     """
-    if not subject.probe:
-        raise UsageError(f"{subject.name} holds no online probe: --head=train trains classifiers")
-    weight = subject.probe["weight"]
+    if not evaluated.probe:
+        raise UsageError(f"{evaluated.name} holds no online probe: --head=train trains classifiers")
+    weight = evaluated.probe["weight"]
     if len(weight) != classes:
-        raise UsageError(f"the online probe of {subject.name} knows {len(weight)} classes, but {where} has {classes}")
-    layer = torch.nn.Linear(weight.shape[1], classes).to(next(subject.encoder.parameters()).device)
-    layer.load_state_dict(subject.probe)
+        raise UsageError(f"the online probe of {evaluated.name} knows {len(weight)} classes, but {where} has {classes}")
+    layer = torch.nn.Linear(weight.shape[1], classes).to(next(evaluated.encoder.parameters()).device)
+    layer.load_state_dict(evaluated.probe)
     return layer

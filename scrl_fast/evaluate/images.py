@@ -25,8 +25,8 @@ STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel 
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """How images are brought to an encoder.
+class ImageLoader:
+    """Batches of views for an encoder.
 
     views: recipe ``none`` resizes to 8/7 of the size and crops the centre, ``simple`` makes random crops and flips.
     workers: threads that read and resize; 0: the caller's own.
@@ -51,13 +51,13 @@ class Preparation:
         yield from zip(made, chunks, strict=True)
 
     def _made(self, source: Source, chunk: NDArray[np.int64], epoch: int) -> Tensor:
-        images = [read(source, int(index)) for index in chunk]
+        images = [read_image(source, int(index)) for index in chunk]
         sizes = [image.shape[:2] for image in images]
         table = draw_views(self.views, sizes, seed=self.seed, epoch=epoch, keys=chunk)[0]
         return augment_views(pack_images(images), table, size=self.views.size, mean=self.views.mean, std=self.views.std)
 
 
-def read(source: Any, index: int) -> NDArray[np.uint8]:
+def read_image(source: Any, index: int) -> NDArray[np.uint8]:
     """Image ``index``. Raises UsageError when it cannot be read: a measure must not depend on what was left out."""
     try:
         return source.read(index)
@@ -65,16 +65,16 @@ def read(source: Any, index: int) -> NDArray[np.uint8]:
         raise UsageError(f"an image that is to be evaluated cannot be read: {bad}") from bad
 
 
-def frozen(encoder: Encoder) -> Encoder:
+def frozen_copy(encoder: Encoder) -> Encoder:
     """A copy in eval mode without gradients; the encoder itself is left as it is."""
     return copy.deepcopy(encoder).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def pooled_features(encoder: Encoder, source: Source, preparation: Preparation) -> Tensor:
+def pooled_features(encoder: Encoder, source: Source, loader: ImageLoader) -> Tensor:
     """Average-pooled last feature map of every image, float32 ``[n, C]`` on the encoder's device."""
     device = next(encoder.parameters()).device
-    rows = [encoder(images.to(device)).mean((2, 3)).float() for images, _ in preparation.batches(source)]
+    rows = [encoder(images.to(device)).mean((2, 3)).float() for images, _ in loader.batches(source)]
     return torch.cat(rows)
 
 
@@ -98,7 +98,7 @@ def measure_batchnorm(encoder: nn.Module, batches: Iterator[Tensor]) -> None:
     encoder.eval()
 
 
-def is_untrained(encoder: nn.Module) -> bool:
+def has_untrained_batch_norm(encoder: nn.Module) -> bool:
     """Whether BatchNorm statistics are those of an initialisation, which describe no data."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     means = [norm.running_mean for norm in norms if norm.running_mean is not None]

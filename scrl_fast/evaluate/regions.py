@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import Config
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import prefetched
-from scrl_fast.evaluate.images import frozen, measure_batchnorm, read
+from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm, read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 
@@ -77,20 +77,18 @@ def roi_linear(
     measure_batchnorm: step 1 of the protocol; False evaluates the stored statistics.
     Raises ValueError when train or test holds no boxes.
     """
-    encoder = frozen(encoder)
-    reader = RegionReader(mean, std, next(encoder.parameters()).device, batch_size)
+    encoder = frozen_copy(encoder)
+    loader = BoxLoader(mean, std, next(encoder.parameters()).device, batch_size)
     if measure_batchnorm:
-        _measure_batchnorm(encoder, train, reader)
+        measure_batchnorm_on_boxes(encoder, train, loader)
     pooling = pool_size, sampling_ratio, aligned
-    return classify(*(region_features(encoder, r, reader, pooling, n) for n, r in (("train", train), ("test", test))))[
-        0
-    ]
+    return classify(*(box_features(encoder, r, loader, pooling, n) for n, r in (("train", train), ("test", test))))[0]
 
 
 @torch.no_grad()
-def region_features(
-    encoder: Encoder, regions: ImagesWithBoxes, reader: RegionReader, pooling: tuple[int, int, bool], name: str
-) -> BoxSamples:
+def box_features(
+    encoder: Encoder, regions: ImagesWithBoxes, loader: BoxLoader, pooling: tuple[int, int, bool], name: str
+) -> BoxFeatures:
     """RoIAligned features of every box. pooling: output size, sampling ratio, aligned.
 
     Raises ValueError, in which ``name`` stands for the set, when there are no boxes.
@@ -98,11 +96,11 @@ def region_features(
     size, ratio, aligned = pooling
     pooled = [
         (roi_align(encoder(images), boxes, size, 1 / encoder.stride, ratio, aligned), *rest)
-        for images, boxes, *rest in reader.batches(regions)
+        for images, boxes, *rest in loader.batches(regions)
     ]
     if not sum(len(rows) for rows, *_ in pooled):
         raise ValueError(f"{name} holds no boxes in its {len(regions)} images")
-    return BoxSamples(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
+    return BoxFeatures(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
 
 
 def demo_roi_linear(
@@ -130,25 +128,25 @@ def demo_roi_linear(
 
 
 @dataclass(frozen=True)
-class BoxSamples:
+class BoxFeatures:
     """One row a box."""
 
     features: Tensor  # [n, C]
     labels: Tensor  # [n] int64
     images: Tensor  # [n] int64, index of the image that the box lies in
 
-    def flat(self) -> BoxSamples:
+    def flat(self) -> BoxFeatures:
         """Rows to solve with, all on one device: float64, or float32 where that would take more than 2 GB."""
         rows = self.features.flatten(1)
         rows = rows.double() if rows.numel() <= DOUBLE_NUMBERS else rows.float()
-        return BoxSamples(rows, self.labels.to(rows.device), self.images.to(rows.device))
+        return BoxFeatures(rows, self.labels.to(rows.device), self.images.to(rows.device))
 
-    def __getitem__(self, mask: Tensor) -> BoxSamples:
-        return BoxSamples(self.features[mask], self.labels[mask], self.images[mask])
+    def __getitem__(self, mask: Tensor) -> BoxFeatures:
+        return BoxFeatures(self.features[mask], self.labels[mask], self.images[mask])
 
 
 @dataclass(frozen=True)
-class RegionReader:
+class BoxLoader:
     """Normalised images and their boxes, in batches of one size, in order."""
 
     mean: Sequence[float]
@@ -173,7 +171,7 @@ class RegionReader:
 
     def _same_size(self, regions: ImagesWithBoxes) -> Iterator[tuple[int, list[NDArray[np.uint8]]]]:
         group: list[NDArray[np.uint8]] = []
-        for i, picture in enumerate(prefetched(lambda i: read(regions, i), range(len(regions)), self.workers)):
+        for i, picture in enumerate(prefetched(lambda i: read_image(regions, i), range(len(regions)), self.workers)):
             if group and (len(group) == self.batch_size or picture.shape != group[0].shape):
                 yield i - len(group), group
                 group = []
@@ -187,20 +185,20 @@ class RegionReader:
         return images.float().div_(255).sub_(mean).div_(std)
 
 
-def _measure_batchnorm(encoder: nn.Module, regions: ImagesWithBoxes, reader: RegionReader) -> None:
-    measure_batchnorm(encoder, (images for images, *_ in reader.batches(regions)))
+def measure_batchnorm_on_boxes(encoder: nn.Module, regions: ImagesWithBoxes, loader: BoxLoader) -> None:
+    measure_batchnorm(encoder, (images for images, *_ in loader.batches(regions)))
 
 
 # ---- classifier ----
 
 
-def classify(train: BoxSamples, test: BoxSamples) -> tuple[RoILinearResult, Tensor]:
+def classify(train: BoxFeatures, test: BoxFeatures) -> tuple[RoILinearResult, Tensor]:
     """The result, and the class predicted for every test box ``[n]``, on the CPU."""
     train, test = train.flat(), test.flat()
     classes = int(train.labels.max()) + 1
     centre, scale = train.features.mean(0), train.features.std(0, correction=0)
     scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)  # a dead channel stays at zero
-    train, test = (BoxSamples((s.features - centre) / scale, s.labels, s.images) for s in (train, test))
+    train, test = (BoxFeatures((s.features - centre) / scale, s.labels, s.images) for s in (train, test))
     validation = train.images % VALIDATION_FOLD == 0
     penalty = PENALTIES[len(PENALTIES) // 2]
     if validation.any() and not validation.all():
@@ -213,7 +211,7 @@ def classify(train: BoxSamples, test: BoxSamples) -> tuple[RoILinearResult, Tens
 
 
 @torch.enable_grad()
-def _fit(samples: BoxSamples, classes: int, penalties: Sequence[float]) -> list[Tensor]:
+def _fit(samples: BoxFeatures, classes: int, penalties: Sequence[float]) -> list[Tensor]:
     """Weights ``[C + 1, classes]`` (the last row is the bias) for each penalty, each started from the one before."""
     rows = F.pad(samples.features, (0, 1), value=1.0)
     weight = torch.zeros(rows.shape[1], classes, dtype=rows.dtype, device=rows.device, requires_grad=True)
@@ -232,9 +230,9 @@ def _fit(samples: BoxSamples, classes: int, penalties: Sequence[float]) -> list[
     return fitted
 
 
-def _predicted(weight: Tensor, samples: BoxSamples) -> Tensor:
+def _predicted(weight: Tensor, samples: BoxFeatures) -> Tensor:
     return (samples.features @ weight[:-1] + weight[-1]).argmax(1)
 
 
-def _accuracy(weight: Tensor, samples: BoxSamples) -> float:
+def _accuracy(weight: Tensor, samples: BoxFeatures) -> float:
     return (_predicted(weight, samples) == samples.labels).double().mean().item()

@@ -1,0 +1,179 @@
+"""The tasks about whole images: linear, knn and rank. Each takes options and returns a `TaskResult`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.data import make_source
+from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.cache import FeatureCache, identity_of
+from scrl_fast.evaluate.config import KnnOptions, LinearOptions, RankOptions
+from scrl_fast.evaluate.datasets import labelled_images, labels_of
+from scrl_fast.evaluate.encoder import EvaluatedEncoder, probe_of
+from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm, pooled_features
+from scrl_fast.evaluate.knn import knn
+from scrl_fast.evaluate.linear import Epoch, HeadResult, accuracies, feature_epochs, fit_heads
+from scrl_fast.evaluate.plots import draw_spectrum
+from scrl_fast.evaluate.rank import rank
+from scrl_fast.evaluate.result import Say, TaskResult, save_plot
+from scrl_fast.models import Encoder
+
+# ---- linear ----
+
+
+def linear_task(options: LinearOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+    """Linear classifiers on the pooled feature, or the checkpoint's own probe."""
+    train, test = labelled_images(options.data, options.seed)
+    if options.head == "train" and len(train) < options.batch_size:
+        raise UsageError(f"--batch_size={options.batch_size}: there are {len(train)} training images; choose fewer")
+    place = getattr(test, "root", "the demo")
+    layer = probe_of(evaluated, test.num_classes, place) if options.head == "probe" else None
+    encoder, loader = _prepared(options, evaluated, train)
+    device = next(encoder.parameters()).device
+    cache = FeatureCache(options.cache, say)
+    features = _cached_features(cache, encoder, test, loader).to(device)
+    labels = torch.from_numpy(labels_of(test)).to(device)
+    if layer is not None:
+        return _probe_result(layer, features, labels, test.num_classes)
+    heads = fit_heads(
+        _epochs(options, encoder, train, loader, cache),
+        (features, labels),
+        steps_per_epoch=len(train) // options.batch_size,
+        batch_size=options.batch_size,
+        classes=test.num_classes,
+        lrs=options.lrs,
+        epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        seed=options.seed,
+        progress=say,
+    )
+    sizes = {"classes": test.num_classes, "train_images": len(train), "test_images": len(test)}
+    return _linear_result(heads, options.epochs, sizes)
+
+
+def _probe_result(layer: torch.nn.Linear, features: Tensor, labels: Tensor, classes: int) -> TaskResult:
+    top1, top5 = accuracies(lambda rows: layer(rows)[None], features, labels)[0].tolist()
+    return TaskResult(
+        f"online probe on {len(labels)} images of {classes} classes: top-1 {top1:.2%}, top-5 {top5:.2%}",
+        {"top1": top1, "top5": top5, "classes": classes, "test_images": len(labels)},
+    )
+
+
+def _linear_result(heads: list[HeadResult], epochs: int, sizes: dict[str, int]) -> TaskResult:
+    best = max(heads, key=lambda head: head.last_top1)
+    return TaskResult(
+        f"linear, {sizes['classes']} classes, {epochs} epochs: top-1 {best.last_top1:.2%} (best epoch "
+        f"{best.best_top1:.2%}), top-5 {best.last_top5:.2%} ({best.best_top5:.2%}) at lr {best.lr:g}, the best of "
+        f"{len(heads)}",
+        {**asdict(best), "heads": [asdict(head) for head in heads], **sizes},
+    )
+
+
+def _epochs(options: LinearOptions, encoder: Encoder, train: Any, loader: ImageLoader, cache: FeatureCache) -> Epoch:
+    """The epochs of training that ``options.augment`` asks for."""
+    device = next(encoder.parameters()).device
+    labels = torch.from_numpy(labels_of(train)).to(device)
+    if options.augment == "none":
+        features = _cached_features(cache, encoder, train, loader).to(device)
+        return feature_epochs(features, labels, options.batch_size, options.seed)
+    crops = replace(loader, views=replace(loader.views, recipe="simple", scale=options.crop_scale))
+    return _augmented_epochs(encoder, train, labels, crops)
+
+
+def _augmented_epochs(encoder: Encoder, train: Any, labels: Tensor, crops: ImageLoader) -> Epoch:
+    """Epochs over new random crops of all images in a new order; a last batch that is short is left out."""
+    device = next(encoder.parameters()).device
+
+    def epoch(number: int) -> Any:
+        order = np.random.default_rng([crops.seed, number]).permutation(len(train))
+        order = order[: len(order) // crops.batch_size * crops.batch_size]
+        for images, at in crops.batches(train, order, number):
+            with torch.no_grad():
+                rows = encoder(images.to(device)).mean((2, 3)).float()
+            yield rows, labels[torch.from_numpy(at).to(device)]
+
+    return epoch
+
+
+# ---- knn ----
+
+
+def knn_task(options: KnnOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+    """Weighted nearest neighbours of the pooled feature."""
+    train, test = labelled_images(options.data, options.seed)
+    if max(options.k) > len(train):
+        raise UsageError(f"--k={list(options.k)}: there are {len(train)} training images; choose fewer neighbours")
+    encoder, loader = _prepared(options, evaluated, train)
+    device, cache = next(encoder.parameters()).device, FeatureCache(options.cache, say)
+    bank, rows = (_cached_features(cache, encoder, images, loader) for images in (train, test))
+    bank_labels, labels = (torch.from_numpy(labels_of(images)) for images in (train, test))
+    found = knn(bank, bank_labels, rows.to(device), labels, k=options.k, temperature=options.temperature)
+    parts = [f"k={r.k}: top-1 {r.top1:.2%}, top-5 {r.top5:.2%}" for r in found]
+    best = max(found, key=lambda r: r.top1)
+    return TaskResult(
+        f"k-NN on {len(test)} images of {test.num_classes} classes: {'; '.join(parts)}",
+        {**asdict(best), "results": [asdict(r) for r in found]},
+    )
+
+
+# ---- rank ----
+
+
+def rank_task(options: RankOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+    """RankMe and deviation of the pooled feature."""
+    source = FirstImages(make_source(options.data, seed=options.seed), options.images)
+    encoder, loader = _prepared(options, evaluated, source)
+    features = pooled_features(encoder, source, loader)
+    result = rank(features)
+    if options.plot:
+        save_plot(options.plot, lambda path: draw_spectrum(path, features, Path(evaluated.name).name), say)
+    return TaskResult(
+        f"RankMe {result.rankme:.1f} of {min(result.dimensions, result.images)}, feature deviation "
+        f"{result.feature_std:.4f} (evenly spread: {result.healthy_std:.4f}), {result.dead} dead channels, "
+        f"{result.images} images",
+        asdict(result),
+    )
+
+
+class FirstImages:
+    """The first ``count`` images of a source."""
+
+    num_classes = 0
+
+    def __init__(self, source: Any, count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+        self.read, self.name_of, self.label = source.read, source.name_of, source.label
+
+    def __len__(self) -> int:
+        return self.count
+
+
+# ---- common ----
+
+
+def _prepared(
+    options: LinearOptions | KnnOptions | RankOptions, evaluated: EvaluatedEncoder, train: Any
+) -> tuple[Encoder, ImageLoader]:
+    """The frozen encoder, with the BatchNorm statistics that the options want, and a loader of centre crops."""
+    encoder = frozen_copy(evaluated.encoder)
+    size = options.size or evaluated.size
+    if size < encoder.stride:
+        raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
+    views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)
+    loader = ImageLoader(views, options.batch_size, options.workers, options.seed)
+    if evaluated.measures_batchnorm(options):
+        device = next(encoder.parameters()).device
+        measure_batchnorm(encoder, (images.to(device) for images, _ in loader.batches(train)))
+    return encoder, loader
+
+
+def _cached_features(cache: FeatureCache, encoder: Encoder, source: Any, loader: ImageLoader) -> Tensor:
+    key = ["pooled", encoder, encoder.name, repr(loader.views), identity_of(source)] if cache.folder else []
+    return cache.get(key, lambda: {"features": pooled_features(encoder, source, loader)})["features"]

@@ -1,0 +1,144 @@
+"""The tasks about regions of images: roi-linear and dense-consistency."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scrl_fast.config.schema import ModelConfig
+from scrl_fast.data import ImagesWithBoxes, make_source
+from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.cache import FeatureCache, identity_of
+from scrl_fast.evaluate.config import DenseOptions, RoiLinearOptions
+from scrl_fast.evaluate.datasets import labelled_regions
+from scrl_fast.evaluate.dense import dense_consistency
+from scrl_fast.evaluate.encoder import EvaluatedEncoder
+from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm
+from scrl_fast.evaluate.plots import draw_class_accuracies, draw_similarity
+from scrl_fast.evaluate.regions import BoxFeatures, BoxLoader, box_features, classify, measure_batchnorm_on_boxes
+from scrl_fast.evaluate.result import Say, TaskResult, save_plot
+from scrl_fast.models import Encoder
+
+AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+"""COCO's ranges of area, in square pixels."""
+
+
+# ---- roi-linear ----
+
+
+def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+    """A linear classifier on RoIAligned features of ground-truth boxes."""
+    train, test = labelled_regions(options.data, options.seed)
+    fitted_to, tested_on = _box_features(options, evaluated, (train, test), say)
+    result, predicted = classify(fitted_to, tested_on)
+    names = getattr(test, "classes", [str(label) for label in range(result.classes)])
+    result = replace(result, classes=len(names))  # the highest that occurred, until now
+    right = (predicted == tested_on.labels).double()
+    per_class = _by_group({n: tested_on.labels == label for label, n in enumerate(names)}, right)
+    values: dict[str, Any] = {**asdict(result), "mean_class_accuracy": _mean(per_class), "per_class": per_class}
+    if hasattr(test, "areas"):
+        areas = torch.from_numpy(test.areas())
+        values["by_area"] = _by_group({n: (areas >= low) & (areas < high) for n, (low, high) in AREAS.items()}, right)
+    if options.plot:
+        save_plot(options.plot, lambda path: draw_class_accuracies(path, per_class), say)
+    by_area = {name: group["accuracy"] for name, group in values.get("by_area", {}).items()}
+    sizes = "".join(f", {name} {value:.1%}" for name, value in by_area.items() if value is not None)
+    return TaskResult(
+        f"RoI linear on {result.boxes} boxes of {result.classes} classes: top-1 {result.accuracy:.2%}, mean over "
+        f"classes {values['mean_class_accuracy']:.2%}{sizes}",
+        values,
+    )
+
+
+def _box_features(
+    options: RoiLinearOptions, evaluated: EvaluatedEncoder, splits: tuple[Any, Any], say: Say
+) -> list[BoxFeatures]:
+    """Features of the boxes of both splits, taken from the cache where it holds them."""
+    model = evaluated.training.get("model", {})
+    pooling = options.pool_size, int(model.get("sampling_ratio", -1)), bool(model.get("aligned", False))
+    encoder = frozen_copy(evaluated.encoder)
+    device = next(encoder.parameters()).device
+    loader = BoxLoader(evaluated.mean, evaluated.std, device, options.batch_size, options.workers)
+    if options.batchnorm != "stored":
+        measure_batchnorm_on_boxes(encoder, splits[0], loader)
+    cache = FeatureCache(options.cache, say)
+    features = []
+    for name, split in zip(("the training split", "the test split"), splits, strict=True):
+        key = _cache_key(encoder, split, pooling, evaluated, options) if cache.folder else []
+        extract = functools.partial(box_features, encoder, split, loader, pooling, name)
+        found = cache.get(key, lambda extract=extract: vars(extract()))  # type: ignore[misc]
+        features.append(BoxFeatures(found["features"].to(device), found["labels"], found["images"]))
+    return features
+
+
+def _cache_key(
+    encoder: Encoder,
+    split: ImagesWithBoxes,
+    pooling: tuple[int, int, bool],
+    evaluated: EvaluatedEncoder,
+    options: RoiLinearOptions,
+) -> list[Any]:
+    """All that the features of a split depend on; short_side decides what `read` and `boxes` give."""
+    boxes = [split.boxes(i) for i in range(len(split))]
+    labels = [split.labels(i) for i in range(len(split))]
+    data = [identity_of(split), boxes, labels, options.data.short_side]
+    return ["regions", encoder, encoder.name, pooling, evaluated.mean, evaluated.std, data]
+
+
+def _by_group(groups: Mapping[str, Tensor], right: Tensor) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"accuracy": right[mask].mean().item() if mask.any() else None, "boxes": int(mask.sum())}
+        for name, mask in groups.items()
+    }
+
+
+def _mean(groups: Mapping[str, dict[str, Any]]) -> float:
+    return float(np.mean([group["accuracy"] for group in groups.values() if group["boxes"]]))
+
+
+# ---- dense-consistency ----
+
+
+def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+    """Retrieval of matched boxes across two views."""
+    source = make_source(options.data, seed=options.seed)
+    encoder = frozen_copy(evaluated.encoder)
+    if options.views.size < encoder.stride:
+        raise UsageError(f"--views.size={options.views.size}: must be at least {encoder.stride}, the encoder's stride")
+    device = next(encoder.parameters()).device
+    if evaluated.measures_batchnorm(options):
+        loader = ImageLoader(replace(options.views, recipe="none"), options.batch_size, options.workers)
+        measure_batchnorm(encoder, (images.to(device) for images, _ in loader.batches(source)))
+    trained = evaluated.training.get("model", {})
+    model = ModelConfig(sampling_ratio=trained.get("sampling_ratio", -1), aligned=trained.get("aligned", False))
+    arguments = encoder, source, options.views, options.boxes
+    result = dense_consistency(
+        *arguments, model, images=options.images, batch_size=options.batch_size, seed=options.seed
+    )
+    if options.plot:
+        images = [index for index in options.plot_images if index < len(source)]
+        points, seed = options.plot_points, options.seed
+        save_plot(
+            options.plot, lambda path: draw_similarity(path, *arguments, images=images, points=points, seed=seed), say
+        )
+    return TaskResult(
+        f"dense consistency on {result.pairs} box pairs of {result.images} images: retrieval {result.retrieval:.2%} "
+        f"(blind {result.chance:.2%}), across images {result.retrieval_across:.2%}, cosine gap {result.cosine_gap:.3f}",
+        asdict(result),
+    )
+
+
+def training_settings(evaluated: EvaluatedEncoder) -> dict[str, Any]:
+    """The views and boxes that our checkpoint was trained with: the defaults of dense-consistency."""
+    training = evaluated.training
+    parts = {name: training[name] for name in ("views", "boxes") if isinstance(training.get(name), dict)}
+    data = training.get("data", {})
+    if data.get("source") == "demo":
+        parts["data"] = {name: data[name] for name in ("demo_images", "demo_size") if name in data}
+    return parts
