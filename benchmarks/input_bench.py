@@ -39,7 +39,8 @@ from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import Encoded, PixelBuffer, decode, decoders, jpeg_decoder
 from scrl_fast.data.gpu import cut_to_views, pack_regions
 from scrl_fast.data.views import draw_views
-from scrl_fast.ops.augment_views import augment_views, pack_images
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import pack_images
 
 HEIGHT, WIDTH = 375, 500
 _COLOUR = ("jitter", "grayscale", "blur", "solarize")

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from scrl_fast.config.schema import ViewsConfig
-from scrl_fast.ops.augment_views import RESIZE_BLUR, blurred_side, picture_reference
+from scrl_fast.ops.augment_views import picture_reference
+from scrl_fast.ops.view_table import RESIZE_BLUR, blurred_side
 
 _ADJUST = ("brightness", "contrast", "saturation", "hue")
 

@@ -14,15 +14,8 @@ from torchvision.transforms import functional as F
 
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data.views import draw_views
-from scrl_fast.ops.augment_views import (
-    GAUSSIAN_BLUR,
-    RESIZE_BLUR,
-    VIEW_DTYPE,
-    PackedImages,
-    augment_views,
-    blurred_side,
-    pack_images,
-)
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import GAUSSIAN_BLUR, RESIZE_BLUR, VIEW_DTYPE, PackedImages, blurred_side, pack_images
 
 CONFIG = ViewsConfig()
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # values in 0..1 come out, so that pixels can be told

@@ -16,15 +16,8 @@ from photos import NAMES, photo
 
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data.views import draw_views
-from scrl_fast.ops.augment_views import (
-    GAUSSIAN_BLUR,
-    NO_BLUR,
-    RESIZE_BLUR,
-    VIEW_DTYPE,
-    PackedImages,
-    augment_views,
-    pack_images,
-)
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import GAUSSIAN_BLUR, NO_BLUR, RESIZE_BLUR, VIEW_DTYPE, PackedImages, pack_images
 
 CONFIG = ViewsConfig()
 NORMALIZE = {"mean": CONFIG.mean, "std": CONFIG.std}

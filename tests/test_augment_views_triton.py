@@ -16,8 +16,9 @@ from photos import NAMES, photo
 from test_augment_views_compiled import TRANSFORMS, assert_close
 
 from scrl_fast.config.schema import ViewsConfig
-from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
+from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.augment_views_triton import colour_steps
+from scrl_fast.ops.view_table import VIEW_DTYPE, PackedImages, pack_images
 
 CONFIG = ViewsConfig()
 NORMALIZE = {"mean": CONFIG.mean, "std": CONFIG.std}

@@ -22,7 +22,7 @@ from scrl_fast.data import (
     on_device,
     views_on_gpu,
 )
-from scrl_fast.ops.augment_views import VIEW_DTYPE
+from scrl_fast.ops.view_table import VIEW_DTYPE
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@
 
 namespace scrl_fast::host {
 
-// scrl_fast.ops.augment_views.VIEW_DTYPE
+// scrl_fast.ops.view_table.VIEW_DTYPE
 struct ViewRow {
   int32_t image, y, x, h, w;
   uint8_t flip, jitter, order[4];

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from scrl_fast.config.schema import ViewsConfig
-from scrl_fast.ops.augment_views import PackedImages, augment_views
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import PackedImages
 
 
 @dataclass

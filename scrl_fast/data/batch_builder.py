@@ -18,7 +18,8 @@ from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
 from scrl_fast.data.reader import BatchItem, Reader
 from scrl_fast.data.scaled import DecodedImage, fit_to_shrunk
 from scrl_fast.data.workers import Work
-from scrl_fast.ops.augment_views import VIEW_DTYPE, PackedImages, augment_views, pack_images
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import VIEW_DTYPE, PackedImages, pack_images
 
 _PART = 16  # images a thread takes at a time: enough to make the drawing of their views cheap
 _MOST_HELD = 1 << 26  # bytes of files, or of images that come decoded, at which a thread makes their views

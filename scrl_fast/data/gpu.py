@@ -17,8 +17,8 @@ from torch import Tensor
 
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.decode import Encoded
-from scrl_fast.ops.augment_views import PackedImages
 from scrl_fast.ops.backends import triton_failure
+from scrl_fast.ops.view_table import PackedImages
 
 _log = logging.getLogger("scrl_fast")
 

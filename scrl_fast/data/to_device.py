@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data.batch import Batch, PackedBatch
-from scrl_fast.ops.augment_views import normalization
+from scrl_fast.ops.view_table import normalization
 
 
 def on_device(

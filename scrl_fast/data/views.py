@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scrl_fast.config.schema import ViewsConfig
-from scrl_fast.ops.augment_views import GAUSSIAN_BLUR, NO_BLUR, RESIZE_BLUR, VIEW_DTYPE
 from scrl_fast.ops.philox import uniforms
+from scrl_fast.ops.view_table import GAUSSIAN_BLUR, NO_BLUR, RESIZE_BLUR, VIEW_DTYPE
 
 __all__ = ["VIEW_DTYPE", "crops_of", "draw_views"]
 

@@ -21,7 +21,8 @@ from scrl_fast.data.views import crops_of, draw_views
 from scrl_fast.evaluate.images import read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align, sample_box_pairs
-from scrl_fast.ops.augment_views import NO_BLUR, augment_views, pack_images
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import NO_BLUR, pack_images
 
 
 @dataclass(frozen=True)

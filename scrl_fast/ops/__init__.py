@@ -4,13 +4,14 @@ Imported eagerly on purpose: modules share their names with the functions in the
 put it in the function's place.
 """
 
-from scrl_fast.ops.augment_views import PackedImages, augment_views, pack_images
+from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.ema_update import ema_update_
 from scrl_fast.ops.lars_step import lars_step_
 from scrl_fast.ops.normalized_mse_loss import normalized_mse_loss, two_view_loss
 from scrl_fast.ops.roi_align import RoIAlign, roi_align, roi_align_reference
 from scrl_fast.ops.sample_box_pairs import sample_box_pairs
 from scrl_fast.ops.sample_box_pairs_replay import sample_box_pairs_replay
+from scrl_fast.ops.view_table import PackedImages, pack_images
 
 __all__ = [
     "PackedImages",

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from scrl_fast.ops.augment_views import PackedImages
+from scrl_fast.ops.view_table import GAUSSIAN_TAPS, RESIZE_BLUR, PackedImages, blurred_side, normalization
 
 _TO_GREY = 4
 _CONTRAST = 1
@@ -33,7 +31,6 @@ def triton_augment_views(
 ) -> None:
     """The views on the device where buffer and out lie; arguments checked by `augment_views`, threads not used."""
     from scrl_fast.kernels.augment_views import make_views
-    from scrl_fast.ops.augment_views import GAUSSIAN_TAPS, normalization
 
     size = out.shape[-1]
     buffer = images.buffer if isinstance(images.buffer, Tensor) else torch.from_numpy(images.buffer)
@@ -52,7 +49,6 @@ def triton_augment_views(
 def make_plan(images: PackedImages, rows: np.ndarray, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Plan int64 `[V, len(PLAN)]` and amounts float32 `[V, 6]` of the views of `size` pixels."""
     from scrl_fast.kernels.augment_views import PLAN
-    from scrl_fast.ops.augment_views import RESIZE_BLUR, blurred_side
 
     kinds, amounts, count = colour_steps(rows)
     place = np.arange(_STEPS)

@@ -47,7 +47,7 @@ def ema_update_reference(targets: Sequence[Tensor], sources: Sequence[Tensor], m
         target.copy_(torch.where(weight > 0, moved, target))
 
 
-def _through(op: str) -> Callable[..., None]:
+def _dispatch_to(op: str) -> Callable[..., None]:
     """The operation by torch.ops.scrl_fast.<op>."""
 
     def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
@@ -87,8 +87,8 @@ _OPERATION = register(
     Operation(
         "ema_update_",
         reference=ema_update_reference,
-        native=_through("ema_update_"),
+        native=_dispatch_to("ema_update_"),
         native_failure=lambda device_type: _native.op_failure("ema_update_", device_type),
-        triton=_through("ema_update_triton_"),
+        triton=_dispatch_to("ema_update_triton_"),
     )
 )

@@ -256,7 +256,7 @@ def _at_row(number: Any, tensor: Tensor | None, row: int, device: torch.device, 
     return number * tensor.flatten()[row if tensor.numel() > 1 else 0].to(device, dtype)
 
 
-def _through(op: str) -> Callable[..., None]:
+def _dispatch_to(op: str) -> Callable[..., None]:
     """The operation by torch.ops.scrl_fast.<op>."""
 
     def lars_step(
@@ -313,8 +313,8 @@ _OPERATION = register(
     Operation(
         "lars_step_",
         reference=lars_step_reference,
-        native=_through("lars_step_"),
+        native=_dispatch_to("lars_step_"),
         native_failure=lambda device_type: _native.op_failure("lars_step_", device_type),
-        triton=_through("lars_step_triton_"),
+        triton=_dispatch_to("lars_step_triton_"),
     )
 )

@@ -104,7 +104,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.is_contiguous() or rows.shape[1] < 2 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _rows_through(operator: Any) -> Callable[..., Tensor]:
+def _dispatch_rows_to(operator: Any) -> Callable[..., Tensor]:
     """The implementation of `normalized_mse_loss` that calls the operator."""
 
     def rows(input: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
@@ -116,7 +116,7 @@ def _rows_through(operator: Any) -> Callable[..., Tensor]:
     return rows
 
 
-def _two_views_through(operator: Any) -> Callable[..., Tensor]:
+def _dispatch_two_views_to(operator: Any) -> Callable[..., Tensor]:
     """The implementation of `two_view_loss` that calls the operator."""
 
     def two_views(online: Tensor, target: Tensor) -> Tensor:
@@ -235,13 +235,13 @@ _ROWS, _TWO_VIEW = (
         Operation(
             name,
             reference=reference,
-            native=through(_native_operator),
+            native=dispatch_to(_native_operator),
             native_failure=lambda device_type: _native.op_failure("normalized_mse_loss", device_type),
-            triton=through(_triton),
+            triton=dispatch_to(_triton),
         )
     )
-    for name, reference, through in (
-        ("normalized_mse_loss", normalized_mse_loss_reference, _rows_through),
-        ("two_view_loss", two_view_loss_reference, _two_views_through),
+    for name, reference, dispatch_to in (
+        ("normalized_mse_loss", normalized_mse_loss_reference, _dispatch_rows_to),
+        ("two_view_loss", two_view_loss_reference, _dispatch_two_views_to),
     )
 )

@@ -229,7 +229,7 @@ def check_image_index(rows: Tensor, images: int) -> None:
 # ---- compiled forms ----
 
 
-def _through(name: str) -> Callable[..., Tensor]:
+def _dispatch_to(name: str) -> Callable[..., Tensor]:
     """The implementation of `roi_align` that calls torch.ops.scrl_fast.<name>."""
 
     def run(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
@@ -357,8 +357,8 @@ _OPERATION = register(
     Operation(
         "roi_align",
         reference=roi_align_reference,
-        native=_through("roi_align"),
+        native=_dispatch_to("roi_align"),
         native_failure=lambda device_type: _native.op_failure("roi_align", device_type),
-        triton=_through("roi_align_triton"),
+        triton=_dispatch_to("roi_align_triton"),
     )
 )
