@@ -70,6 +70,15 @@ class DataConfig:
     the images if those are fewer)."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels than this are refused before they are decoded."""
+    max_file_bytes: int = 268_435_456
+    """Image files larger than this are refused before they are read."""
+    max_scans: int = 100
+    """JPEGs of more scans than this are refused: each scan costs time, and 3,000 of them 30 s."""
+    max_decoded_bytes: int = 1_610_612_736
+    """Images whose decoding takes more memory than this are refused before they are decoded: about 7 bytes a pixel,
+    13 in a progressive JPEG."""
+    decode_memory: int = 4_294_967_296
+    """Bytes that the workers of a process may take together for decoding large images; a worker waits for its share."""
     scaled_decode: bool = True
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where both crops stay at least as large as a view: several
     times faster for photographs of many megapixels, and pixels differ a little from decoding in full."""
@@ -92,6 +101,10 @@ class DataConfig:
             timeout=TIMEOUT_RANGE,
             max_bad_fraction=FRACTION_RANGE,
             max_pixels=at_least(1),
+            max_file_bytes=at_least(1),
+            max_scans=at_least(1),
+            max_decoded_bytes=at_least(1),
+            decode_memory=at_least(1),
             demo_images=at_least(1),
             demo_size=at_least(16),
         )

@@ -2,8 +2,9 @@
 
 from scrl_fast.data.bad_images import TooManyBadImages
 from scrl_fast.data.batch import Batch, PackedBatch
-from scrl_fast.data.decode import BadImage, decoders
 from scrl_fast.data.gpu import views_on_gpu
+from scrl_fast.data.image_files import BadImage, ImageLimits
+from scrl_fast.data.jpeg import decoders
 from scrl_fast.data.loader import Loader
 from scrl_fast.data.sources.base import ImagesWithBoxes, Source
 from scrl_fast.data.sources.demo import DemoScenes
@@ -15,6 +16,7 @@ __all__ = [
     "BadImage",
     "Batch",
     "DemoScenes",
+    "ImageLimits",
     "ImagesWithBoxes",
     "Loader",
     "LoaderStalled",

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
-from scrl_fast.data.decode import BadImage
+from scrl_fast.data.image_files import BadImage
 from scrl_fast.errors import UsageError
 
 IN_A_ROW = 100

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from scrl_fast.atomic_files import publish, write_synced, write_text
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.bad_images import BadFiles
-from scrl_fast.data.decode import SHRINKS, BadImage, Encoded
+from scrl_fast.data.decode import Encoded
+from scrl_fast.data.image_files import BadImage
+from scrl_fast.data.jpeg import SHRINKS
 from scrl_fast.data.sources.factory import make_source
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest

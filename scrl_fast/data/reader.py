@@ -11,7 +11,8 @@ import numpy as np
 
 from scrl_fast.config.schema import Config
 from scrl_fast.data.bad_images import IN_A_ROW, BadFiles, TooManyBadImages
-from scrl_fast.data.decode import BadImage, Encoded, PixelBuffer
+from scrl_fast.data.decode import Encoded, PixelBuffer
+from scrl_fast.data.image_files import BadImage
 from scrl_fast.data.scaled import DecodedImage, largest_shrink, open_image
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.views import draw_views

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.decode import SHRINKS, Encoded, PixelBuffer
+from scrl_fast.data.decode import Encoded, PixelBuffer
+from scrl_fast.data.jpeg import SHRINKS
 from scrl_fast.data.sources.base import EncodedImages, Source
 from scrl_fast.data.views import crops_of
 
