@@ -36,8 +36,9 @@ from torch import Tensor
 from scrl_fast.build import keep_memory
 from scrl_fast.config.schema import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
-from scrl_fast.data.decode import Encoded, PixelBuffer, decode, decoders, jpeg_decoder
+from scrl_fast.data.decode import Encoded, PixelBuffer, decode
 from scrl_fast.data.gpu import cut_to_views, pack_regions
+from scrl_fast.data.jpeg import decoders, jpeg_decoder
 from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.view_table import pack_images

@@ -203,13 +203,9 @@ def _choice(operation: Any, device: str) -> dict[str, Any]:
 
 def _decoders() -> dict[str, str]:
     """The JPEG decoder in use and why none before it is; those after it are not tried, since that takes a second."""
-    from scrl_fast.data import decode
+    from scrl_fast.data.jpeg import decoders
 
-    used = decode.jpeg_decoder()
-    names = list(decode._JPEG_DECODERS)
-    before = {name: decode._load(name)[1] for name in names[: names.index(used)]}
-    after = dict.fromkeys(names[names.index(used) + 1 :], f"not tried, {used} comes first")
-    return {**before, used: "in use", **after}
+    return decoders(try_all=False)
 
 
 def _torch_settings() -> dict[str, Any]:

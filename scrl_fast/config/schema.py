@@ -77,7 +77,7 @@ class DataConfig:
     max_decoded_bytes: int = 1_610_612_736
     """Images whose decoding takes more memory than this are refused before they are decoded: about 7 bytes a pixel,
     13 in a progressive JPEG."""
-    decode_memory: int = 4_294_967_296
+    decode_memory: int = 8_589_934_592
     """Bytes that the workers of a process may take together for decoding large images; a worker waits for its share."""
     scaled_decode: bool = True
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where both crops stay at least as large as a view: several

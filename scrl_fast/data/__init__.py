@@ -6,7 +6,7 @@ from scrl_fast.data.gpu import views_on_gpu
 from scrl_fast.data.image_files import BadImage, ImageLimits
 from scrl_fast.data.jpeg import decoders
 from scrl_fast.data.loader import Loader
-from scrl_fast.data.sources.base import ImagesWithBoxes, Source
+from scrl_fast.data.sources.base import ImagesWithBoxes, Source, identity_of
 from scrl_fast.data.sources.demo import DemoScenes
 from scrl_fast.data.sources.factory import make_source
 from scrl_fast.data.to_device import on_device
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "TooManyBadImages",
     "decoders",
+    "identity_of",
     "make_source",
     "on_device",
     "views_on_gpu",

@@ -75,7 +75,8 @@ class BatchBuilder:
         for low, items in self._open(first, end):
             table = reader.draw(items, epoch)
             for start, stop in _groups(items):
-                self._make_group(items[start:stop], table[:, start:stop], low + start)
+                with reader.memory.reserved(sum(item.image.decoding_bytes for item in items[start:stop])):
+                    self._make_group(items[start:stop], table[:, start:stop], low + start)
 
     def _make_group(self, items: list[BatchItem], table: np.ndarray, place: int) -> None:
         """The images of `items` with the rows `[2, n]` of their views, for the places from `place` on.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +31,25 @@ _BYTES_PER_PIXEL = 7  # of an RGB picture of Pillow's (4) and its array (3); the
 _BYTES_OF_COEFFICIENTS = 6  # beside them in a JPEG of several scans, at most
 
 
-def read_image(path: str, *, limits: ImageLimits = DEFAULT_LIMITS, name: str | None = None) -> Pixels:
+def read_image(
+    path: str, *, max_pixels: int | None = None, limits: ImageLimits = DEFAULT_LIMITS, name: str | None = None
+) -> Pixels:
     """The file at path as uint8 `[H, W, 3]`; see `decode`. Raises BadImage also when it cannot be opened."""
-    return decode(read_file(path, name, limit=limits.max_file_bytes), limits=limits, name=name or path)
+    data = read_file(path, name, limit=limits.max_file_bytes)
+    return decode(data, max_pixels=max_pixels, limits=limits, name=name or path)
 
 
-def decode(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = "image") -> Pixels:
+def decode(
+    data: bytes, *, max_pixels: int | None = None, limits: ImageLimits = DEFAULT_LIMITS, name: str = "image"
+) -> Pixels:
     """Decode to RGB, uint8 `[H, W, 3]`, turned upright by its EXIF orientation.
 
     Grey is repeated, alpha is dropped, palette and CMYK are converted, 16 bits become their upper 8.
+    max_pixels: in place of the one in limits.
     Raises BadImage(name, cause) for an empty, damaged or cut file, for one that is no image, and for one beyond the
     limits, which is refused before it is decoded.
     """
-    return Encoded(data, limits=limits, name=name).decode()
+    return Encoded(data, max_pixels=max_pixels, limits=limits, name=name).decode()
 
 
 class PixelBuffer:
@@ -68,8 +75,16 @@ class Encoded:
     Raises BadImage as `decode` does.
     """
 
-    def __init__(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = "image") -> None:
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        max_pixels: int | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        name: str = "image",
+    ) -> None:
         self.name, self.data = name, data
+        limits = limits if max_pixels is None else replace(limits, max_pixels=max_pixels)
         if not data:
             raise BadImage(name, "the file is empty")
         check_size(len(data), limits.max_file_bytes, name)

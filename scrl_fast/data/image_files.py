@@ -6,6 +6,7 @@ than their size and `ImageLimits.max_file_bytes` allow.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import threading
@@ -79,6 +80,12 @@ class MemoryBudget:
             with self._changed:
                 self._held -= share
                 self._changed.notify_all()
+
+
+@functools.cache
+def memory_budget(size: int) -> MemoryBudget:
+    """The budget of so many bytes that all threads of the process share."""
+    return MemoryBudget(size)
 
 
 def printable(text: str) -> str:

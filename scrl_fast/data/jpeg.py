@@ -212,10 +212,18 @@ def jpeg_decoder() -> str:
     return _first_working(os.environ.get("SCRL_FAST_JPEG", ""))
 
 
-def decoders() -> dict[str, str]:
-    """Every JPEG decoder, best first: 'in use', 'works', or why not."""
-    used = jpeg_decoder()
-    return {name: "in use" if name == used else _load(name)[1] or "works" for name in _DECODERS}
+def decoders(*, try_all: bool = True) -> dict[str, str]:
+    """Every JPEG decoder, best first: 'in use', 'works', or why not.
+
+    try_all: False leaves those after the one in use untried, since that takes a second.
+    """
+    used, said = jpeg_decoder(), dict[str, str]()
+    for name in _DECODERS:
+        if used in said and not try_all:
+            said[name] = f"not tried, {used} comes first"
+        else:
+            said[name] = "in use" if name == used else _load(name)[1] or "works"
+    return said
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 from scrl_fast.config.schema import Config
 from scrl_fast.data.bad_images import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.decode import Encoded, PixelBuffer
-from scrl_fast.data.image_files import BadImage
+from scrl_fast.data.image_files import BadImage, memory_budget
 from scrl_fast.data.scaled import DecodedImage, largest_shrink, open_image
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.views import draw_views
@@ -57,6 +57,7 @@ class Reader:
     def __init__(self, source: Source, config: Config, bad: BadFiles, workers: Workers, *, keep: bool) -> None:
         self.source, self._views, self._seed = source, config.views, config.train.seed
         self._scaled, self._bad, self._workers, self._keep = config.data.scaled_decode, bad, workers, keep
+        self.memory = memory_budget(config.data.decode_memory)
         self._buffers = threading.local()
 
     def open(self, key: int, epoch: int, step: int = 0, attempt: int = 0) -> BatchItem:

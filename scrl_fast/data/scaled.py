@@ -25,6 +25,7 @@ class Opened(Protocol):
 
     height: int
     width: int
+    decoding_bytes: int
 
     def can_shrink(self, shrink: int) -> bool: ...
 
@@ -36,6 +37,7 @@ class DecodedImage:
 
     def __init__(self, pixels: Any) -> None:
         self.data, (self.height, self.width) = pixels, pixels.shape[:2]
+        self.decoding_bytes = 0
 
     def can_shrink(self, shrink: int) -> bool:
         return shrink == 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data import DemoScenes, Source
+from scrl_fast.data import DemoScenes, ImageLimits, Source
 from scrl_fast.data.sources.annotated import AnnotatedImages
 from scrl_fast.data.sources.coco import read_coco
 from scrl_fast.data.sources.files import class_folders
@@ -55,7 +55,7 @@ def labelled_images(data: ImageData, seed: int) -> tuple[Source, Source]:
         folder = os.path.join(data.root, split)
         if not os.path.isdir(folder):
             raise UsageError(f"no folder {folder}: expected one folder a class in it, as in {folder}/n01440764/*.JPEG")
-        sets.append(class_folders(folder, max_pixels=data.max_pixels))
+        sets.append(class_folders(folder, limits=ImageLimits(max_pixels=data.max_pixels)))
     train, test = sets
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.decode import read_file
+from scrl_fast.config.defaults import MAX_PIXELS
+from scrl_fast.data.image_files import ImageLimits, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 from scrl_fast.errors import UsageError
-
-MAX_PIXELS = 178_000_000  # as data.max_pixels: larger images are refused before they are decoded
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,14 @@ class AnnotatedImages(EncodedImages):
     ) -> None:
         self.folder, self.objects, self.classes = folder, list(objects), list(classes)
         self.annotation_file, self.max_pixels = annotation_file, max_pixels
+        self.limits = ImageLimits(max_pixels=max_pixels)
         self.category_ids = list(category_ids) or list(range(len(self.classes)))
 
     def __len__(self) -> int:
         return len(self.objects)
 
     def data(self, index: int) -> bytes:
-        return read_file(self.name_of(index))
+        return read_file(self.name_of(index), limit=self.limits.max_file_bytes)
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.folder, self.objects[index].file_name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.decode import Encoded
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits, memory_budget
 
 UNLABELLED = -1
 
@@ -52,9 +55,12 @@ class ImagesWithBoxes(Protocol):
 
 
 class EncodedImages:
-    """What the sources of image files share: they bring `data`, `name_of` and `max_pixels`."""
+    """What the sources of image files share: they bring `data`, `name_of` and `__len__`."""
 
-    max_pixels: int
+    limits: ImageLimits = DEFAULT_LIMITS
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def data(self, index: int) -> bytes:
         """The file of image `index`. Raises BadImage if it cannot be read."""
@@ -65,7 +71,32 @@ class EncodedImages:
 
     def open(self, index: int) -> Encoded:
         """Image `index` before it is decoded. Raises BadImage."""
-        return Encoded(self.data(index), max_pixels=self.max_pixels, name=self.name_of(index))
+        return Encoded(self.data(index), limits=self.limits, name=self.name_of(index))
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return self.open(index).decode()
+        image = self.open(index)
+        with memory_budget(self.limits.decode_memory).reserved(image.decoding_bytes):
+            return image.decode()
+
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`."""
+        return identity_of_names(list(map(self.name_of, range(len(self)))))
+
+
+def identity_of(source: Any) -> dict[str, Any]:
+    """``{"images": how many, "names": a hash of their names}``, by which a resumed run knows its images again.
+
+    A source may have a method `identity` of its own. The hash is the same wherever the folder of the images lies.
+    """
+    if hasattr(source, "identity"):
+        return source.identity()
+    return identity_of_names([source.name_of(index) for index in range(len(source))])
+
+
+def identity_of_names(names: Sequence[str]) -> dict[str, Any]:
+    """The identity of images with these names in this order; the folder that holds them all does not count."""
+    low, high = min(names, default=""), max(names, default="")
+    same = next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    folder = low[:same].rpartition("/")[0]
+    text = "\0".join(name.removeprefix(folder) for name in names)
+    return {"images": len(names), "names": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()}

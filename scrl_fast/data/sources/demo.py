@@ -9,8 +9,9 @@ doi.org/10.24432/C50P49, licence CC BY 4.0, stored as they are.
 from __future__ import annotations
 
 import functools
+import hashlib
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,11 @@ class DemoScenes:
     def labels(self, index: int) -> NDArray[np.int64]:
         """Classes of the scene's digits, `[n]`, 0 to 9."""
         return self._labels[index]
+
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`: the scenes' parameters stand for their names."""
+        made_of = (self.size, self.split, self._seed, self._digits, self._digit_size, self._texture)
+        return {"images": len(self), "names": hashlib.sha256(repr(made_of).encode()).hexdigest()}
 
     def _make(self, ids: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         most = self._digits[1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from scrl_fast.config.schema import Config, DataConfig
+from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.sources.demo import DemoScenes
 from scrl_fast.data.sources.files import class_folders, image_folder, image_list
@@ -18,18 +21,19 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
     data = config.data if isinstance(config, Config) else config
     if seed is None:
         seed = config.train.seed if isinstance(config, Config) else 0
+    root, limits = os.path.expanduser(data.root), ImageLimits.of(data)
     if data.source == "demo":
         return DemoScenes(data.demo_images, data.demo_size, seed)
     if data.source == "folder":
-        return image_folder(data.root, max_pixels=data.max_pixels)
+        return image_folder(root, limits=limits)
     if data.source in ("imagefolder", "imagenet"):
-        return class_folders(data.root, max_pixels=data.max_pixels, train_split=data.source == "imagenet")
+        return class_folders(root, limits=limits, train_split=data.source == "imagenet")
     if data.source == "list":
-        return image_list(data.root, max_pixels=data.max_pixels)
+        return image_list(root, limits=limits)
     if data.source == "tar":
-        return tar_shards(data.root, max_pixels=data.max_pixels)
+        return tar_shards(root, limits=limits)
     if data.source == "packed":
-        return packed_shards(data.root, max_pixels=data.max_pixels)
+        return packed_shards(root, limits=limits)
     if data.source == "hf":
-        return hub_dataset(data.root, max_pixels=data.max_pixels)
+        return hub_dataset(root, limits=limits)
     raise ValueError(f"data.source is {data.source!r}, which is none of its choices")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scrl_fast.data.decode import EXTENSIONS, read_file
+from scrl_fast.data.decode import EXTENSIONS
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 from scrl_fast.errors import UsageError
 
@@ -28,20 +29,20 @@ class ImageFiles(EncodedImages):
         root: str,
         paths: Sequence[str],
         *,
-        max_pixels: int,
+        limits: ImageLimits = DEFAULT_LIMITS,
         labels: Sequence[int] | None = None,
         classes: Sequence[str] = (),
     ) -> None:
         self.root, self.paths, self.classes = root, list(paths), list(classes)
         self.labels = None if labels is None else np.asarray(labels, np.int32)
         self.num_classes = len(self.classes)
-        self.max_pixels = max_pixels
+        self.limits = limits
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def data(self, index: int) -> bytes:
-        return read_file(self.name_of(index))
+        return read_file(self.name_of(index), limit=self.limits.max_file_bytes)
 
     def label(self, index: int) -> int:
         return UNLABELLED if self.labels is None else int(self.labels[index])
@@ -50,17 +51,17 @@ class ImageFiles(EncodedImages):
         return os.path.join(self.root, self.paths[index])
 
 
-def image_folder(root: str, *, max_pixels: int) -> ImageFiles:
+def image_folder(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> ImageFiles:
     """Every image below root, at any depth, unlabelled. Raises UsageError if there is none."""
     _check_folder(root)
     seen: Counter[str] = Counter()
     paths = sorted(_images_below(root, seen))
     if not paths:
         raise UsageError(_nothing_found(root, seen))
-    return ImageFiles(root, paths, max_pixels=max_pixels)
+    return ImageFiles(root, paths, limits=limits)
 
 
-def class_folders(root: str, *, max_pixels: int, train_split: bool = False) -> ImageFiles:
+def class_folders(root: str, *, limits: ImageLimits = DEFAULT_LIMITS, train_split: bool = False) -> ImageFiles:
     """Images in one folder per class; a class is numbered by its place among the sorted folder names.
 
     train_split: use root/train if there is one (the layout of ImageNet).
@@ -87,10 +88,10 @@ def class_folders(root: str, *, max_pixels: int, train_split: bool = False) -> I
     if not found:
         raise UsageError(_nothing_found(root, seen))
     paths, labels = zip(*found, strict=True)
-    return ImageFiles(root, paths, max_pixels=max_pixels, labels=labels, classes=classes)
+    return ImageFiles(root, paths, limits=limits, labels=labels, classes=classes)
 
 
-def image_list(root: str, *, max_pixels: int) -> ImageFiles:
+def image_list(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> ImageFiles:
     """The images named in the text file root: one path a line, relative to the file's folder; # starts a comment line.
 
     Raises UsageError for an empty list and one that names missing files.
@@ -117,7 +118,7 @@ def image_list(root: str, *, max_pixels: int) -> ImageFiles:
             f"the list {root!r} names {len(missing)} files that do not exist, the first being {missing[0]!r} "
             f"(paths are taken relative to {folder!r})"
         )
-    return ImageFiles(folder, paths, max_pixels=max_pixels)
+    return ImageFiles(folder, paths, limits=limits)
 
 
 def _check_folder(root: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
 import numpy as np
 
-from scrl_fast.data.decode import BadImage, read_file
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 from scrl_fast.errors import UsageError, did_you_mean
 
@@ -22,11 +23,17 @@ class DatasetImages(EncodedImages):
     """
 
     def __init__(
-        self, dataset: Any, column: str, label_column: str | None = None, *, max_pixels: int, name: str = "dataset"
+        self,
+        dataset: Any,
+        column: str,
+        label_column: str | None = None,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        name: str = "dataset",
     ) -> None:
         from datasets import Image
 
-        self.name, self.column, self.max_pixels = name, column, max_pixels
+        self.name, self.column, self.limits = name, column, limits
         # only bytes and path: the package's own decoding would be Pillow's, without our size check
         self._images = dataset.select_columns([column]).cast_column(column, Image(decode=False)).with_format(None)
         self.classes: list[str] = []
@@ -47,7 +54,8 @@ class DatasetImages(EncodedImages):
         if image is None:
             raise BadImage(self.name_of(index), "the row has no image")
         if image["bytes"] is None:
-            return read_file(image["path"], self.name_of(index))
+            return read_file(image["path"], self.name_of(index), limit=self.limits.max_file_bytes)
+        check_size(len(image["bytes"]), self.limits.max_file_bytes, self.name_of(index))
         return image["bytes"]
 
     def label(self, index: int) -> int:
@@ -56,8 +64,21 @@ class DatasetImages(EncodedImages):
     def name_of(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`: rows have no names, so the paths, sizes and labels of their images are hashed."""
+        import pyarrow.compute
 
-def hub_dataset(root: str, *, max_pixels: int) -> DatasetImages:
+        column = self._images.data.column(self.column)  # of all rows, also where the dataset is a selection of them
+        paths = pyarrow.compute.struct_field(column, "path")
+        sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes"))
+        found = hashlib.sha256("\0".join(str(path) for path in paths.to_pylist()).encode("utf-8", "surrogateescape"))
+        found.update(str(sizes.to_pylist()).encode())
+        if self._labels is not None:
+            found.update(self._labels.astype("<i8").tobytes())
+        return {"images": len(self), "names": found.hexdigest()}
+
+
+def hub_dataset(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> DatasetImages:
     """The dataset of `NAME_OR_PATH[:split[:column]]`: on the hub, a folder of images or parquet files, or a saved one.
 
     split: `train` or the only one by default. column: the first of feature Image by default. Labels come from a column
@@ -78,7 +99,7 @@ def hub_dataset(root: str, *, max_pixels: int) -> DatasetImages:
     if not len(dataset):
         raise UsageError(f"the dataset {root!r} has no rows")
     labels = _label_column(datasets, dataset)
-    return DatasetImages(dataset, column, labels, max_pixels=max_pixels, name=name)
+    return DatasetImages(dataset, column, labels, limits=limits, name=name)
 
 
 def _parts(root: str) -> tuple[str, str, str]:

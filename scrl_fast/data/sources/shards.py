@@ -6,16 +6,19 @@ A shard is indexed once, from its headers; the index is kept beside it where the
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scrl_fast.data.decode import EXTENSIONS, BadImage
+from scrl_fast.data.decode import EXTENSIONS
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.tar import Handles
@@ -32,8 +35,10 @@ class TarImages(EncodedImages):
     `problems` says what is wrong with which shard: cut or damaged ones, members left out, labels that are no numbers.
     """
 
-    def __init__(self, shards: Sequence[str], *, max_pixels: int, classes: Sequence[str] = ()) -> None:
-        self.shards, self.max_pixels = list(shards), max_pixels
+    def __init__(
+        self, shards: Sequence[str], *, limits: ImageLimits = DEFAULT_LIMITS, classes: Sequence[str] = ()
+    ) -> None:
+        self.shards, self.limits = list(shards), limits
         self._index = [shard_index(path) for path in self.shards]
         self.problems = [
             f"{path} {problem}"
@@ -53,6 +58,7 @@ class TarImages(EncodedImages):
         shard, row = self._place(index)
         entry = self._index[shard]
         size = int(entry.sizes[row])
+        check_size(size, self.limits.max_file_bytes, self.name_of(index))
         try:
             data = self._handles.read(shard, size, int(entry.offsets[row]))
         except OSError as error:
@@ -69,6 +75,14 @@ class TarImages(EncodedImages):
         shard, row = self._place(index)
         return f"{self.shards[shard]}:{self._index[shard].name(row)}"
 
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`: the members' names and sizes, shard by shard."""
+        found = hashlib.sha256()
+        for path, index in zip(self.shards, self._index, strict=True):
+            found.update(os.path.basename(path).encode("utf-8", "surrogateescape") + b"\0" + index.names)
+            found.update(index.sizes.astype("<i8").tobytes())
+        return {"images": len(self), "names": found.hexdigest()}
+
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index must lie in 0..{len(self) - 1}, got {index}")
@@ -76,12 +90,12 @@ class TarImages(EncodedImages):
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
 
-def tar_shards(root: str, *, max_pixels: int) -> TarImages:
+def tar_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> TarImages:
     """The shards that root names: a folder of .tar files, one file, or a pattern (`train-{000..146}.tar`, `a/*.tar`).
 
     Raises UsageError if there are none, or no images in them.
     """
-    found = TarImages(_shards_of(root), max_pixels=max_pixels)
+    found = TarImages(_shards_of(root), limits=limits)
     _tell(found.problems)
     if not len(found):
         what = f"; {found.problems[0]}" if found.problems else f": looked for members ending in {', '.join(EXTENSIONS)}"
@@ -89,7 +103,7 @@ def tar_shards(root: str, *, max_pixels: int) -> TarImages:
     return found
 
 
-def packed_shards(root: str, *, max_pixels: int) -> TarImages:
+def packed_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> TarImages:
     """What `python -m scrl_fast.data.pack` wrote into the folder root.
 
     Raises UsageError if that is not there, not finished or damaged.
@@ -109,7 +123,7 @@ def packed_shards(root: str, *, max_pixels: int) -> TarImages:
     shards = [os.path.join(root, os.path.basename(name)) for name in manifest["shards"]]
     if missing := [path for path in shards if not os.path.isfile(path)]:
         raise UsageError(f"{len(missing)} of {len(shards)} shards of {root!r} are gone, the first being {missing[0]!r}")
-    found = TarImages(shards, max_pixels=max_pixels, classes=manifest["classes"])
+    found = TarImages(shards, limits=limits, classes=manifest["classes"])
     if len(found) != manifest["images"]:
         problem = f": {found.problems[0]}" if found.problems else ""
         raise UsageError(f"{root!r} should hold {manifest['images']} images and holds {len(found)}{problem}")
