@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 import scrl_fast
-from scrl_fast import atomic_files
-from scrl_fast import build as prepare
+from scrl_fast.atomic_files import write_text
+from scrl_fast.build import build_model
 from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
 from scrl_fast.data.sources.demo import NUM_DIGITS
-from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.evaluate import roi_linear
 from scrl_fast.evaluate.dense import dense_consistency
 from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
@@ -130,7 +130,7 @@ class Line:
         self.state["seconds"][name] = round(time.perf_counter() - started, 1)
         self.state.setdefault("commits", {})[name] = harness._commit()
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_text(self.path, json.dumps(self.state, indent=1))
+        write_text(self.path, json.dumps(self.state, indent=1))
         print(
             f"{self.method} seed {self.seed}: {name} {self.shown(name)} [{self.state['seconds'][name]} s]", flush=True
         )
@@ -177,11 +177,11 @@ class Line:
     def encoder(self, checkpoint: str = "last.pt") -> Encoder:
         """In eval mode, its BatchNorm statistics measured anew on scenes as they are: for every method alike."""
         config = self.config()
-        model = prepare.build_model(config, 0)  # the initialisation that training with this seed starts from
+        model = build_model(config, 0)  # the initialisation that training with this seed starts from
         if self.method != "random":
             path = self.folder / "run" / "checkpoints" / checkpoint
             model.load_state(scrl_fast.run.checkpoint.load(path)["model"], strict=False)
-        encoder = frozen_copy(model.online.encoder.to(distributed.device_of(self.device)))
+        encoder = frozen_copy(model.online.encoder.to(device_of(self.device)))
         mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
         images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()
         measure_batchnorm(encoder, iter(images.to(next(encoder.parameters()).device).split(128)))
@@ -223,7 +223,7 @@ class Line:
             mean=config.views.mean,
             std=config.views.std,
             **DETECTOR,
-        ).to(distributed.device_of(self.device))
+        ).to(device_of(self.device))
         fine_tune(
             network,
             self.scenes("train", budget.detector_scenes),

@@ -131,7 +131,7 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
 
 def training_commit(path: str) -> str:
     """The commit of the run whose folder holds the checkpoint; "" for a checkpoint outside any run folder."""
-    from scrl_fast.run.log import ENVIRONMENT
+    from scrl_fast.run.paths import ENVIRONMENT
 
     try:
         found = json.loads((Path(path).resolve().parent.parent / ENVIRONMENT).read_text(encoding="utf-8"))

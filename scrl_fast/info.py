@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from scrl_fast.atomic_files import write_text
+
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "timm", "torchcodec", "simplejpeg")
 NUMERIC_VARIABLES = {
     "SCRL_FAST_BACKEND": "forces one implementation of every operation",
@@ -54,6 +56,11 @@ def collect() -> dict[str, Any]:
         "torch_settings": _said(_torch_settings),
         "variables": {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ},
     }
+
+
+def write_environment(path: Path) -> None:
+    """Writes what `collect` returns as JSON, at once and durably: a run's env.json."""
+    write_text(path, json.dumps(collect(), indent=2, default=str) + "\n")
 
 
 def _said(question: Callable[[], Any]) -> Any:

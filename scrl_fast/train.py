@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv, prog=PROG, checkpoint_config=_checkpoint_config).options()
         config.check_ready()
         report.quiet = False
-        from scrl_fast.distributed import world as distributed  # torch, only once the options are known to be right
+        from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.trainer import SCRLTrainer
 
         try:
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.log = trainer.folder / "log.txt"
             trainer.fit()
         except Exception as error:
-            told = distributed.explain(error)
+            told = rendezvous.to_peer_error(error)
             if told is error:
                 raise
             raise told from error
-        distributed.leave()
+        rendezvous.leave()
     return 0
 
 

@@ -161,10 +161,10 @@ def _backends_chosen_anew() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
     """Runs of a module draw no curves.png, which would take longer than all their steps; it has tests of its own."""
-    from scrl_fast.run import plots as pictures
+    from scrl_fast.run import plots
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "draw_curves", lambda *_, **__: True)
+        patch.setattr(plots, "draw_curves", lambda *_, **__: True)
         yield
 
 

@@ -23,13 +23,12 @@ import torch.distributed as dist
 from tiny_trainer import Pictures, make_config
 from torch import nn
 
+from scrl_fast import info
 from scrl_fast.data import BadImage
 from scrl_fast.distributed.sync_batch_norm import RowBatchNorm, SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.distributed.world import World
-from scrl_fast.run import log as runlog
-from scrl_fast.run import plots as pictures
+from scrl_fast.run import plots
 from scrl_fast.run.checkpoint import CheckpointError
-from scrl_fast.run.resume import restore
 from scrl_fast.trainer import SCRLTrainer
 
 SIZE = 4
@@ -137,7 +136,7 @@ def drop_boxes(trainer: SCRLTrainer) -> None:
     def stream():
         for group in plain():
             for batch in group:
-                last = (trainer.rank == trainer.world.size - 1) if trainer.world.several else None
+                last = (trainer.world.rank == trainer.world.size - 1) if trainer.world.is_distributed else None
                 keep = [without(rows, trainer.step, last, len(batch.keys)) for rows in batch.boxes]
                 batch.boxes = tuple(keep)
             yield group
@@ -163,7 +162,7 @@ def train(folder: Path, world: World, processes: int, **options) -> dict:
     trainer = trainer_of(folder, world, **options)
     drop_boxes(trainer)
     trainer.fit()
-    return {"model": copy.deepcopy(trainer.model.state()), "row": trainer.last_row}
+    return {"model": copy.deepcopy(trainer.model.state()), "row": trainer.loop.last_row}
 
 
 def equal_case(folder: Path, world: World) -> dict:
@@ -185,7 +184,7 @@ def bad_case(folder: Path, world: World) -> dict:
     trainer = trainer_of(folder / "bad", world, SomeBad, batch_size=4, max_steps=1)
     trainer.fit()
     again = trainer_of(folder / "bad", world, SomeBad, batch_size=4, resume="auto")
-    restore(again)
+    again.loop.restore()
     return {"bad": [trainer.loader.state_dict(), again.loader.state_dict()], "longest": trainer.loader.longest}
 
 
@@ -195,7 +194,7 @@ def before_third_data(trainer, act) -> None:
 
     def stream():
         for number, group in enumerate(plain()):
-            if number == 2 and trainer.rank == 1:
+            if number == 2 and trainer.world.rank == 1:
                 act()
             yield group
 
@@ -235,17 +234,17 @@ def message_case(world: World) -> dict:
         raise CheckpointError("all of them are damaged")
 
     try:
-        world.from_first(refuse)
+        world.broadcast_from_rank0(refuse)
     except ValueError as error:
         refused = str(error)
     numbers = torch.arange(3 * SIZE).view(SIZE, 3).float()
     return {
-        "sums": world.sums([world.rank, 1]),
-        "first": world.from_first(lambda: world.rank),
+        "sums": world.all_reduce_ints([world.rank, 1]),
+        "first": world.broadcast_from_rank0(lambda: world.rank),
         "refused": refused,
-        "rows": world.rows(numbers[world.rank :], 100),  # 4, 3, 2, 1 of them
-        "some rows": world.rows(numbers[world.rank :], 5),  # two from each at most
-        "no rows": world.rows(numbers[:0], 5),
+        "rows": world.all_gather_rows(numbers[world.rank :], 100),  # 4, 3, 2, 1 of them
+        "some rows": world.all_gather_rows(numbers[world.rank :], 5),  # two from each at most
+        "no rows": world.all_gather_rows(numbers[:0], 5),
     }
 
 
@@ -272,7 +271,7 @@ def main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for module, name in ((pictures, "draw_curves"), (pictures, "draw_boxes"), (runlog, "write_environment")):
+    for module, name in ((plots, "draw_curves"), (plots, "draw_boxes"), (info, "write_environment")):
         setattr(module, name, lambda *_, **__: True)  # not what is tested here
     children = []
     for place in range(SIZE):

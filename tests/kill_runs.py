@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast.run import log as runlog
-from scrl_fast.run import plots as pictures
+from scrl_fast import info
+from scrl_fast.run import plots
 from scrl_fast.trainer import SCRLTrainer
 
 KILLS, PLANNED = 20, 300  # the plan is longer than it gets between the kills
@@ -88,7 +88,7 @@ def wait(child: int) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for module, name in ((pictures, "draw_curves"), (pictures, "draw_boxes"), (runlog, "write_environment")):
+    for module, name in ((plots, "draw_curves"), (plots, "draw_boxes"), (info, "write_environment")):
         setattr(module, name, lambda *_, **__: True)  # not what is tested here
     make_config("").from_dict({})  # what every process would have to make anew
     main(Path(sys.argv[1]))

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scrl_fast.distributed import world as distributed
+from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.distributed.world import World
-from scrl_fast.run import log as runlog
+from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.run.resume import restore
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -122,7 +122,7 @@ def same_weights(ours, theirs):
 def rows_of(folder):
     names = ("step", "epoch", "loss", "lr", "ema_momentum", "pairs_per_image", "probe_loss", "probe_accuracy")
     names += ("feature_std", "rankme")
-    return [[row[name] for name in names] for row in runlog.read_metrics(folder / "metrics.jsonl")]
+    return [[row[name] for name in names] for row in read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -229,21 +229,21 @@ def test_devices_of_several_processes(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.device_of("auto") == distributed.device_of("cuda") == torch.device("cuda:1")
-    assert distributed.device_of("cpu") == torch.device("cpu")
+    assert rendezvous.device_of("auto") == rendezvous.device_of("cuda") == torch.device("cuda:1")
+    assert rendezvous.device_of("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="'cuda:0', one GPU for 2 processes"):
-        distributed.device_of("cuda:0")
+        rendezvous.device_of("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"finds 1 CUDA devices for process 1 of this machine: --nproc-per-node=1"):
-        distributed.device_of("auto")
+        rendezvous.device_of("auto")
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_gpu_of_a_process_is_its_current_one_and_a_running_group_must_carry_both(monkeypatch, several):
     chosen, cuda = [], torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert distributed.join(torch.device("cpu")) == distributed.join(torch.device("cuda")) == World()
-    assert distributed.join(cuda) == World() and chosen == [cuda]
+    assert rendezvous.join(torch.device("cpu")) == rendezvous.join(torch.device("cuda")) == World()
+    assert rendezvous.join(cuda) == World() and chosen == [cuda]
     if several:
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
         monkeypatch.setattr(dist, "get_rank", lambda: 1)
@@ -252,19 +252,21 @@ def test_the_gpu_of_a_process_is_its_current_one_and_a_running_group_must_carry_
         for backend, device, lacks in refused:
             monkeypatch.setattr(dist, "get_backend_config", lambda name=backend: str(dist.BackendConfig(name)))
             with pytest.raises(ValueError, match=f"carries nothing for {lacks}: begin with init_process_group"):
-                distributed.join(torch.device(device))
+                rendezvous.join(torch.device(device))
         for backend in ("cpu:gloo,cuda:nccl", "gloo"):
             monkeypatch.setattr(dist, "get_backend_config", lambda name=backend: str(dist.BackendConfig(name)))
-            assert distributed.join(cuda) == World(1, 2)
+            assert rendezvous.join(cuda) == World(1, 2)
 
 
 def test_the_others_wait_longer_than_any_process_for_its_data(gloo, monkeypatch):
-    minutes = [distributed.exchange_timeout(60.0 * least).total_seconds() / 60 for least in (1, 5, 20)]
+    minutes = [rendezvous.exchange_timeout(60.0 * least).total_seconds() / 60 for least in (1, 5, 20)]
     assert minutes == [10, 10, 25]
     assert 300 < gloo[1][3]["longest"] < 600
-    monkeypatch.setattr(distributed, "_store", dist.HashStore())
-    monkeypatch.setattr(distributed, "NOTE_TIMEOUT", timedelta(milliseconds=1))
-    said = str(distributed.explain(RuntimeError("gloo: Timed out waiting 600000ms for recv operation to complete")))
+    monkeypatch.setattr(rendezvous, "_store", dist.HashStore())
+    monkeypatch.setattr(rendezvous, "NOTE_TIMEOUT", timedelta(milliseconds=1))
+    said = str(
+        rendezvous.to_peer_error(RuntimeError("gloo: Timed out waiting 600000ms for recv operation to complete"))
+    )
     assert "has not answered for so long that it or its machine must hang" in said
 
 
@@ -275,34 +277,37 @@ def test_processes_of_an_attempt_find_each_other_whatever_dead_ones_left_in_the_
         store.set(f"scrl_fast/process_{rank}", "one that died before anybody answered")
     for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(lambda rank: distributed._attempt(store, rank, 3), (0, 1, 2)))
+            found = list(pool.map(lambda rank: rendezvous._attempt(store, rank, 3), (0, 1, 2)))
         assert len(set(found)) == 1
         names += found[:1]
     assert names[0] != names[1]
 
 
 def test_a_process_that_does_not_start_is_named(monkeypatch):
-    monkeypatch.setattr(distributed, "STORE_TIMEOUT", timedelta(milliseconds=50))
+    monkeypatch.setattr(rendezvous, "STORE_TIMEOUT", timedelta(milliseconds=50))
     store = dist.HashStore()
     store.set("scrl_fast/process_1", "one that died")
     with pytest.raises(dist.DistStoreError, match="process 1 of 2 did not start"):
-        distributed._attempt(store, 0, 2)
+        rendezvous._attempt(store, 0, 2)
     with pytest.raises(dist.DistStoreError, match="process 0 of 2 did not start"):
-        distributed._attempt(store, 1, 2)
+        rendezvous._attempt(store, 1, 2)
 
 
 def test_what_was_decided_before_a_restart_holds_after_it(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr(distributed, "_open_store", lambda rank, size: store)
-    assert distributed.remembered("run.dir", lambda: "runs/a b") == ("runs/a b", False)
-    assert distributed.remembered("run.dir", lambda: "runs/c") == ("runs/c", False)  # a second run of this process
-    monkeypatch.setattr(distributed, "_ME", "the process that stands in for it after a restart")
-    assert distributed.remembered("run.dir", lambda: "runs/d") == ("runs/c", True)
+    monkeypatch.setattr(rendezvous, "_open_store", lambda rank, size: store)
+    assert rendezvous.get_or_set_in_store("run.dir", lambda: "runs/a b") == ("runs/a b", False)
+    assert rendezvous.get_or_set_in_store("run.dir", lambda: "runs/c") == (
+        "runs/c",
+        False,
+    )  # a second run of this process
+    monkeypatch.setattr(rendezvous, "_ME", "the process that stands in for it after a restart")
+    assert rendezvous.get_or_set_in_store("run.dir", lambda: "runs/d") == ("runs/c", True)
 
 
 def test_the_command_to_resume_starts_as_many_again(monkeypatch):
-    assert distributed.launcher() == "python"
+    assert rendezvous.launcher() == "python"
     for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launcher() == "torchrun --nnodes=2 --nproc-per-node=4"
+    assert rendezvous.launcher() == "torchrun --nnodes=2 --nproc-per-node=4"

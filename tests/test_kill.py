@@ -13,7 +13,7 @@ import kill_runs
 import pytest
 from test_resume import assert_same, metrics
 
-from scrl_fast.run import log as runlog
+from scrl_fast.run.paths import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -49,4 +49,4 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(runs):
     )
     after = re.findall(r"resumed from .* at step (\d+)", (runs / "killed.txt").read_text())[-1]
     assert int(after) == before
-    assert Path(runs, "killed", runlog.METRICS).exists()
+    assert Path(runs, "killed", METRICS).exists()

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from tiny_trainer import Pictures, make_config, make_trainer
 
-from scrl_fast import build as prepare
-from scrl_fast.distributed import world as distributed
+from scrl_fast import build
+from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.models.encoders import Encoder
 from scrl_fast.ops import backends
+from scrl_fast.run import folder, numerics
 from scrl_fast.trainer import SCRLTrainer
 
 
@@ -45,7 +46,7 @@ from scrl_fast.trainer import SCRLTrainer
     ],
 )
 def test_mistakes_are_named_before_a_network_is_allocated(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a network was allocated"))
     config = make_config(tmp_path)
     for name, value in options.items():
         section, _, field = name.rpartition(".")
@@ -66,14 +67,14 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 def test_a_restart_by_torchrun_goes_on_only_from_what_its_job_has_saved(tmp_path, monkeypatch):
     store, attempts = dist.HashStore(), iter(range(9))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr(distributed, "_open_store", lambda rank, size: store)
+    monkeypatch.setattr(rendezvous, "_open_store", lambda rank, size: store)
     (tmp_path / "checkpoints").mkdir()
     old, new = (tmp_path / "checkpoints" / f"step_0000000{step}.pt" for step in (3, 4))
     old.touch()
 
     def attempt(**options):
-        monkeypatch.setattr(distributed, "_ME", f"process_{next(attempts)}")
-        config = prepare.place_run(replace(make_config(tmp_path), **options), World())
+        monkeypatch.setattr(rendezvous, "_ME", f"process_{next(attempts)}")
+        config = folder.place_run(replace(make_config(tmp_path), **options), World(), "x")
         return config.run.dir, config.resume, config.init
 
     for _ in range(2):  # what was refused is not a run of this job
@@ -90,15 +91,15 @@ def test_a_restart_by_torchrun_goes_on_only_from_what_its_job_has_saved(tmp_path
 def test_weights_that_are_gone_are_missed_only_where_a_run_begins(tmp_path):
     config = replace(make_config(tmp_path), resume="auto", init="/no/such.pt")
     with pytest.raises(ValueError, match=r"init=/no/such\.pt: there is no such"):
-        prepare.choose_folder(config)
+        folder.choose_folder(config, "demo-scrl")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000003.pt").touch()
-    assert prepare.choose_folder(config) == str(tmp_path)
+    assert folder.choose_folder(config, "demo-scrl") == str(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backend_that_cannot_run_is_named_at_once(tmp_path, monkeypatch, backend):
-    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a network was allocated"))
     monkeypatch.setenv("SCRL_FAST_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backends.forget()
@@ -115,23 +116,23 @@ def test_half_an_announcement_of_several_processes_is_refused(tmp_path, monkeypa
 
 def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prepare.choose_folder(make_config("")).startswith("runs/demo-scrl-")
+    assert folder.choose_folder(make_config(""), "demo-scrl").startswith("runs/demo-scrl-")
     config = make_config("")
     (tmp_path / "x" / "checkpoints").mkdir(parents=True)
     (tmp_path / "x" / "checkpoints" / "last.pt").touch()
     (tmp_path / "downloaded.pt").touch()
     for path in ("x", "x/checkpoints", "x/checkpoints/last.pt"):
         config.resume = path
-        assert prepare.choose_folder(config) == "x"
+        assert folder.choose_folder(config, "demo-scrl") == "x"
     config.resume = "downloaded.pt"
-    assert prepare.choose_folder(config).startswith("runs/demo-scrl-")
+    assert folder.choose_folder(config, "demo-scrl").startswith("runs/demo-scrl-")
 
 
 def test_every_step_and_process_has_a_seed_of_its_own():
-    seeds = {prepare.step_seed(seed, step, rank) for seed in (0, 2**63 - 1) for step in range(50) for rank in range(4)}
+    seeds = {numerics.step_seed(seed, step, rank) for seed in (0, 2**63 - 1) for step in range(50) for rank in range(4)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert prepare.step_seed(3, 4, 5) == prepare.step_seed(3, 4, 5)
+    assert numerics.step_seed(3, 4, 5) == numerics.step_seed(3, 4, 5)
 
 
 def test_deterministic_runs_use_torchs_switch(tmp_path):
@@ -149,7 +150,7 @@ def test_deterministic_runs_use_torchs_switch(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_large_tensors_get_memory_that_was_touched_before():
-    assert prepare.keep_memory()
+    assert numerics.keep_memory()
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -160,7 +161,7 @@ def test_large_tensors_get_memory_that_was_touched_before():
 
 
 def test_missing_wandb_is_told_before_a_network_is_allocated(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "build_model", lambda *_: pytest.fail("a network was allocated"))
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("a network was allocated"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = make_config(tmp_path)
     config.run.wandb = "project"
@@ -169,7 +170,7 @@ def test_missing_wandb_is_told_before_a_network_is_allocated(tmp_path, monkeypat
 
 
 def test_a_view_below_the_stride_of_an_encoder_of_timm_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(prepare.SCRL.__init__.__globals__, "build_encoder", deep_encoder)
+    monkeypatch.setitem(build.SCRL.__init__.__globals__, "build_encoder", deep_encoder)
     config = make_config(tmp_path)
     config.model.backbone, config.views.size, config.boxes.min_size = "timm:deep", 32, 4
     with pytest.raises(ValueError, match=r"views\.size=32: must be at least 64, the stride of timm:deep"):

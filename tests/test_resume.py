@@ -17,10 +17,9 @@ from tiny_trainer import Pictures, make_config
 
 from scrl_fast import train
 from scrl_fast.config import command_line
-from scrl_fast.run import log as runlog
 from scrl_fast.run.checkpoint import CheckpointManager
-from scrl_fast.run.resume import restore
-from scrl_fast.run.signals import StopRequest
+from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.run.signals import SignalHandler
 from scrl_fast.trainer import SCRLTrainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -62,7 +61,7 @@ def final_state(trainer):
 
 
 def metrics(trainer):
-    rows = runlog.read_metrics(trainer.folder / "metrics.jsonl")
+    rows = read_metrics(trainer.folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in UNREPEATABLE} for row in rows]
 
 
@@ -98,7 +97,7 @@ def test_a_signal_ends_the_evaluation_at_once(tmp_path):
     config = make_config(tmp_path, max_steps=1)
     config.eval.roi_linear = True
     trainer = SCRLTrainer(config, source=Pictures())
-    trainer.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+    trainer.measure = lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
     started = time.monotonic()
     summary = trainer.fit()
     assert time.monotonic() - started < 30
@@ -146,7 +145,7 @@ def test_a_stop_before_the_first_step_says_that_nothing_is_saved_and_starts_from
     config = command_line.parse(shlex.split(summary["resume_command"])[3:], prog="").config
     assert (config.resume, config.init, config.init_momentum) == ("auto", weights, False)
     again = SCRLTrainer(config, source=Pictures(num_classes=3))
-    assert any("54 tensors of the encoder matched" in note for note in restore(again))
+    assert any("54 tensors of the encoder matched" in note for note in again.loop.restore())
 
 
 def test_a_run_that_branches_off_and_stops_at_once_has_a_checkpoint_of_its_own(tmp_path, whole):
@@ -168,22 +167,22 @@ def test_a_run_that_branches_off_with_no_step_left_has_a_checkpoint_of_its_own(t
     config.resume = str(whole.folder / "checkpoints" / "last.pt")
     checkpoint = SCRLTrainer(config, source=Pictures(num_classes=3)).fit()["checkpoint"]
     assert str(tmp_path) in checkpoint and torch.load(checkpoint, weights_only=True)["step"] == whole.step
-    assert runlog.read_metrics(tmp_path / "metrics.jsonl") == []  # the steps were another run's
+    assert read_metrics(tmp_path / "metrics.jsonl") == []  # the steps were another run's
 
 
 def test_work_ends_at_a_signal_and_again_only_when_asked():
-    with StopRequest() as stop:
-        assert stop.until_signal(lambda: 5) == 5
-        assert stop.until_signal(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)) is None
+    with SignalHandler() as stop:
+        assert stop.run_interruptible(lambda: 5) == 5
+        assert stop.run_interruptible(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)) is None
         os.kill(os.getpid(), signal.SIGUSR1)  # outside: a request, nothing more
         assert stop.signal_name == "SIGUSR1"
-        assert stop.until_signal(lambda: 5) is None  # what comes after a request is not begun
+        assert stop.run_interruptible(lambda: 5) is None  # what comes after a request is not begun
     with pytest.raises(KeyboardInterrupt):  # not ours
-        StopRequest().until_signal(lambda: signal.default_int_handler(signal.SIGINT, None))
+        SignalHandler().run_interruptible(lambda: signal.default_int_handler(signal.SIGINT, None))
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+    with pytest.raises(KeyboardInterrupt), SignalHandler() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
         os.kill(os.getpid(), signal.SIGINT)
@@ -221,7 +220,7 @@ def test_a_stop_keeps_what_the_next_row_and_the_next_best_are_made_of(tmp_path):
     assert (len(log["scores"]), len(log["pending"])) == (3, 1)  # rows of steps 1, 2, 4; step 5
     config.resume = "auto"
     again = SCRLTrainer(config, source=Pictures(num_classes=3))
-    restore(again)
+    again.loop.restore()
     assert (again.scores, again.pending, again.best) == (log["scores"], log["pending"], log["best"])
 
 
@@ -230,7 +229,7 @@ def test_a_lost_row_and_steps_after_the_checkpoint_are_written_again(tmp_path, w
     run(tmp_path, max_steps=6)
     for name in ("step_00000006.pt", "last.pt", "best.pt"):
         (tmp_path / "checkpoints" / name).unlink()
-    assert runlog.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 6
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 6
     resumed, _ = run(tmp_path, resume="auto")
     assert "resumed from" in (tmp_path / "log.txt").read_text()
     assert [row["step"] for row in metrics(resumed)] == [1, 2, 4, 6, 8, 9]

@@ -19,8 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from scrl_fast.run import log as runlog
-from scrl_fast.run import plots as pictures
+from scrl_fast.run import log as run_log
+from scrl_fast.run import plots
+from scrl_fast.run.folder import prepare_folder
+from scrl_fast.run.log import Clock, RunLog, format_seconds, is_terminal, progress_line
+from scrl_fast.run.metrics_file import read_metrics
 
 ROW = {"epoch": 0.5, "loss": 1.5, "images_per_s": 100.0, "data_wait": 0.25, "feature_std": 0.1, "rankme": 9.0}
 
@@ -32,7 +35,7 @@ class Terminal(io.StringIO):
 
 def open_log(folder, step=0, **options):
     options.setdefault("stream", io.StringIO())
-    return runlog.RunLog(folder, total_steps=100, step=step, tensorboard=False, **options)
+    return RunLog(folder, total_steps=100, step=step, tensorboard=False, **options)
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
         file.write('{"step": 40, "los')  # what a crash leaves
     with open_log(tmp_path, step=20) as log:
         log.metrics(ROW | {"step": 30, "loss": 7.0})
-    rows = runlog.read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 1.5), (20, 1.5), (30, 7.0)]
 
 
@@ -79,7 +82,7 @@ def test_late_results_join_the_last_row(tmp_path):
         log.metrics(ROW | {"step": 20})
         log.amend({"roi_linear": {"trained": 0.5}})
         log.metrics(ROW | {"step": 30})
-    rows = runlog.read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert rows[1]["roi_linear"] == {"trained": 0.5}
 
@@ -107,8 +110,8 @@ def test_into_a_file_there_are_lines_and_on_a_terminal_a_bar(tmp_path):
 
 def test_less_than_one_image_a_second_is_not_nothing():
     row = ROW | {"step": 1, "epoch": 0.1}
-    assert "0.4 images/s" in runlog.progress_line(row | {"images_per_s": 0.43})
-    assert "  12 images/s" in runlog.progress_line(row | {"images_per_s": 12.4})
+    assert "0.4 images/s" in progress_line(row | {"images_per_s": 0.43})
+    assert "  12 images/s" in progress_line(row | {"images_per_s": 12.4})
 
 
 @pytest.mark.parametrize(("columns", "bar"), [(80, True), (0, False)])
@@ -117,7 +120,7 @@ def test_a_terminal_without_columns_gets_lines(columns, bar):
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(main, "rb"), open(other, "w") as stream:
-        assert runlog.is_terminal(stream) is bar
+        assert is_terminal(stream) is bar
 
 
 def test_what_the_package_logs_is_in_the_log_while_it_is_open(tmp_path):
@@ -143,13 +146,13 @@ def test_other_processes_write_nothing(tmp_path):
     ("seconds", "text"), [(-1, "0s"), (42, "42s"), (185, "3m05s"), (25920, "7h12m"), (273600, "3d04h")]
 )
 def test_seconds_read_well(seconds, text):
-    assert runlog.format_seconds(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_clock_counts_images_and_waiting(monkeypatch):
     now = iter([0.0, 1.0, 2.0, 4.0, 4.5])
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(now))
-    clock = runlog.Clock()
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))
+    clock = Clock()
     with clock.waiting():
         clock.images += 8
     assert clock.read() == {"images_per_s": 2.0, "data_wait": 0.25}
@@ -157,32 +160,32 @@ def test_clock_counts_images_and_waiting(monkeypatch):
 
 
 def test_folder_is_made_and_a_run_in_it_is_not_overwritten(tmp_path):
-    folder = runlog.prepare_folder(tmp_path / "a" / "b", resume=False)
+    folder = prepare_folder(tmp_path / "a" / "b", resume=False)
     assert folder.is_dir()
     assert list(folder.iterdir()) == []
     (folder / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"run\.dir .* already holds a run .*--resume=auto"):
-        runlog.prepare_folder(folder, resume=False)
-    runlog.prepare_folder(folder, resume=True)
+        prepare_folder(folder, resume=False)
+    prepare_folder(folder, resume=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match=r"run\.dir .*file.* cannot be written to"):
-            runlog.prepare_folder(path, resume=False)
+            prepare_folder(path, resume=False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_named(tmp_path):
     (tmp_path / "ro").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(ValueError, match=r"run\.dir .*ro.* cannot be written to"):
-        runlog.prepare_folder(tmp_path / "ro", resume=False)
+        prepare_folder(tmp_path / "ro", resume=False)
 
 
 def test_tensorboard_gets_events_where_it_is_installed(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is an extra")
-    with runlog.RunLog(tmp_path, total_steps=9, stream=io.StringIO()) as log:
+    with RunLog(tmp_path, total_steps=9, stream=io.StringIO()) as log:
         log.metrics(ROW | {"step": 1})
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
@@ -190,10 +193,10 @@ def test_tensorboard_gets_events_where_it_is_installed(tmp_path):
 def test_missing_tensorboard_is_said_once_and_changes_nothing(tmp_path, hide):
     hide("torch.utils.tensorboard")
     stream = io.StringIO()
-    with runlog.RunLog(tmp_path, total_steps=9, stream=stream) as log:
+    with RunLog(tmp_path, total_steps=9, stream=stream) as log:
         log.metrics(ROW | {"step": 1})
     assert stream.getvalue().count("tensorboard is not installed") == 1
-    assert len(runlog.read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_wandb_is_used_when_asked_and_named_when_missing(tmp_path, hide, monkeypatch):
@@ -218,9 +221,9 @@ def test_boxes_are_drawn_in_matching_colours_at_their_place(tmp_path):
     one = torch.tensor([[1, 4.0, 4, 20, 12], [1, 10, 16, 30, 30]])
     two = torch.tensor([[4, 8.0, 2, 30, 12], [4, 0, 20, 12, 32]])
     path = tmp_path / "boxes.png"
-    pictures.draw_boxes(path, views, (one, two), mean=mean, std=std, min_side=64)
+    plots.draw_boxes(path, views, (one, two), mean=mean, std=std, min_side=64)
     sheet = Image.open(path).convert("RGB")
-    gap = pictures.MARGIN
+    gap = plots.MARGIN
     left = 2 * gap + (2 * 64 + gap + 2 * gap)  # the second image of three
     red, cyan = (255, 25, 25), (25, 255, 255)
     assert sheet.getpixel((left + 2 * 4, 2 * gap + 2 * 8)) == red
@@ -232,19 +235,19 @@ def test_boxes_are_drawn_in_matching_colours_at_their_place(tmp_path):
 
 @pytest.mark.parametrize("boxes", [None, (torch.zeros(0, 5), torch.zeros(0, 5))])
 def test_pictures_without_boxes_and_of_one_image(tmp_path, boxes):
-    pictures.draw_boxes(tmp_path / "b.png", torch.zeros(2, 3, 32, 32), boxes, mean=(0,) * 3, std=(1,) * 3)
+    plots.draw_boxes(tmp_path / "b.png", torch.zeros(2, 3, 32, 32), boxes, mean=(0,) * 3, std=(1,) * 3)
     assert Image.open(tmp_path / "b.png").size[0] > 2 * 160
 
 
 def test_curves_of_what_there_is(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     rows = [{"step": step, "loss": 1.0 / step, "rankme": None if step == 2 else 5.0} for step in (1, 2, 3)]
-    assert pictures.draw_curves(tmp_path / "curves.png", rows)
+    assert plots.draw_curves(tmp_path / "curves.png", rows)
     assert Image.open(tmp_path / "curves.png").size[0] > 500
-    assert pictures.draw_curves(tmp_path / "none.png", [])
+    assert plots.draw_curves(tmp_path / "none.png", [])
     assert not (tmp_path / "none.png").exists()
 
 
 def test_missing_matplotlib_is_told(tmp_path, hide):
     hide("matplotlib")
-    assert pictures.draw_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}]) is False
+    assert plots.draw_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}]) is False

@@ -12,7 +12,7 @@ import slurm_stubs
 import torch
 
 from scrl_fast import train
-from scrl_fast.run import log as runlog
+from scrl_fast.run.metrics_file import read_metrics
 
 OPTIONS = (
     "--data.demo_images=32 --data.demo_size=48 --views.size=32 --boxes.min_size=8 --train.epochs=40 "
@@ -51,9 +51,9 @@ def test_a_killed_process_is_restarted_and_a_schedulers_signal_stops_all_with_a_
     alone = tmp_path / "alone"  # one process, never disturbed
     options = [*OPTIONS.split(), "--train.batch_size=4", f"--train.max_steps={last}", f"--run.dir={alone}"]
     assert train.main(options) == 0
-    for one, two in zip(*(runlog.read_metrics(path / "metrics.jsonl") for path in (alone, run)), strict=True):
+    for one, two in zip(*(read_metrics(path / "metrics.jsonl") for path in (alone, run)), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"], (one, two)
 
 
 def steps(run: Path) -> list[int]:
-    return [row["step"] for row in runlog.read_metrics(run / "metrics.jsonl")]
+    return [row["step"] for row in read_metrics(run / "metrics.jsonl")]

@@ -10,7 +10,7 @@ import pytest
 from photos import write_bad, write_formats
 
 from scrl_fast import train
-from scrl_fast.run import log as runlog
+from scrl_fast.run.metrics_file import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -29,7 +29,7 @@ def test_a_folder_of_photographs_trains(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert train.main(arguments) == 0
     steps = 2 * ((len(good) + len(bad)) // 4)
-    assert [row["step"] for row in runlog.read_metrics(run / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, steps + 1))
     listed = [json.loads(line)["path"] for line in (run / "bad_files.jsonl").read_text().splitlines()]
     assert len(listed) == len(set(listed)) > 0
     assert set(listed) <= bad

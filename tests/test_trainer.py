@@ -12,8 +12,7 @@ from PIL import Image
 from tiny_trainer import Pictures, make_config, make_trainer, state_of
 
 from scrl_fast.config.schema import Config
-from scrl_fast.run import log as runlog
-from scrl_fast.run.resume import restore
+from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
 
@@ -48,7 +47,7 @@ def test_the_run_folder_holds_what_was_promised(finished):
 
 def test_metrics_have_each_logging_point_once_with_every_key(finished):
     folder, _, summary = finished
-    rows = runlog.read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 4, 6, 8, 9]
     for row in rows:
         for key in ("epoch", "loss", "lr", "ema_momentum", "images_per_s", "data_wait", "feature_std", "rankme"):
@@ -68,13 +67,14 @@ def test_best_is_the_most_accurate_probe_or_without_labels_the_newest(tmp_path):
     for classes, expected in ((3, 3), (0, 9)):
         folder = tmp_path / str(classes)
         trainer = make_trainer(folder, Pictures(num_classes=classes), epochs=3)
-        plain = trainer.report
+        plain = trainer.log_row
 
-        def report(trainer=trainer, plain=plain):
-            plain()
+        def log_row(trainer=trainer, plain=plain):
+            row = plain()
             trainer.scores = trainer.scores and [1 / trainer.step]  # the first is the best
+            return row
 
-        trainer.report = report
+        trainer.log_row = log_row
         trainer.fit()
         assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == expected
 
@@ -103,7 +103,7 @@ def test_weights_depend_on_the_number_of_threads_only_and_a_resumed_run_keeps_it
 def test_max_steps_stops_early_with_schedules_as_planned(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, epochs=10)
     assert trainer.fit()["step"] == 4
-    rows = runlog.read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[-1]["lr"] == learning_rate(3, base=0.45 * 4 / 256, steps_per_epoch=3, epochs=10, warmup_epochs=1)
     assert rows[-1]["ema_momentum"] == ema_momentum(3, base=0.97, total_steps=30)
 
@@ -123,7 +123,7 @@ def test_nan_stops_the_run_and_names_step_and_checkpoint(tmp_path, monkeypatch, 
     monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 8: the loss is nan.*step_00000006\.pt"):
         trainer.fit()
-    assert runlog.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == (6 if log_every == 2 else 1)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == (6 if log_every == 2 else 1)
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 6
 
 
@@ -143,7 +143,7 @@ def test_init_takes_weights_only(tmp_path, finished):
     config = make_config(tmp_path / "new")
     config.init = str(folder / "checkpoints" / "last.pt")
     trainer = SCRLTrainer(config, source=Pictures(num_classes=5))  # the probe does not fit and is left as it is
-    (note,) = restore(trainer)
+    (note,) = trainer.loop.restore()
     assert config.init in note and "encoder, projector, target projector, predictor" in note
     for ours, theirs in zip(trainer.model.online.parameters(), trained.model.online.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -159,7 +159,7 @@ def test_demo_is_compared_with_its_random_initialisation(tmp_path, capsys):
     result = summary["roi_linear"]
     assert 0 <= result["random"]["accuracy"] <= 1
     assert result["trained"]["boxes"] == result["random"]["boxes"] > 20
-    assert runlog.read_metrics(tmp_path / "metrics.jsonl")[-1]["roi_linear"] == result
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["roi_linear"] == result
     said = capsys.readouterr().err
     assert "random initialisation" in said
     assert str(tmp_path) in said.splitlines()[-1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_trainer import first_batch, make_config, make_trainer, with_boxes
 
-from scrl_fast import build as prepare
+from scrl_fast import build
 
 
 def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkeypatch):
@@ -48,14 +48,14 @@ def test_compiled_encoders_are_compiled_once_whatever_the_boxes(tmp_path, monkey
 def test_compiling_is_refused_where_it_cannot_be(tmp_path, options, processes, device, reason):
     config = make_config(tmp_path, **({"cuda_graphs": True} if "compile" not in options else {}), **options)
     with pytest.raises(ValueError, match=rf"^train\.(cuda_graphs|compile)=True {re.escape(reason)}"):
-        prepare.check_run(config, images=12, world_size=processes, device_type=device)
+        build.check_run(config, images=12, world_size=processes, device_type=device)
 
 
 def test_cuda_graphs_are_asked_of_the_compiler_for_encoders_alone_and_begin_anew_every_step(tmp_path, monkeypatch):
     compiled, begun = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
-    monkeypatch.setattr(prepare, "check_compiled", lambda *_: None)
+    monkeypatch.setattr(build, "check_compiled", lambda *_: None)
     trainer = make_trainer(tmp_path, cuda_graphs=True)
     options = {"dynamic": False, "mode": "reduce-overhead"}
     assert compiled == [(trainer.model.online.encoder, options), (trainer.model.target.encoder, options)]

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from tiny_trainer import Pictures, make_config
 
-from scrl_fast import build as prepare
-from scrl_fast import evaluate
-from scrl_fast.evaluate import RoILinearResult
+from scrl_fast.build import build_model
+from scrl_fast.evaluate import RoILinearResult, demo
 from scrl_fast.metrics import feature_std, rankme
-from scrl_fast.run import log as runlog
+from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.trainer import SCRLTrainer
 
 
@@ -25,20 +24,20 @@ def watched(tmp_path_factory):
     trainer = SCRLTrainer(make_config(folder), source=Pictures(num_classes=3))
     outputs, scores = [], []
     trainer.model.register_forward_hook(lambda module, inputs, output: outputs.append(copy.copy(output)))
-    save = trainer.save
+    state_dict = trainer.state_dict
 
-    def save_and_look(planned=True):
-        save(planned)
+    def state_and_look():
         scores.append(list(trainer.scores))
+        return state_dict()
 
-    trainer.save = save_and_look
+    trainer.state_dict = state_and_look
     trainer.fit()
     return folder, outputs, scores
 
 
 def test_rows_are_means_of_the_steps_and_monitors_of_the_last(watched):
     folder, outputs, _ = watched
-    rows, begin = runlog.read_metrics(folder / "metrics.jsonl"), 0
+    rows, begin = read_metrics(folder / "metrics.jsonl"), 0
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
     for row in rows:
         steps, begin = outputs[begin : row["step"]], row["step"]
@@ -75,10 +74,10 @@ def test_the_demo_compares_the_trained_encoder_with_the_one_it_began_with(tmp_pa
             for name, share in RESULTS.items()
         }
 
-    monkeypatch.setattr(evaluate, "demo_roi_linear", spy)
+    monkeypatch.setattr(demo, "demo_roi_linear", spy)
     trainer = SCRLTrainer(config)
     summary = trainer.fit()
-    began = prepare.build_model(trainer.config, trainer.source.num_classes).online.encoder.state_dict()
+    began = build_model(trainer.config, trainer.source.num_classes).online.encoder.state_dict()
     ended = trainer.model.online.encoder.state_dict()
     assert all(torch.equal(seen["random"][name], value) for name, value in began.items())
     assert all(torch.equal(seen["trained"][name], value) for name, value in ended.items())

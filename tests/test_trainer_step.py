@@ -229,5 +229,5 @@ def test_all_that_a_step_waits_for_counts_towards_one_limit(tmp_path, monkeypatc
     stream = trainer.batches()
     for _ in range(trainer.last_step):
         next(stream)
-        trainer.step += 1
+        trainer.loop.advance(trainer.global_batch)
     assert waits == [accumulate + ahead, *[accumulate] * (trainer.last_step - 2), accumulate - ahead]

@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_detector_is_named(data_root, tmp_path):
     transfer("detection", data_root, tmp_path / "a", "--train.steps=1", "--eval.images=1").fit()
     other = transfer("instance", data_root, tmp_path / "b", f"--resume={tmp_path}/a/checkpoints/last.pt")
     with pytest.raises(ValueError, match=r"of faster_rcnn with resnet10_tiny: \d+ tensors .*mask_head.*config\.yaml"):
-        other.restore()
+        other.loop.restore()
 
 
 @pytest.mark.parametrize("argv", [[], ["--data.root=x"], ["detectoin"]])

@@ -21,7 +21,7 @@ from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
-from scrl_fast.run.log import read_metrics
+from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.trainer import Transfer
 
@@ -30,26 +30,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 def test_signal_saves_and_resumes(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a")
-    step_once = run.step_once
+    train_step = run.train_step
 
-    def stopping(batch):
-        step_once(batch)
+    def stopping(batch, weight):
+        train_step(batch)
         if run.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run.step_once = stopping
+    run.train_step = stopping
     summary = run.fit()
     assert summary["interrupted"] == "SIGTERM" and summary["step"] == 3 and "result" not in summary
     assert "scrl_fast.transfer detection --config=" in summary["resume_command"]
     command = summary["resume_command"].split()[3:]
     assert (
-        parse(command).resume == "auto" and transfer("detection", data_root, tmp_path / "a", "--resume=auto").restore()
+        parse(command).resume == "auto"
+        and transfer("detection", data_root, tmp_path / "a", "--resume=auto").loop.restore()
     )
 
 
 def test_a_stop_before_the_first_step_says_that_nothing_is_saved(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a")
-    run.examples = lambda ahead: iter(lambda: os.kill(os.getpid(), signal.SIGTERM), 0)
+    run.batches = lambda: (os.kill(os.getpid(), signal.SIGTERM) for _ in range(1))
     summary = run.fit()
     log = (tmp_path / "a" / "log.txt").read_text()
     assert (summary["step"], summary["interrupted"], summary["checkpoint"]) == (0, "SIGTERM", "")
@@ -80,29 +81,29 @@ def test_a_read_that_never_returns_is_named_and_keeps_no_process_alive():
 
 def test_stalled_data_end_the_run_with_a_checkpoint(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a")
-    examples = run.examples
+    batches = run.batches
 
-    def stalling(prefetcher):
-        yield next(examples(prefetcher))
+    def stalling():
+        yield next(batches())
         raise LoaderStalled("no image was finished")
 
-    run.examples = stalling
+    run.batches = stalling
     with pytest.raises(UsageError, match="step 2: no image was finished; the steps so far are saved"):
         run.fit()
-    assert run.saved == 1
+    assert run.loop.saved == 1
 
 
 def test_a_signal_while_data_are_waited_for_stops_there_and_then(data_root, tmp_path):
     run, released = transfer("detection", data_root, tmp_path / "a"), threading.Event()
-    plain, read = run.step_once, run.train.read
+    plain, read = run.train_step, run.train.read
 
-    def step(batch):
+    def step(batch, weight):
         plain(batch)
         if run.step == 2:
             run.train.read = lambda index: released.wait(60) and read(index)
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
-    run.step_once, started = step, time.monotonic()
+    run.train_step, started = step, time.monotonic()
     summary = run.fit()
     released.set()
     assert time.monotonic() - started < 30 and "result" not in summary
@@ -117,12 +118,12 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
 
     @dataclass(frozen=True)
     class Fellow(World):
-        def sums(self, numbers):
+        def all_reduce_ints(self, numbers):
             if measuring and which == "another":
-                return [1, int(why == "stall")]
-            return super().sums(numbers)
+                return [0, 1, int(why == "stall")]
+            return super().all_reduce_ints(numbers)
 
-        def gathered(self, items):
+        def gather_objects(self, items):
             raise AssertionError("the others do not come")
 
     options = ["--train.steps=1", "--run.checkpoint_every=9", "--data.timeout=0.3"]
@@ -150,7 +151,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
         summary = run.fit()
     finally:
         released.set()
-        assert time.monotonic() - started < 30 and run.saved == run.step == 1
+        assert time.monotonic() - started < 30 and run.loop.saved == run.step == 1
     assert summary["interrupted"] == ("SIGTERM" if which == "this" else "a signal to another process")
     assert summary["step"] == 1 and "result" not in summary
 
@@ -177,20 +178,22 @@ def test_all_processes_hear_of_a_bad_image_and_of_a_signal_at_the_end(data_root,
     class Fellow(World):
         """A world where another process says this, in the step after so many."""
 
-        says: tuple = (0, 0)
+        says: tuple = (0, 0, 0)
         after: int = 0
 
-        def sums(self, numbers):
-            heard = len(numbers) == 2 and run.step == self.after
-            return [a + b for a, b in zip(numbers, self.says, strict=True)] if heard else super().sums(numbers)
+        def all_reduce_ints(self, numbers):
+            if len(numbers) == 3 and run.step == self.after:
+                return [a + b for a, b in zip(numbers, self.says, strict=True)]
+            return super().all_reduce_ints(numbers)
 
     config = parse(arguments("detection", data_root, tmp_path / "a", "--train.steps=3"))
-    run = Transfer(config, world=Fellow(says=(0, 1), after=2))
+    run = Transfer(config, world=Fellow(says=(0, 1, 1), after=2))
     with pytest.raises(PeerFailed, match="data of another process"):
         run.fit()
-    assert run.saved == 2 and (tmp_path / "a" / "checkpoints" / "step_00000002.pt").exists()
+    assert run.loop.saved == 2 and (tmp_path / "a" / "checkpoints" / "step_00000002.pt").exists()
     run = Transfer(
-        parse(arguments("detection", data_root, tmp_path / "b", "--train.steps=2")), world=Fellow(says=(1, 0), after=2)
+        parse(arguments("detection", data_root, tmp_path / "b", "--train.steps=2")),
+        world=Fellow(says=(0, 1, 0), after=2),
     )
     summary = run.fit()  # at the last step: nobody must be left alone in the measurement
     assert summary["interrupted"] == "a signal to another process" and "result" not in summary

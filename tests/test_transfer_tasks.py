@@ -10,11 +10,10 @@ import pytest
 import torch
 from tiny_transfer import arguments, transfer, without_masks
 
-from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.models import build_encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.run import checkpoint
-from scrl_fast.run.log import read_metrics
+from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.transfer import detector
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.config import TASK_DEFAULTS
@@ -59,11 +58,11 @@ def test_init_is_in_the_backbone_before_the_first_step(data_root, tmp_path):
     run = transfer(*arguments)
     body = run.network.backbone.body.state_dict()
     assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
-    assert "tensors of the encoder matched" in run.restore()[0]
-    run.save()
+    assert "tensors of the encoder matched" in run.loop.restore()[0]
+    run.loop.save()
     (tmp_path / "w.pth").unlink()  # a run that goes on needs it no more
     again = transfer(*arguments, "--resume=auto")
-    assert "resumed from" in again.restore()[0] and again.config.init == f"{tmp_path}/w.pth"
+    assert "resumed from" in again.loop.restore()[0] and again.config.init == f"{tmp_path}/w.pth"
     assert torch.equal(again.network.backbone.body.conv1.weight, encoder.body.conv1.weight)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
@@ -73,8 +72,8 @@ def test_init_is_in_the_backbone_before_the_first_step(data_root, tmp_path):
 
 def test_mask_rcnn_is_trained_on_masks_in_every_task_of_coco(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a", "--model.detector=mask_rcnn")
-    with closing(Prefetcher(1, 1)) as prefetcher:
-        _, target = next(run.examples(prefetcher))[0]
+    with closing(run.batches()) as batches:
+        _, target = next(batches)[0]
     assert target["masks"].shape[0] == len(target["boxes"]) and target["masks"].flatten(1).any(1).all()
 
 

@@ -13,7 +13,7 @@ plain = SCRLTrainer.train_step
 
 
 def step(self, *batches):
-    if self.step == 3 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if self.step == 3 and self.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, *batches)
 

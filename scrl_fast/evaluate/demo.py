@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from scrl_fast import build as prepare
+from torch import nn
 
-if TYPE_CHECKING:
-    from scrl_fast.trainer import SCRLTrainer
+from scrl_fast.build import build_model
+from scrl_fast.config.schema import Config
+from scrl_fast.evaluate import demo_roi_linear
 
 
-def compare_with_untrained(trainer: SCRLTrainer) -> dict[str, Any]:
-    """RoI linear accuracy on held-out scenes, logged too: ``{"roi_linear": {"random": ..., "trained": ...}}``.
+def compare_with_untrained(
+    config: Config, encoder: nn.Module, source: Any, *, steps: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """RoI linear accuracy on held-out demo scenes: ``{"roi_linear": {"random": ..., "trained": ...}}``.
 
-    The untrained encoder is made anew: the seed alone decides its weights. Only for ``data.source=demo``.
+    config: of the run. encoder: the trained one. source: the scenes it was trained on. steps: how many it was trained.
+    say: takes lines for the log.
+    The untrained encoder is made anew: the seed alone decides its weights.
     """
-    from scrl_fast.evaluate import demo_roi_linear
-
-    trainer.log.say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
-    untrained = prepare.build_model(trainer.config, trainer.source.num_classes).to(trainer.device)
-    trained = copy.deepcopy(untrained.online.encoder)  # one whose BatchNorm asks no other process
-    trained.load_state_dict(trainer.model.online.encoder.state_dict())
-    encoders = {"random": untrained.online.encoder, "trained": trained}
-    results = demo_roi_linear(encoders, trainer.config, train=trainer.source)
+    say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
+    device = next(encoder.parameters()).device
+    untrained = build_model(config, source.num_classes).to(device).online.encoder
+    trained = copy.deepcopy(untrained)  # one whose BatchNorm asks no other process
+    trained.load_state_dict(encoder.state_dict())
+    results = demo_roi_linear({"random": untrained, "trained": trained}, config, train=source)
     before, after = results["random"], results["trained"]
-    trainer.log.say(
+    say(
         f"linear classifier on frozen features of {after.boxes} boxes, {after.classes} classes: "
-        f"random initialisation {before.accuracy:.1%}, after {trainer.step} steps {after.accuracy:.1%} "
+        f"random initialisation {before.accuracy:.1%}, after {steps} steps {after.accuracy:.1%} "
         f"({100 * (after.accuracy - before.accuracy):+.1f} points)"
     )
     return {"roi_linear": {name: asdict(each) for name, each in results.items()}}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast import weights
-from scrl_fast.distributed.world import device_of
+from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
 from scrl_fast.evaluate.images import IMAGENET_MEAN, IMAGENET_STD, has_untrained_batch_norm

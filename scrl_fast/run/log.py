@@ -1,102 +1,35 @@
-"""What a run writes down: the run folder, metrics.jsonl, log.txt, the progress line, TensorBoard and W&B."""
+"""What a run reports while it goes: log.txt, the progress line, rows of metrics, TensorBoard and W&B."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from scrl_fast.run.paths import CHECKPOINTS, CONFIG  # noqa: F401  CONFIG is read from here like its fellows
+from scrl_fast.errors import UsageError
+from scrl_fast.run.metrics_file import json_line, keep_metrics_until, read_metrics, replace_metrics
+from scrl_fast.run.paths import LOG, METRICS
 
 LOGGER = logging.getLogger("scrl_fast")
-METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
-
-
-def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
-    """Makes the run folder and proves that it can be written to, before anything expensive happens.
-
-    resume: whether this run continues the one that the folder holds; without it a folder that already holds
-        checkpoints or metrics is refused, so that no run silently overwrites another.
-    Raises ValueError naming ``run.dir`` and the reason.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
-            pass
-    except OSError as error:
-        raise ValueError(f"run.dir {str(folder)!r} cannot be written to: {error.strerror or error}") from error
-    used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
-    if used and not resume:
-        raise ValueError(
-            f"run.dir {str(folder)!r} already holds a run ({', '.join(used)}): continue it with --resume=auto, "
-            "or choose another folder with --run.dir=NEW"
-        )
-    return folder
-
-
-def _holds_something(path: Path) -> bool:
-    """Whether a file has content or a folder files: what failed before its first row and checkpoint was no run yet."""
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out, a missing file has none."""
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def keep_metrics_until(path: str | os.PathLike[str], step: int) -> None:
-    """Drops the rows of steps after ``step``, which a resumed run writes again. The file is replaced in one move."""
-    path = Path(path)
-    if not path.exists():
-        return
-    replace_metrics(path, [row for row in read_metrics(path) if row.get("step", 0) <= step])
-
-
-def replace_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes all rows anew; a reader, or a crash, finds the old file or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_environment(path: Path) -> None:
-    """Versions, device and the implementation behind each operation, as `scrl_fast.info` shows them."""
-    from scrl_fast import info
-
-    path.write_text(json.dumps(info.collect(), indent=2, default=str), encoding="utf-8")
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean) + "\n"
 
 
 class Clock:
     """Throughput between two logging points, and the share of the time that was spent waiting for data."""
 
     def __init__(self) -> None:
-        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.images = self.steps = 0  # since the last reading
+        self.waited, self.seconds = 0.0, 0.0
         self.start = time.perf_counter()
+
+    def add_step(self, images: int) -> None:
+        """Counts one step of so many images."""
+        self.images += images
+        self.steps += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -110,7 +43,7 @@ class Clock:
         now = time.perf_counter()
         self.seconds = max(now - self.start, 1e-9)
         result = {"images_per_s": self.images / self.seconds, "data_wait": self.waited / self.seconds}
-        self.images, self.waited, self.start = 0, 0.0, now
+        self.images, self.steps, self.waited, self.start = 0, 0, 0.0, now
         return result
 
 
@@ -130,22 +63,8 @@ class RunLog:
 
     folder: an existing run folder. total_steps: for the progress and the ETA. step: updates already made; rows of
     later steps in metrics.jsonl are dropped. active: False for every process but the first, which then writes nothing.
-    Raises ValueError when ``run.wandb`` is set and wandb is missing.
+    Raises UsageError when ``run.wandb`` is set and wandb is missing.
     """
-
-    @classmethod
-    def of(cls, trainer: Any) -> RunLog:
-        """The log of a trainer's run, continued after the step that was restored; process 0 writes it."""
-        run = trainer.config.run
-        return cls(
-            trainer.folder,
-            total_steps=trainer.last_step,
-            step=trainer.step,
-            tensorboard=run.tensorboard,
-            wandb=run.wandb,
-            settings=trainer.config.to_dict(),
-            active=trainer.world.rank == 0,
-        )
 
     def __init__(
         self,
@@ -302,11 +221,11 @@ def open_tensorboard(folder: Path, purge_step: int) -> Any | None:
 
 
 def import_wandb(project: str) -> Any:
-    """The module. Raises ValueError where it is missing."""
+    """The module. Raises UsageError where it is missing."""
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(f"run.wandb is {project!r}, but wandb is not installed: pip install wandb") from error
+        raise UsageError(f"run.wandb is {project!r}, but wandb is not installed: pip install wandb") from error
     return wandb
 
 

@@ -2,4 +2,7 @@
 
 from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, folder_of
 
-__all__ = ["CHECKPOINTS", "CONFIG", "folder_of"]
+METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
+BOXES, CURVES = "boxes.png", "curves.png"
+
+__all__ = ["BOXES", "CHECKPOINTS", "CONFIG", "CURVES", "ENVIRONMENT", "LOG", "METRICS", "folder_of"]

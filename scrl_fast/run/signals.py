@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
-OF_ANOTHER = "a signal to another process"
+SIGNAL_OF_PEER = "a signal to another process"
 """In place of a signal's name."""
 
 
-class StopRequest:
+class SignalHandler:
     """While active, SIGINT, SIGTERM and SIGUSR1 (some schedulers' warning) set ``signal_name`` and end nothing.
 
-    A second SIGINT raises KeyboardInterrupt at once, for whoever cannot wait for the step, and inside `at_once` any
-    of them ends the block. Outside the main thread, where Python allows no handlers, nothing is installed.
+    A second SIGINT raises KeyboardInterrupt at once, without waiting for the step. Inside `interruptible` any of them
+    ends the block. Outside the main thread, where Python allows no handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return bool(self.signal_name)
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         return self
@@ -44,19 +44,19 @@ class StopRequest:
         impatient = bool(self.signal_name) and number == signal.SIGINT
         self.signal_name = signal.Signals(number).name
         if impatient or self.immediate:
-            self.immediate = False  # once: whoever catches it must not be interrupted again
+            self.immediate = False  # once: what handles this exception must not be interrupted
             raise KeyboardInterrupt
 
-    def farewell(self, step: int) -> str:
-        """What to say after a stop behind this step, which is saved; the command that goes on follows."""
+    def stop_message(self, step: int) -> str:
+        """The line after a stop behind this step, which is saved; the command that resumes follows it."""
         if step == 0:
             return f"{self.signal_name}: stopped before the first step, so there is nothing to save. To start again:"
         return f"{self.signal_name}: stopped after step {step}, everything is saved. To continue:"
 
-    def until_signal(self, work: Callable[[], T]) -> T | None:
+    def run_interruptible(self, work: Callable[[], T]) -> T | None:
         """What ``work`` returns; None when a signal ended it, or came before it: then it is not even begun."""
         try:
-            with self.at_once():
+            with self.interruptible():
                 if not self.signal_name:  # looked at inside, so that no signal slips in between
                     return work()
         except KeyboardInterrupt:  # that came between the end of the block and its exit
@@ -65,7 +65,7 @@ class StopRequest:
         return None
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """For work that need not be finished, such as an evaluation: a signal leaves the block there and then."""
         self.immediate = True
         try:

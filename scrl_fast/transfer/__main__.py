@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
         config = parse(argv)
-        from scrl_fast.distributed import world as distributed  # torch, only once the options are known to be right
+        from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.transfer.trainer import Transfer
 
         try:
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.log = transfer.folder / "log.txt"
             summary = transfer.fit()
         except Exception as error:
-            told = distributed.explain(error)
+            told = rendezvous.to_peer_error(error)
             if told is error:
                 raise
             raise told from error
         if config.json and "result" in summary and transfer.world.rank == 0:
             write_result(config, summary)
-        distributed.leave()
+        rendezvous.leave()
     return 0
 
 

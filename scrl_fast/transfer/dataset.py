@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.sources.annotated import Objects, concatenate
-from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.errors import UsageError
-from scrl_fast.run.signals import StopRequest
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 from scrl_fast.transfer.masks import has_mask, masks_of
 
-T = TypeVar("T")
 Target = dict[str, Tensor]
 Example = tuple[Tensor, Target]
 
@@ -214,11 +210,3 @@ def is_landscape(source: Any, index: int) -> bool:
     objects = _objects(source, index)
     height, width = (objects.height, objects.width) if objects is not None else source.read(index).shape[:2]
     return width > height
-
-
-def reading(stop: StopRequest, work: Callable[[], T]) -> tuple[T | None, BadImage | LoaderStalled | None]:
-    """What ``work`` returns, None when a signal ended it, and the image or the disk that did."""
-    try:
-        return stop.until_signal(work), None
-    except (BadImage, LoaderStalled) as error:
-        return None, error

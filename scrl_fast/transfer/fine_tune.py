@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from scrl_fast.build import step_seed
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.run.numerics import step_seed
 from scrl_fast.transfer.config import TransferDataConfig, TransferOptimConfig
 from scrl_fast.transfer.dataset import Example, Examples, aspect_ratio_batches, is_landscape, trainable
 

@@ -1,0 +1,101 @@
+"""Which folder a run has, and that it can be written to; decided once for all processes and restarts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scrl_fast.distributed.rendezvous import get_or_set_in_store
+from scrl_fast.distributed.world import World
+from scrl_fast.errors import UsageError
+from scrl_fast.run.paths import CHECKPOINTS, METRICS, folder_of
+
+Options = TypeVar("Options", bound=Any)
+
+
+def choose_folder(config: Any, kind: str, known: Sequence[str] = ("random",)) -> str:
+    """``run.dir``; without one, the folder of the run that ``resume`` points into, or a new one under ``runs/``.
+
+    config: has ``run``, ``resume`` and ``init``. kind: first words of a new folder's name. known: what ``init`` may be
+    beside a path.
+    Raises UsageError for ``resume=auto`` without ``run.dir``, and for a checkpoint that is not there.
+    """
+    for option in ("resume", "init"):
+        path = getattr(config, option)
+        if option == "init" and config.resume and (config.resume != "auto" or newest_checkpoint(config.run.dir)):
+            continue  # not read where there is a checkpoint to go on from, and perhaps gone by now
+        if path not in ("", *(known if option == "init" else ("auto",))) and not os.path.exists(path):
+            raise UsageError(f"{option}={path}: there is no such checkpoint or run folder")
+    if config.run.dir:
+        return config.run.dir
+    if config.resume == "auto":
+        raise UsageError("resume=auto continues the run in run.dir, which is empty: name the folder with --run.dir")
+    if config.resume and (folder := folder_of(config.resume)):
+        return str(folder)
+    return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def place_run(config: Options, world: World, kind: str, known: Sequence[str] = ("random",)) -> Options:
+    """The options with the run folder in them, which now exists; process 0 decides for all.
+
+    config, kind, known: as for `choose_folder`.
+    After a restart by ``torchrun --max-restarts`` it is the folder of the first attempt, to be resumed as soon as an
+    attempt has saved a checkpoint; until then every attempt begins, or is refused, as the first one.
+    Raises UsageError as `choose_folder` and `prepare_folder` do.
+    """
+
+    def begin() -> str:
+        folder = choose_folder(config, kind, known)
+        prepare_folder(folder, resume=bool(config.resume))
+        return f"{newest_checkpoint(folder)}/{folder}"
+
+    def place() -> tuple[str, str, str]:
+        decided, again = get_or_set_in_store("run.dir", begin)
+        found, _, folder = decided.partition("/")
+        if again:
+            prepare_folder(folder, resume=True)
+            if newest_checkpoint(folder) != found:
+                return folder, "auto", ""
+        return folder, config.resume, config.init
+
+    folder, resume, init = world.broadcast_from_rank0(place)
+    return replace(config, run=replace(config.run, dir=folder), resume=resume, init=init)
+
+
+def newest_checkpoint(folder: str) -> str:
+    """Name and time of the newest checkpoint in a run folder, damaged or not; empty without one or without folder."""
+    newest = max(Path(folder, CHECKPOINTS).glob("step_*.pt"), default=None) if folder else None
+    return f"{newest.name} {newest.stat().st_mtime_ns}" if newest else ""
+
+
+def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
+    """Makes the run folder and proves that it can be written to, before anything expensive happens.
+
+    resume: whether this run continues the one that the folder holds; without it a folder that already holds
+        checkpoints or metrics is refused, so that no run silently overwrites another.
+    Raises UsageError naming ``run.dir`` and the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"run.dir {str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
+    if used and not resume:
+        raise UsageError(
+            f"run.dir {str(folder)!r} already holds a run ({', '.join(used)}): continue it with --resume=auto, "
+            "or choose another folder with --run.dir=NEW"
+        )
+    return folder
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a file has content or a folder files: what failed before its first row and checkpoint was no run yet."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0

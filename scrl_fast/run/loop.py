@@ -1,0 +1,383 @@
+"""The life of a run, the same for every trainer: steps, signals, agreement between processes, saving, last words.
+
+A trainer derives from `TrainingTask` and gives its `TrainingLoop` what is its own: batches, a step, a row of the log,
+its state. The loop knows no error of the data and no model by name.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+import torch
+
+from scrl_fast._version import __version__
+from scrl_fast.atomic_files import write_text
+from scrl_fast.config.files import dump, under_present_names
+from scrl_fast.distributed.rendezvous import launcher
+from scrl_fast.distributed.world import PeerFailed, World
+from scrl_fast.run import plots
+from scrl_fast.run.checkpoint import CheckpointManager
+from scrl_fast.run.log import Clock, RunLog
+from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.run.paths import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, METRICS
+from scrl_fast.run.resume import Found, changed_options, find_checkpoint, read_checkpoint
+from scrl_fast.run.signals import SIGNAL_OF_PEER, SignalHandler
+
+CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class TrainingTask(ABC, Generic[T]):
+    """What a trainer tells its loop. T is what one step trains on: a batch, or several.
+
+    config: the checked options, with ``run``, ``resume`` and a `to_dict`. steps_per_epoch, last_step: of the plan.
+    trains: False to measure only. evaluate_every: steps between evaluations, 0 for the end alone.
+    start_options: options that belong to the start of a run, with the value that config.yaml keeps instead.
+    process_options: options that change with the number of processes, for the same training.
+    """
+
+    config: Any
+    world: World
+    device: torch.device
+    steps_per_epoch: int
+    last_step: int
+    loop: TrainingLoop[T]
+    """Made by the trainer once the run folder is known."""
+    trains: bool = True
+    evaluate_every: int = 0
+    start_options: ClassVar[Mapping[str, Any]] = {"resume": ""}
+    process_options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self.loop.step
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.loop.folder
+
+    @property
+    @abstractmethod
+    def command(self) -> list[str]:
+        """The words after ``python -m`` that start this command."""
+
+    @abstractmethod
+    def describe(self) -> list[str]:
+        """Lines for the head of the log: what is trained, on what, how long."""
+
+    @abstractmethod
+    def batches(self) -> Generator[T, None, None]:
+        """What each step trains on, from the step after the last one made to the last one planned."""
+
+    @abstractmethod
+    def batch_weight(self, batch: T) -> int:
+        """The weight of a batch in the mean over all processes."""
+
+    def first_batch(self, batch: T) -> None:
+        """Shows what the first step trains on."""
+
+    @abstractmethod
+    def train_step(self, batch: T, weight: int | None = None, /) -> None:
+        """One update, told to the loop by `TrainingLoop.advance`. weight: of this step in all processes, if known."""
+
+    @abstractmethod
+    def log_row(self) -> dict[str, Any]:
+        """The means since the last row, in every process; step, epoch and speed are the loop's."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """``{model, optimizer, rng, loader, log}`` of a checkpoint; every process calls it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint. Raises UsageError where it does not fit; the options stay those of the config."""
+
+    @abstractmethod
+    def initialise(self) -> list[str]:
+        """Loads what ``init`` asks for into a run without a checkpoint; returns what there is to say about it."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """Measures, logs and returns results for the summary; every process calls it. Empty if a signal ended it."""
+
+    def is_best(self) -> bool:
+        """Whether the checkpoint of this step, a planned one, becomes best.pt."""
+        return self.step == self.last_step
+
+    def summary(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What `TrainingLoop.run` returns of the last row; every process calls it."""
+        return {"loss": row.get("loss")}
+
+    def last_words(self) -> list[str]:
+        """Lines before the last one of a run that came to its end."""
+        return []
+
+    def resume_arguments(self) -> list[str]:
+        """Arguments that go on from the run's newest checkpoint, after its ``--config``."""
+        return ["--resume=auto"]
+
+    def data_error(self, error: Exception, where: str) -> Exception:
+        """The error that ends the run, of one that the data raised. where: ``step 3``, ``the measurement``."""
+        return error
+
+
+class TrainingLoop(Generic[T]):
+    """Owns step, signals, agreement between processes, saving, logging and the last words of one run.
+
+    task: its trainer, whose config names the run folder. write_environment: writes env.json to a path.
+    """
+
+    log: RunLog  # open while `run` runs
+
+    def __init__(self, task: TrainingTask[T], *, write_environment: Callable[[Path], None]) -> None:
+        self.task, self.world, self.write_environment = task, task.world, write_environment
+        run = task.config.run
+        self.folder = Path(run.dir)
+        self.checkpoints = CheckpointManager(self.folder / CHECKPOINTS, keep=run.keep)
+        self.found: Found = self.world.broadcast_from_rank0(
+            lambda: find_checkpoint(task.config.resume, self.checkpoints)
+        )
+        self.step = self.saved = 0  # updates made so far, and at the last checkpoint
+        self.stop = SignalHandler()
+        self.stopped_together = False  # all processes know of a signal to one of them
+        self.clock = Clock()
+        self.drawn = time.monotonic()  # when curves.png was drawn last
+        self.last_row: dict[str, Any] = {}
+
+    # ---- the run ----
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end of the plan or to a signal, evaluates, and says what came out.
+
+        Returns ``{run_dir, step, interrupted, checkpoint, resume_command, seconds}`` and what the task adds.
+        Raises what the data raise, once the steps before are saved.
+        """
+        started = time.perf_counter()
+        notes = self.restore()
+        with self.open_log() as self.log, self.stop:
+            self.log_run_header(notes)
+            if self.task.trains:
+                self.train()
+            return self.finish() | {"seconds": time.perf_counter() - started}
+
+    def train(self) -> None:
+        """The steps that are left."""
+        task, run = self.task, self.task.config.run
+        save_every = run.checkpoint_every or task.steps_per_epoch
+        self.clock.read()
+        with closing(task.batches()) as stream:
+            for batch, weight in self.synchronized_batches(stream):
+                if self.step == 0:
+                    task.first_batch(batch)
+                task.train_step(batch, weight)
+                self.log.tick()
+                if self.step % run.log_every == 0 or self.step in (1, task.last_step):
+                    self.log_step()
+                if self.step % save_every == 0 or self.step == task.last_step:
+                    self.save()
+                if task.evaluate_every and self.step % task.evaluate_every == 0 and self.step < task.last_step:
+                    task.evaluate()
+        self.save_unsaved(planned=not self.stop)  # a signal, or another run's checkpoint and no step left to make
+
+    def synchronized_batches(self, stream: Iterator[T]) -> Generator[tuple[T, int], None, None]:
+        """Batches with their weight in all processes, as long as every process has one and none was told to stop."""
+        fetch: Callable[[], T] = lambda: next(stream)  # noqa: E731
+        while self.step < self.task.last_step:
+            with self.clock.waiting():
+                batch, weight = self.agree(fetch, f"step {self.step + 1}", self.task.batch_weight)
+            if batch is None:
+                return
+            yield batch, weight
+        self.agree(lambda: True, "the end")  # no process may be left alone in what comes after the last step
+
+    def agree(self, work: Callable[[], R], where: str, weigh: Callable[[R], int] = lambda _: 0) -> tuple[R | None, int]:
+        """What ``work`` returns here, and its weight in all processes; None in all where one was told to stop.
+
+        One small message between the hosts: weights, signals, data that failed. So all processes stop at the same step.
+        A signal ends slow work there and then.
+        Raises what ``work`` raised, as `TrainingTask.data_error` puts it, or PeerFailed, once all steps are saved.
+        """
+        result: R | None = None
+        failure: Exception | None = None
+        try:
+            result = self.stop.run_interruptible(work)
+        except Exception as error:
+            failure = error
+        own_weight = 0 if result is None else weigh(result)
+        stopped = bool(self.stop) or result is None
+        weight, stops, failures = self.world.all_reduce_ints([own_weight, int(stopped), int(failure is not None)])
+        if failures:
+            self.end_with_failed_data(failure, where)
+        if stops:
+            self.stop_all()
+        return (None if stops else result), weight
+
+    def end_with_failed_data(self, failure: Exception | None, where: str) -> NoReturn:
+        """Saves, says so and raises. failure: of this process, None where another one's data failed."""
+        if self.save_unsaved():
+            saved = f"the data failed, all {self.step} steps are saved"
+            self.log.say(f"{where}: {saved}. To continue: {self.resume_command()}")
+        if failure is None:
+            raise PeerFailed("stopped because the data of another process failed")
+        error = self.task.data_error(failure, where)
+        raise error from (failure if error is not failure else None)
+
+    def stop_all(self) -> None:
+        """Notes that all processes know of a signal to one of them."""
+        self.stop.signal_name = self.stop.signal_name or SIGNAL_OF_PEER
+        self.stopped_together = True
+
+    def advance(self, images: int) -> None:
+        """One update was made. images: of the step, in all processes."""
+        self.step += 1
+        self.clock.add_step(images)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """A training checkpoint: all that the run needs to go on as if it had never stopped."""
+        return {
+            "step": self.step,
+            "epoch": self.step // self.task.steps_per_epoch,
+            "config": self.task.config.to_dict(),
+            "version": __version__,
+            **self.task.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a training checkpoint."""
+        self.task.load_state_dict(state)
+        self.step = state["step"]
+
+    def restore(self) -> list[str]:
+        """Loads what ``resume`` or ``init`` asks for; returns what there is to say about it.
+
+        Raises CheckpointError for a checkpoint that is missing, damaged or foreign, UsageError for one that does not
+        fit.
+        """
+        asked, notes = self.task.config.resume, list(self.found.notes)
+        if self.found.path is None:
+            if asked:
+                notes.append(
+                    f"resume=auto: no checkpoint in {self.checkpoints.folder} yet, starting from the beginning"
+                )
+            return notes + self.task.initialise()
+        state, said = read_checkpoint(self.found, asked, self.folder)
+        self.load_state_dict(state)
+        self.saved = self.step if self.found.own else 0
+        notes += [*said, f"resumed from {self.found.path} at step {self.step}"]
+        before, now = state["loader"].get("world_size", 1), self.world.size
+        if before != now:
+            notes.append(f"{now} processes instead of {before}: the same images, views and boxes in every step")
+        besides = self.task.process_options if before != now else ()
+        config = self.task.config
+        if changed := changed_options(under_present_names(type(config), state["config"]), config.to_dict(), besides):
+            notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
+        return notes
+
+    def save(self, planned: bool = True) -> None:
+        """Writes a checkpoint of this step. planned: it may become best.pt."""
+        best = planned and self.task.is_best()
+        state = self.state_dict()
+        if self.world.rank == 0:
+            self.checkpoints.save(state, self.step, best=best)
+            if time.monotonic() - self.drawn > CURVES_EVERY:
+                self.draw_curves()
+        self.saved = self.step
+
+    def save_unsaved(self, planned: bool = False) -> bool:
+        """Saves the steps since the last checkpoint, if there are any; whether there were."""
+        if not self.task.trains or self.step <= self.saved:
+            return False
+        self.save(planned=planned)
+        return True
+
+    def last_good(self) -> str:
+        """For errors: which checkpoint to go back to."""
+        good = self.checkpoints.newest_good()
+        return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+    # ---- what is said ----
+
+    def open_log(self) -> RunLog:
+        """The run's log, continued after the step that was restored; process 0 writes it."""
+        run = self.task.config.run
+        return RunLog(
+            self.folder,
+            total_steps=self.task.last_step,
+            step=self.step,
+            tensorboard=run.tensorboard,
+            wandb=run.wandb,
+            settings=self.task.config.to_dict(),
+            active=self.world.rank == 0,
+        )
+
+    def log_run_header(self, notes: list[str]) -> None:
+        """What this run is, on the terminal and in the run folder's files."""
+        for line in (*notes, *self.task.describe(), f"run folder: {self.folder}"):
+            self.log.say(line)
+        if self.world.rank == 0:
+            kept = replace(self.task.config, **self.task.start_options)
+            write_text(self.folder / CONFIG, dump(kept.to_dict()))
+            self.write_environment(self.folder / ENVIRONMENT)
+
+    def log_step(self) -> None:
+        """One logging point."""
+        row = {"step": self.step, "epoch": round(self.step / self.task.steps_per_epoch, 6)} | self.task.log_row()
+        steps, speed = self.clock.steps, self.clock.read()
+        waited = torch.tensor(speed["data_wait"], dtype=torch.float64)
+        speed["data_wait"] = self.world.all_reduce_(waited).item() / self.world.size
+        row |= speed
+        if self.task.device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.task.device) / 1e9
+        self.last_row = row
+        self.log.metrics(row, seconds_per_step=self.clock.seconds / steps)
+
+    def finish(self) -> dict[str, Any]:
+        """Curves, evaluation and the last words."""
+        self.log.end_progress()
+        row = self.last_row or (read_metrics(self.folder / METRICS) or [{}])[-1]
+        summary = {"run_dir": str(self.folder), "step": self.step} | self.task.summary(row)
+        self.draw_curves()
+        summary |= self.task.evaluate()
+        last = self.checkpoints.folder / "last.pt"
+        summary["interrupted"] = self.stop.signal_name
+        summary["checkpoint"] = str(last if last.exists() else self.found.path or "")
+        summary["resume_command"] = self.resume_command()
+        for line in self.last_words():
+            self.log.say(line)
+        if self.stopped_together:  # a launcher that sees one process end may kill the first one before it has said this
+            self.world.all_reduce_ints([0])
+        return summary
+
+    def last_words(self) -> list[str]:
+        """How the run ended, and how it goes on."""
+        if not self.stop:
+            done = f"done: {self.step} steps; checkpoint and curves are in {self.folder}"
+            return [*self.task.last_words(), done]
+        message = self.stop.stop_message(self.step)
+        if not self.task.trains:
+            message = f"{self.stop.signal_name}: stopped before the measurement was complete. To measure anew:"
+        return [message, f"  {self.resume_command()}"]
+
+    def resume_command(self) -> str:
+        """The command that goes on from here."""
+        arguments = [*self.task.command, f"--config={self.folder / CONFIG}", *self.task.resume_arguments()]
+        return f"{launcher()} -m {shlex.join(arguments)}"
+
+    def draw_curves(self) -> None:
+        """curves.png from metrics.jsonl."""
+        self.drawn = time.monotonic()
+        rows = read_metrics(self.folder / METRICS) if self.world.rank == 0 else []
+        if rows and not plots.draw_curves(self.folder / CURVES, rows):
+            self.log.say_once("matplotlib is not installed: no curves.png (pip install matplotlib brings it)")
