@@ -260,7 +260,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     @property
     def command(self) -> list[str]:
-        return ["scrl_fast.train"]
+        return ["train"]
 
     def describe(self) -> list[str]:
         config, train = self.config, self.config.train

@@ -69,7 +69,7 @@ class TrainingTask(ABC, Generic[T]):
     @property
     @abstractmethod
     def command(self) -> list[str]:
-        """The words after ``python -m`` that start this command."""
+        """The words after ``python -m scrl_fast.`` that start this command."""
 
     @abstractmethod
     def describe(self) -> list[str]:
@@ -373,7 +373,7 @@ class TrainingLoop(Generic[T]):
     def resume_command(self) -> str:
         """The command that goes on from here."""
         arguments = [*self.task.command, f"--config={self.folder / CONFIG}", *self.task.resume_arguments()]
-        return f"{launcher()} -m {shlex.join(arguments)}"
+        return f"{launcher()} -m scrl_fast.{shlex.join(arguments)}"
 
     def draw_curves(self) -> None:
         """curves.png from metrics.jsonl."""

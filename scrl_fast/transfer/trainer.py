@@ -213,7 +213,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     @property
     def command(self) -> list[str]:
-        return ["scrl_fast.transfer", self.config.task]
+        return ["transfer", self.config.task]
 
     def describe(self) -> list[str]:
         config, model, train = self.config, self.config.model, self.config.train
