@@ -7,7 +7,6 @@ is answered at once.
 from __future__ import annotations
 
 import difflib
-import dis
 import os
 import sys
 import traceback
@@ -15,12 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class UsageError(ValueError):
@@ -52,28 +48,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def exit_code(error: BaseException) -> int:
     """2 when the error says that the request was wrong, else 1.
 
-    Wrong requests are `UsageError`, files that are missing or may not be read, and every TypeError, ValueError or
-    ImportError that a ``raise`` statement of this package made: those are our checks. The same types from anywhere
-    else (torch, or a slip in our own code) are faults, not usage.
+    Wrong requests are `UsageError` and its kinds, and files that are missing or may not be read. A TypeError,
+    ValueError or ImportError of another kind is a fault, whether torch, another package or our own code made it.
     """
-    if isinstance(error, UsageError):
-        return EXIT_USAGE
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
-        return EXIT_USAGE
-    if isinstance(error, (TypeError, ValueError, ImportError)) and _raised_here(error.__traceback__):
-        return EXIT_USAGE
-    return EXIT_FAILURE
-
-
-def _raised_here(trace: TracebackType | None) -> bool:
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    if not os.path.abspath(code.co_filename).startswith(_PACKAGE):
-        return False
-    return code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    wrong_file = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    return EXIT_USAGE if isinstance(error, (UsageError, *wrong_file)) else EXIT_FAILURE
 
 
 def one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.decode import Encoded
+from scrl_fast.errors import UsageError
 from scrl_fast.ops.backends import triton_failure
 from scrl_fast.ops.view_table import PackedImages
 
@@ -30,11 +31,11 @@ def views_on_gpu(data: DataConfig, device: torch.device) -> bool:
     """
     missing = "training runs on the CPU" if device.type != "cuda" else triton_failure("cuda")
     if data.pixels == "gpu" and missing:
-        raise ValueError(f"data.pixels=gpu cannot be had: {missing}; use --data.pixels=cpu")
+        raise UsageError(f"data.pixels=gpu cannot be had: {missing}; use --data.pixels=cpu")
     if data.decode == "gpu":
         missing = missing or ("data.pixels=cpu" if data.pixels == "cpu" else gpu_decoder_failure(device))
         if missing:
-            raise ValueError(f"data.decode=gpu cannot be had: {missing}; use --data.decode=cpu")
+            raise UsageError(f"data.decode=gpu cannot be had: {missing}; use --data.decode=cpu")
     return data.pixels != "cpu" and not missing
 
 

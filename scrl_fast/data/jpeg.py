@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from scrl_fast.data.pillow import open_picture, to_rgb
+from scrl_fast.errors import UsageError
 
 Pixels = NDArray[np.uint8]
 JpegDecoder = Callable[[bytes], Pixels]
@@ -229,7 +230,7 @@ def decoders(*, try_all: bool = True) -> dict[str, str]:
 @functools.cache
 def _first_working(forced: str) -> str:
     if forced and forced not in _DECODERS:
-        raise ValueError(f"SCRL_FAST_JPEG={forced} is unknown; choose one of {', '.join(_DECODERS)}")
+        raise UsageError(f"SCRL_FAST_JPEG={forced} is unknown; choose one of {', '.join(_DECODERS)}")
     if forced and (failure := _load(forced)[1]):
         raise RuntimeError(f"SCRL_FAST_JPEG={forced} cannot be used: {failure}")
     return forced or next(name for name in _DECODERS if not _load(name)[1])

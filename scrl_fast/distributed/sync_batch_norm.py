@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scrl_fast.errors import UsageError
+
 
 class RowBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d that lets a batch without rows pass: empty output, zero gradients, running statistics untouched.
@@ -101,7 +103,7 @@ def _replaced(norm: _BatchNorm, group: Any) -> SyncBatchNorm:
     acts = all(name in norm._modules for name in ACTIVATION)
     if type(norm) not in PLAIN and not isinstance(norm, SyncBatchNorm) and not acts:
         kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
-        raise ValueError(f"a norm of kind {kind} has no form for several processes: choose another --model.backbone")
+        raise UsageError(f"a norm of kind {kind} has no form for several processes: choose another --model.backbone")
     sync = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for holder in ("_parameters", "_buffers", "_modules"):
         getattr(sync, holder).update(getattr(norm, holder))

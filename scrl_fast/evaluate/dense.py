@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import BoxesConfig, ModelConfig, ViewsConfig
 from scrl_fast.data import Source
 from scrl_fast.data.views import crops_of, draw_views
+from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.images import read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align, sample_box_pairs
@@ -123,7 +124,7 @@ def dense_consistency(
         totals += _scores(left, right, pairs.boxes[0][:, 0].to(device)).cpu()
     hits, blind, across, match, other, number, found = totals.tolist()
     if not number:
-        raise ValueError(f"no two box pairs in any of {count} images: lower --boxes.min_size={boxes.min_size}")
+        raise UsageError(f"no two box pairs in any of {count} images: lower --boxes.min_size={boxes.min_size}")
     gap = (match - other) / number
     return DenseResult(
         hits / number, blind / number, across / number, match / number, other / number, gap, int(number), int(found)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scrl_fast.errors import UsageError
+
 QUERIES, BANK = 256, 65_536  # rows a block: 64 MB of similarities in float32, twice that to rank them
 
 
@@ -37,7 +39,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     blocks. Equal similarities go by lower index, whatever the blocks.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k}: the training set has {len(bank)} images; choose 1 to {len(bank)}")
+        raise UsageError(f"k={k}: the training set has {len(bank)} images; choose 1 to {len(bank)}")
     found = [_nearest_block(queries[i : i + QUERIES], bank, k) for i in range(0, len(queries), QUERIES)]
     empty = queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
     values, indices = zip(*(found or [empty]), strict=True)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import Config
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import prefetched
+from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm, read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
@@ -99,7 +100,7 @@ def box_features(
         for images, boxes, *rest in loader.batches(regions)
     ]
     if not sum(len(rows) for rows, *_ in pooled):
-        raise ValueError(f"{name} holds no boxes in its {len(regions)} images")
+        raise UsageError(f"{name} holds no boxes in its {len(regions)} images")
     return BoxFeatures(*(torch.cat(parts) for parts in zip(*pooled, strict=True)))
 
 

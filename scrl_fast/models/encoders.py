@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet as torchvision_resnet
 
+from scrl_fast.errors import UsageError
+
 TORCHVISION_NAMES = (
     "resnet18",
     "resnet34",
@@ -99,7 +101,7 @@ class TimmEncoder(Encoder):
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
         if on:
-            raise ValueError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
+            raise UsageError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)[-1]
@@ -126,7 +128,7 @@ def build_encoder(name: str) -> Encoder:
         body = _resnet10_tiny()
         return Encoder(name, body, out_channels=_channels(body.layer3), stride=8)
     if name not in TORCHVISION_NAMES:
-        raise ValueError(_unknown(name, encoder_names(), also=f", or {TIMM_PREFIX}NAME for a model of timm"))
+        raise UsageError(_unknown(name, encoder_names(), also=f", or {TIMM_PREFIX}NAME for a model of timm"))
     body = getattr(torchvision_resnet, name)(weights=None)
     channels = body.fc.in_features
     body.fc = nn.Identity()
@@ -162,14 +164,14 @@ def _timm_encoder(name: str) -> Encoder:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"backbone {name!r} needs timm: pip install timm") from error
+        raise UsageError(f"backbone {name!r} needs timm: pip install timm") from error
     model_name = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(model_name.split(".")[0]):
-        raise ValueError(_unknown(name, [TIMM_PREFIX + other for other in timm.list_models()]))
+        raise UsageError(_unknown(name, [TIMM_PREFIX + other for other in timm.list_models()]))
     try:
         body: Any = timm.create_model(model_name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"backbone {name!r}: this timm model offers no feature maps ({error})") from error
+        raise UsageError(f"backbone {name!r}: this timm model offers no feature maps ({error})") from error
     return TimmEncoder(
         name, body, out_channels=body.feature_info.channels()[-1], stride=body.feature_info.reduction()[-1]
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.errors import UsageError
 from scrl_fast.models.encoders import Encoder, build_encoder
 from scrl_fast.models.heads import ProjectionHead, classification, projection_head
 from scrl_fast.ops import roi_align, two_view_loss
@@ -164,7 +165,7 @@ class SCRL(nn.Module):
             weights = state.get(name)
             if name == "probe" and not _fits(part, weights):
                 if strict:
-                    raise ValueError(f"checkpoint part 'probe' does not fit this model: {part}")
+                    raise UsageError(f"checkpoint part 'probe' does not fit this model: {part}")
             elif part is not None:
                 _load(name, part, weights)
 
@@ -180,11 +181,11 @@ def _fits(part: nn.Module | None, weights: dict[str, Tensor] | None) -> bool:
 
 def _load(name: str, part: nn.Module, weights: dict[str, Tensor] | None) -> None:
     if weights is None:
-        raise ValueError(f"checkpoint has no part {name!r}")
+        raise UsageError(f"checkpoint has no part {name!r}")
     try:
         part.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint part {name!r} does not fit this model: {error}") from error
+        raise UsageError(f"checkpoint part {name!r} does not fit this model: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

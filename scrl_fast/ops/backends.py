@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from scrl_fast.errors import UsageError
+
 Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -107,7 +109,7 @@ def check_forced(device_type: str) -> None:
         try:
             _choose(operation, device_type, None, _variable())
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"SCRL_FAST_BACKEND: {error}") from error
+            raise UsageError(f"SCRL_FAST_BACKEND: {error}") from error
 
 
 # torch.compile calls `_chosen` once and keeps the answer instead of tracing into library loading. This is what
@@ -126,7 +128,7 @@ def _choose(operation: Operation, device_type: str, backend: str | None, environ
     forced = _forced_by(environment, operation, device_type) if backend is None else backend
     if forced is not None:
         if forced not in BACKENDS:
-            raise ValueError(f"backend {forced!r} is unknown; choose one of {', '.join(BACKENDS)}")
+            raise UsageError(f"backend {forced!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if failure := operation.failure(forced, device_type):
             raise RuntimeError(f"{operation.name}: backend {forced!r} cannot run on {device_type}: {failure}")
         return forced

@@ -23,6 +23,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from scrl_fast import weights
+from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, DETECTORS, DetectorConfig
@@ -283,7 +284,7 @@ def _restart_levels(branch: nn.Module, args: Any) -> None:
 
 def _fcos(config: DetectorConfig, pyramid: Any, strides: list[int], classes: int, keypoints: int) -> nn.Module:
     if config.fpn_channels % 32:
-        raise ValueError(f"fpn_channels must be a multiple of 32 for FCOS (GroupNorm), got {config.fpn_channels}")
+        raise UsageError(f"fpn_channels must be a multiple of 32 for FCOS (GroupNorm), got {config.fpn_channels}")
     anchors = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
     return FCOS(
         pyramid,
@@ -307,7 +308,7 @@ def check_same_detector(network: nn.Module, state: dict[str, Any], path: str | o
     if wrong := wrong + [name for name in found if name not in own]:
         model = state["config"].get("model", {})
         said = " with ".join(str(model[key]) for key in ("detector", "backbone") if key in model)
-        raise ValueError(
+        raise UsageError(
             f"resume={path} is no checkpoint of this detector but of {said or 'another network'}: {len(wrong)} "
             f"tensors are missing, left over or of another shape, {', '.join(wrong[:3])}, ...; give the options it "
             "was trained with (its run folder has them in config.yaml)"

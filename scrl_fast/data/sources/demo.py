@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.sources.base import UNLABELLED
+from scrl_fast.errors import UsageError
 from scrl_fast.ops.philox import uniforms
 
 NUM_DIGITS = 10
@@ -58,9 +59,9 @@ class DemoScenes:
     ) -> None:
         digit_size = digit_size or (max(8, size // 6), max(8, size // 3))
         if not count > 0:
-            raise ValueError(f"data.demo_images must be positive, got {count}")
+            raise UsageError(f"data.demo_images must be positive, got {count}")
         if not size >= 16:
-            raise ValueError(f"data.demo_size must be at least 16 pixels, got {size}")
+            raise UsageError(f"data.demo_size must be at least 16 pixels, got {size}")
         if split not in _SPLITS:
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
         if not 1 <= digits[0] <= digits[1]:

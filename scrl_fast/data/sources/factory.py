@@ -11,6 +11,7 @@ from scrl_fast.data.sources.demo import DemoScenes
 from scrl_fast.data.sources.files import class_folders, image_folder, image_list
 from scrl_fast.data.sources.hub import hub_dataset
 from scrl_fast.data.sources.shards import packed_shards, tar_shards
+from scrl_fast.errors import UsageError
 
 
 def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Source:
@@ -36,4 +37,4 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
         return packed_shards(root, limits=limits)
     if data.source == "hf":
         return hub_dataset(root, limits=limits)
-    raise ValueError(f"data.source is {data.source!r}, which is none of its choices")
+    raise UsageError(f"data.source is {data.source!r}, which is none of its choices")
