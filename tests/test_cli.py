@@ -6,7 +6,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -240,15 +239,12 @@ def test_nearest_names():
 
 
 def test_a_wrong_option_is_answered_before_torch_is_imported():
-    start = time.perf_counter()
     argv = [sys.executable, "-X", "importtime", "-m", "scrl_fast.train", "--train.epoch=3"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
     assert said == ["scrl_fast.train: unknown option '--train.epoch'; did you mean 'train.epochs'?"]
     assert " torch\n" not in done.stderr and " numpy\n" not in done.stderr
-    assert seconds < 5, "0.4 s on an idle core"
 
 
 def test_importing_the_package_is_light():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photos import photo
+from photos import photo, within_one_level
 from PIL import Image
 
 from scrl_fast.config.schema import Config
@@ -71,7 +71,7 @@ def test_every_decoder_gives_the_same_pixels(shrink: int, monkeypatch: pytest.Mo
         for options in ({}, {"subsampling": 0}, {"progressive": True}):
             found.append(Encoded(jpeg(397, 501, **options), max_pixels=10**6).decode(shrink))
     assert all(image.shape == (-(-397 // shrink), -(-501 // shrink), 3) for image in found)
-    assert all(np.array_equal(image, found[index % 3]) for index, image in enumerate(found))
+    assert all(within_one_level(image, found[index % 3]) for index, image in enumerate(found))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -162,9 +162,9 @@ def test_more_shards_than_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_indexing_is_quick(tmp_path: Path) -> None:
     write_tar(tmp_path / "many.tar", {f"{number:06d}.jpg": b"x" * 700 for number in range(5000)})
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(source(tmp_path)) == 5000
-    assert time.perf_counter() - start < 2  # takes 0.1 s
+    assert time.process_time() - start < 2  # takes 0.1 s
 
 
 # ---- grouping ----
@@ -288,9 +288,9 @@ def test_hostile_headers_cost_nothing(tmp_path: Path) -> None:
     evil += [header(b"x", b"%011o" % 512) + lie.ljust(512, b"\0") for lie in lies]
     for block in evil:
         shard.write_bytes(good[: places[1]] + block + good[places[1] :])
-        start = time.perf_counter()
+        start = time.process_time()
         found = source(shard)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert is_image(found.read(0), 0) and len(found) in (1, 2, 3)
     shard.write_bytes(good[: places[1]] + header(b"L", b"%011o" % (1 << 17)) + bytes(1 << 17) + good[places[1] :])
     assert "a name of 131072 bytes" in source(shard).problems[0]

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
+from conftest import num_threads
 from tiny_transfer import arguments, transfer
 
 from scrl_fast.data.prefetch import Prefetcher
@@ -214,4 +215,5 @@ def test_two_processes_train_and_measure_together(data_root, tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())["result"]
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     again = transfer("instance", data_root, tmp_path / "b", "--eval.only=true", f"--resume={path}", *options)
-    assert again.fit()["result"] == pytest.approx(result, abs=1e-3)  # the same detector, measured by one process
+    with num_threads(1):  # as the two had: scores in another rounding would come in another order
+        assert again.fit()["result"] == pytest.approx(result, abs=1e-3)  # the same detector, measured by one process
