@@ -45,7 +45,7 @@ class Import(NamedTuple):
     source: str
     target: str
     kind: str
-    """module: when the module is imported; lazy: inside a function, or by its name in a string; typing."""
+    """module: when the module is imported; lazy: inside a function, or by its name for import_module; typing."""
     place: str
 
 
@@ -72,7 +72,10 @@ def imports() -> tuple[Import, ...]:
 def imports_of(module: str, text: str, path: Path) -> Iterator[Import]:
     """Imports of the house's own modules in one file, itself left out."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names_count = "import_module" in text or "__import__" in text
     for node, kind in statements(ast.parse(text), "module"):
+        if isinstance(node, ast.Constant) and not names_count:
+            continue
         for target in targets(node, package):
             if target != module:
                 yield Import(module, target, kind, f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
@@ -247,7 +250,8 @@ def test_long_files_say_why() -> None:
         ("try:\n    from scrl_fast import errors\nexcept ImportError: pass", [("scrl_fast.errors", "module")]),
         ("if TYPE_CHECKING:\n    from scrl_fast import train\nelse:\n    import scrl_fast.info",
          [("scrl_fast.train", "typing"), ("scrl_fast.info", "module")]),
-        ("NAMES = {'x': 'scrl_fast.trainer'}", [("scrl_fast.trainer", "lazy")]),
+        ("NAMES = {'x': 'scrl_fast.trainer'}\nimport_module(NAMES[name])", [("scrl_fast.trainer", "lazy")]),
+        ("COMMAND = 'scrl_fast.trainer'", []),
         ("import torch, scrl_fast_other\nfrom numpy import errors", []),
     ],
 )  # fmt: skip
