@@ -33,7 +33,6 @@ from input_rivals import (
 from PIL import Image
 from torch import Tensor
 
-from scrl_fast.build import keep_memory
 from scrl_fast.config.schema import BoxesConfig, Config, DataConfig, ModelConfig, TrainConfig, ViewsConfig
 from scrl_fast.data import Loader, make_source
 from scrl_fast.data.decode import Encoded, PixelBuffer, decode
@@ -42,6 +41,7 @@ from scrl_fast.data.jpeg import decoders, jpeg_decoder
 from scrl_fast.data.views import draw_views
 from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.view_table import pack_images
+from scrl_fast.run.numerics import keep_memory
 
 HEIGHT, WIDTH = 375, 500
 _COLOUR = ("jitter", "grayscale", "blur", "solarize")

@@ -22,9 +22,9 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.build import keep_memory
 from scrl_fast.models import build_encoder
 from scrl_fast.models.encoders import TORCHVISION_NAMES
+from scrl_fast.run.numerics import keep_memory
 
 ROUNDS, FILL_BYTES = 3, 51_380_224  # 32 maps of 2048 x 14 x 14 in float32
 CHILD = "--child"

@@ -19,7 +19,6 @@ from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.distributed.world import World
 from scrl_fast.run.metrics_file import read_metrics
-from scrl_fast.run.resume import restore
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 HERE = Path(__file__).parent
@@ -178,7 +177,7 @@ def test_each_process_goes_on_counting_bad_images_from_its_own(gloo, tmp_path):
     path = gloo[0] / "bad" / "checkpoints" / "last.pt"
     assert torch.load(path, weights_only=True)["loader"]["processes"] == [first, second]
     alone = cases.trainer_of(tmp_path, World(), cases.SomeBad, batch_size=8, epochs=1, resume=str(path))
-    restore(alone)
+    alone.loop.restore()
     assert alone.loader.state()["bad"] == {0: sorted({*first["bad"][0], *second["bad"][0]})}
     alone.fit()  # from the same file: nothing is counted twice, and nothing is left out
     assert alone.loader.state()["bad"] == {0: sorted(f"picture {index}" for index in range(0, 24, 3))}
