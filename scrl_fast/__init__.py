@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from scrl_fast._lazy import loader_of
 from scrl_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -19,25 +19,20 @@ if TYPE_CHECKING:
     from scrl_fast.trainer import SCRLTrainer as SCRLTrainer
     from scrl_fast.weights import load_encoder as load_encoder
 
-_SUBMODULES = ("models", "ops", "optim")
-_ATTRIBUTES = {
-    "Config": "scrl_fast.config.schema",
-    "SCRLTrainer": "scrl_fast.trainer",
-    "load_encoder": "scrl_fast.weights",
-    "load_recipe": "scrl_fast.config.schema",
-}
+__getattr__ = loader_of(
+    __name__,
+    {
+        "Config": "scrl_fast.config.schema",
+        "SCRLTrainer": "scrl_fast.trainer",
+        "load_encoder": "scrl_fast.weights",
+        "load_recipe": "scrl_fast.config.schema",
+        "models": "scrl_fast.models",
+        "ops": "scrl_fast.ops",
+        "optim": "scrl_fast.optim",
+    },
+)
 
 __all__ = ["Config", "SCRLTrainer", "__version__", "load_encoder", "load_recipe", "models", "ops", "optim"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -7,15 +7,15 @@ Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from scrl_fast.config.command_line import CommandParser
 from scrl_fast.errors import UsageError, friendly_errors
 
 PROG = "python -m scrl_fast.export"
@@ -227,13 +227,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Write the encoder of a checkpoint in the layout of another library.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog=PROG, description="Write the encoder of a checkpoint in the layout of another library.")
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint or run folder, or any weights --init takes"
     )
@@ -245,7 +240,6 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=224, help="image side: onnx is traced with it, hf names it (default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -253,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     with friendly_errors("scrl_fast.export", debug="--debug" in argv):
-        args = vars(_parser().parse_args(argv))
+        args = vars(_parser().parse(argv))
         args.pop("debug")
         metadata = export(**args)
         said = f"{metadata['branch']} {metadata['backbone']} as {args['to']}: {args['out']} ({metadata['checked']})"

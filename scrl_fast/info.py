@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,11 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scrl_fast.atomic_files import write_text
+from scrl_fast.config.command_line import CommandParser
+from scrl_fast.errors import friendly_errors
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "timm", "torchcodec", "simplejpeg")
 NUMERIC_VARIABLES = {
@@ -291,12 +292,16 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths)), row[-1]]).rstrip() for row in table]  # noqa: B905
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scrl_fast.info", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
-    info = collect()
-    print(json.dumps(info, indent=2, default=str) if options.json else describe(info))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, those of the process by default; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    with friendly_errors("scrl_fast.info", debug="--debug" in argv):
+        description = "Show versions, device, and which implementation of each operation runs and why."
+        parser = CommandParser(prog="python -m scrl_fast.info", description=description)
+        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        as_json = parser.parse(argv).json
+        info = collect()
+        print(json.dumps(info, indent=2, default=str) if as_json else describe(info))
     return 0
 
 

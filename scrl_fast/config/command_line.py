@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from scrl_fast.config import kakaobrain
 from scrl_fast.config.files import (
@@ -92,7 +92,7 @@ def parse_as(
     Raises UsageError, or SystemExit(0) after printing the help.
     """
     names, tokens, print_config = _split(argv)
-    parser = make_parser(prog, cls, description)
+    parser = make_parser(prog, cast(Any, cls), description)
     _help_if_asked(parser, tokens)
     files = [*base, *map(read_settings, names)]
     tokens, notes = _checked_tokens(tokens, cls)
@@ -122,7 +122,7 @@ def take_task(argv: list[str], tasks: Mapping[str, str], usage: str) -> str:
     return task
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Command line of a command with few options: ``--debug`` everywhere, mistakes as UsageError."""
 
     def __init__(self, *, prog: str, description: str) -> None:

@@ -85,7 +85,7 @@ def build(
 
     Raises UsageError naming an option that is unknown, ill-typed or out of range.
     """
-    parser = parser or make_parser("scrl_fast", cls)
+    parser = parser or make_parser("scrl_fast", cast(Any, cls))
     merged: dict[str, Any] = {}
     parsed = None
     for part in settings:

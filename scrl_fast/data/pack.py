@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -19,18 +18,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from scrl_fast.atomic_files import publish, write_synced, write_text
+from scrl_fast.config.command_line import CommandParser
+from scrl_fast.config.defaults import MAX_PIXELS
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.decode import Encoded
 from scrl_fast.data.image_files import BadImage
 from scrl_fast.data.jpeg import SHRINKS
-from scrl_fast.data.sources.factory import make_source
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors
@@ -194,13 +194,10 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m scrl_fast.data.pack", description="Pack images into shards for source=packed.")
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m scrl_fast.data.pack", description="Pack images into shards for source=packed."
+    )
     parser.add_argument("dir", metavar="DIR", help="the images: what --data.root would be")
     parser.add_argument("out", metavar="OUT", help="folder for the shards; one that is not finished is gone on with")
     parser.add_argument("--source", choices=SOURCES, default="folder", help="what DIR is (default: %(default)s)")
@@ -208,8 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quality", type=int, default=92, help="of the JPEGs (default: %(default)s)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images per shard (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="threads (default: one per core)")
-    parser.add_argument("--max-pixels", type=int, default=DataConfig.max_pixels, help="refuse larger images")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images")
     return parser
 
 
@@ -217,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     with friendly_errors("scrl_fast.data.pack", debug="--debug" in argv):
-        args = _parser().parse_args(argv)
+        args = _parser().parse(argv)
+        from scrl_fast.data.sources.factory import make_source  # torch, only once the options are known to be right
+
         source = make_source(DataConfig(source=args.source, root=args.dir, max_pixels=args.max_pixels))
         manifest = pack(
             source,

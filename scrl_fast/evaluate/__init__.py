@@ -6,8 +6,9 @@ misspelt option is answered before torch is imported.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scrl_fast._lazy import loader_of
 
 if TYPE_CHECKING:
     from scrl_fast.evaluate.dense import DenseResult as DenseResult
@@ -25,10 +26,4 @@ _ATTRIBUTES = {
 
 __all__ = ["DenseResult", "LabelledRegions", "RoILinearResult", "demo_roi_linear", "dense_consistency", "roi_linear"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = loader_of(__name__, _ATTRIBUTES)

@@ -13,8 +13,9 @@ Names are loaded when they are first used, so that a misspelt option is answered
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scrl_fast._lazy import loader_of
 
 if TYPE_CHECKING:
     from scrl_fast.transfer.detector import build_detector as build_detector
@@ -31,10 +32,4 @@ _ATTRIBUTES = {
 
 __all__ = ["average_precision", "build_detector", "detect", "fine_tune"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = loader_of(__name__, _ATTRIBUTES)

@@ -1,0 +1,93 @@
+"""What all commands have in common: help and mistakes are answered at once, in the same words, with the same codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = {
+    "train": ("--train.epoch=3", "unknown option '--train.epoch'; did you mean 'train.epochs'?"),
+    "evaluate knn": ("--chekpoint=x", "unknown option '--chekpoint'; did you mean 'checkpoint'?"),
+    "evaluate linear": ("--data.rot=x", "unknown option '--data.rot'; did you mean 'data.root'?"),
+    "evaluate roi-linear": ("--pol_size=1", "unknown option '--pol_size'; did you mean 'pool_size'?"),
+    "evaluate dense-consistency": ("--view.size=96", "unknown option '--view.size'; did you mean 'views.size'?"),
+    "evaluate rank": ("--images=many", "--images=many: must be a whole number"),
+    "transfer detection": ("--data.rot=x", "unknown option '--data.rot'; did you mean 'data.root'?"),
+    "transfer instance": ("--optim.rl=1", "unknown option '--optim.rl'; did you mean 'optim.lr'?"),
+    "transfer keypoints": ("--inti=x", "unknown option '--inti'; did you mean 'init'?"),
+    "transfer coco10": ("--train.step=1", "unknown option '--train.step'; did you mean 'train.steps'?"),
+    "transfer voc": (
+        "--model.short_side=192",
+        "--model.short_side=192: must be a list of 2 whole numbers, such as [1, 2]",
+    ),
+    "transfer cityscapes": ("--jsn=x", "unknown option '--jsn'; did you mean 'json'?"),
+    "export": ("--too=onnx", "unknown option '--too'; did you mean '--to'?"),
+    "info": ("--jsn", "unknown option '--jsn'; did you mean '--json'?"),
+    "data.pack": ("--sorce=x", "unknown option '--sorce'; did you mean '--source'?"),
+}
+PROGRAM = """
+import importlib, sys
+name, *argv = sys.argv[1:]
+try:
+    importlib.import_module(name).main(argv)
+    code = "no exit"
+except SystemExit as stop:
+    code = stop.code
+print("exit", code, "torch" if "torch" in sys.modules else "light")
+"""
+
+
+def run(command: str, *argv: str) -> tuple[str, str]:
+    """The last line of stdout, which tells exit code and imports, and stderr."""
+    name, *task = command.split()
+    module = f"scrl_fast.{name}.__main__" if task or name in ("evaluate", "transfer") else f"scrl_fast.{name}"
+    arguments = [sys.executable, "-c", PROGRAM, module, *task, *argv]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or [""])[-1], done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_is_answered_without_torch(command):
+    option, answer = COMMANDS[command]
+    last, said = run(command, option)
+    assert last == "exit 2 light"
+    assert said == f"scrl_fast.{command.partition(' ')[0]}: {answer}\n"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "evaluate", "transfer"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_comes_without_torch(command, flag):
+    assert run(command, flag) == ("exit 0 light", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("transfer", "average_precision build_detector detect fine_tune"),
+        ("evaluate", "DenseResult LabelledRegions RoILinearResult demo_roi_linear dense_consistency roi_linear"),
+        ("data", "BadImage Batch DemoScenes Loader LoaderStalled PackedBatch Source TooManyBadImages make_source"),
+    ],
+)
+def test_public_names_are_loaded_when_used(command, names):
+    program = (
+        f"import sys, scrl_fast.{command} as package; assert 'torch' not in sys.modules\n"
+        f"from scrl_fast.{command} import *\n"
+        f"for name in {names.split()}: assert getattr(package, name) is globals()[name] and name in vars(package)\n"
+        "try: package.nonsense\nexcept AttributeError as error: assert 'nonsense' in str(error)\nelse: raise SystemExit(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "transfer"])
+@pytest.mark.parametrize("argv", [[], ["--debug"], ["--data.root=x", "knn"]])
+def test_the_task_comes_first(command, argv, capsys):
+    from scrl_fast.evaluate.__main__ import main as evaluate
+    from scrl_fast.transfer.__main__ import main as transfer
+
+    with pytest.raises(SystemExit) as stop:
+        {"evaluate": evaluate, "transfer": transfer}[command](argv)
+    assert stop.value.code == 2
+    assert f"the task comes first: python -m scrl_fast.{command} TASK" in capsys.readouterr().err
