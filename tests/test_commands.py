@@ -75,7 +75,8 @@ def test_public_names_are_loaded_when_used(command, names):
         f"import sys, scrl_fast.{command} as package; assert 'torch' not in sys.modules\n"
         f"from scrl_fast.{command} import *\n"
         f"for name in {names.split()}: assert getattr(package, name) is globals()[name] and name in vars(package)\n"
-        "try: package.nonsense\nexcept AttributeError as error: assert 'nonsense' in str(error)\nelse: raise SystemExit(1)"
+        "try: package.nonsense\nexcept AttributeError as error: assert 'nonsense' in str(error)\n"
+        "else: raise SystemExit(1)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

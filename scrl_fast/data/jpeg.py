@@ -17,7 +17,9 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from scrl_fast.data.pillow import open_picture, to_rgb
 from scrl_fast.errors import UsageError
@@ -117,7 +119,7 @@ def _torchcodec() -> JpegDecoder:
     from torchcodec.decoders import decode_jpeg
 
     def run(data: bytes) -> Pixels:
-        return cast(Tensor, decode_jpeg(data)).permute(1, 2, 0).numpy()
+        return cast("Tensor", decode_jpeg(data)).permute(1, 2, 0).numpy()
 
     return run
 

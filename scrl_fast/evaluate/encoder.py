@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from scrl_fast import weights
+from scrl_fast.config.defaults import IMAGENET_MEAN, IMAGENET_STD
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
-from scrl_fast.evaluate.images import IMAGENET_MEAN, IMAGENET_STD, has_untrained_batch_norm
+from scrl_fast.evaluate.images import has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
 
 DEFAULT_SIZE, DEFAULT_BACKBONE = 224, "resnet50"

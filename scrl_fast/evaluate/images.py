@@ -21,7 +21,6 @@ from scrl_fast.models import Encoder
 from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.view_table import pack_images
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS_IMAGES = 512  # enough for BatchNorm: 512 x 12 x 12 values a channel at 96 pixels and stride 8
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scrl_fast.config.defaults import IMAGENET_MEAN, IMAGENET_STD
 from scrl_fast.config.schema import Config
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import prefetched
@@ -62,8 +63,8 @@ def roi_linear(
     train: ImagesWithBoxes,
     test: ImagesWithBoxes,
     *,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     pool_size: int = 1,
     sampling_ratio: int = -1,
     aligned: bool = False,

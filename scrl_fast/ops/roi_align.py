@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.config.defaults import MAX_SAMPLES
 from scrl_fast.ops import _native
 from scrl_fast.ops._autograd import differentiated_otherwise
 from scrl_fast.ops.backends import Backend, Operation, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MOST_SAMPLES = 4096  # a bin and axis; csrc/roi_align.h says why
 _LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
 
 
@@ -182,8 +182,8 @@ def _check_arguments(
 def check_sampling_ratio(sampling_ratio: int) -> None:
     if isinstance(sampling_ratio, bool) or not isinstance(sampling_ratio, int):
         raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
-    if sampling_ratio > MOST_SAMPLES:
-        raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}, or -1 (adapts), got {sampling_ratio}")
+    if sampling_ratio > MAX_SAMPLES:
+        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {sampling_ratio}")
 
 
 def _box_rows(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
