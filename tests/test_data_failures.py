@@ -61,6 +61,26 @@ def test_two_at_one_place_leave_each_other_alone(tmp_path: Path) -> None:
     assert not file.exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX")
+@pytest.mark.parametrize("fault", ["cut", "removed", "a folder", "a pipe"])
+def test_what_happens_to_the_file_of_notes_does_not_end_the_process(tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "reading.txt"
+    if fault == "a folder":
+        file.mkdir()
+    elif fault == "a pipe":
+        os.mkfifo(file)
+    trace = Trace(file, 2)
+    trace.note("one")
+    if fault == "cut":
+        os.truncate(file, 0)  # a mapped file would now end the process by SIGBUS
+    elif fault == "removed":
+        file.unlink()
+    trace.note("caf\udce9.jpg")
+    if fault in ("cut", "a pipe"):
+        assert Trace(file, 2).left == ["caf\\udce9.jpg"]
+    trace.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_exception_in_a_worker_surfaces_with_its_cause(workers: int) -> None:
     class Broken(Pictures):

@@ -181,7 +181,8 @@ def test_labels_and_images_of_a_key(tmp_path: Path) -> None:
     found = source(tmp_path)
     assert names(found) == ["a.jpg", "a.JPEG", "holiday.1.jpg", "holiday.2.jpg", "x/a.jpg", "b.jpg", "c.jpg"]
     assert [found.label(index) for index in range(7)] == [0, 0, -1, -1, -1, -1, -1] and found.num_classes == 1
-    assert len(found.problems) == 1 and "1 x label that is no class number, left out: 'b.cls'" in found.problems[0]
+    assert len(found.problems) == 2 and "1 x label that is no class number, left out: 'b.cls'" in found.problems[0]
+    assert "1 x label without an image of its name in the shard, left out: 'd.cls'" in found.problems[1]
 
 
 # ---- damage and malice ----
@@ -318,3 +319,116 @@ def test_bad_images_in_shards(tmp_path: Path) -> None:
     for index, message in enumerate(("a.jpg: not an image", "b.jpg: the file is empty", "max_pixels=1000")):
         with pytest.raises(BadImage, match=message):
             found.read(index)
+
+
+# ---- shards from elsewhere ----
+
+
+def raw_header(name: bytes, size: int, kind: bytes = b"0") -> bytearray:
+    block = bytearray(512)
+    block[: len(name)], block[124:136], block[156:157] = name, b"%011o\0" % size, kind
+    return block
+
+
+def sealed(block: bytearray) -> bytes:
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_a_sparse_member_is_left_out_and_what_follows_is_read(tmp_path: Path) -> None:
+    shard = tmp_path / "0.tar"
+    places = write_tar(shard, {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
+    good = shard.read_bytes()
+    old, pax = raw_header(b"old.jpg", 512, b"S"), b"22 GNU.sparse.major=1\n"
+    old[482] = 1  # the map goes on in a block of its own
+    assert len(pax) == 22
+    records = sealed(raw_header(b"x", len(pax), b"x")) + pax.ljust(512, b"\0")
+    sparse = sealed(old) + bytes(512) + bytes(512) + records + sealed(raw_header(b"new.jpg", 512)) + bytes(512)
+    shard.write_bytes(good[: places[1]] + sparse + good[places[1] :])
+    found = source(shard)
+    assert names(found) == ["a.jpg", "b.jpg"] and is_image(found.read(1), 1)
+    assert "has 2 x sparse file, left out: 'old.jpg', ..." in found.problems[0]
+
+
+def test_a_member_of_40_gigabytes_is_one_bad_image(tmp_path: Path) -> None:
+    shard, size = tmp_path / "0.tar", 40 << 30
+    head = raw_header(b"huge.jpg", 0)
+    head[124:136] = b"\x80" + size.to_bytes(11, "big")
+    with open(shard, "wb") as file:  # sparse: it takes no room on the disk
+        file.write(sealed(head))
+        file.seek(512 + size)
+        file.write(sealed(raw_header(b"a.jpg", len(jpeg(0)))) + jpeg(0))
+        file.truncate(512 + size + 512 + 102400)
+    found = source(shard)
+    with pytest.raises(BadImage, match=r"huge\.jpg: 42949672960 bytes are more than data\.max_file_bytes"):
+        found.read(0)
+    assert is_image(found.read(1), 0)
+
+
+def test_member_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        for name, data in (("caf\xe9.jpg", jpeg(0)), ("caf\xe8.jpg", b"no picture"), ("caf\xe9.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    for _ in range(2):  # the second time from the index
+        found = source(tmp_path)
+        assert names(found) == ["caf\udce9.jpg", "caf\udce8.jpg"] and found.label(0) == 1
+        assert is_image(found.read(0), 0)
+        with pytest.raises(BadImage) as error:
+            found.read(1)
+        assert str(error.value) == f"{tmp_path}/0.tar:caf\\udce8.jpg: not an image of a known format"
+
+
+def test_an_index_that_is_a_bomb_is_made_anew(folder: Path) -> None:
+    shard, index = folder / "s-00.tar", folder / f"s-00.tar{INDEX_SUFFIX}"
+    source(shard)
+    good = index.read_bytes()
+    with np.load(index) as file:
+        arrays = {name: file[name] for name in file.files}
+    names_of_two = ["a.jpg", "b.PNG"]
+
+    def written(change: dict[str, Any], save: Any = np.savez) -> bytes:
+        file = io.BytesIO()
+        save(file, **arrays | change)
+        return file.getvalue()
+
+    many = np.zeros(100_000, np.int64)
+    bombs = [
+        written({}, np.savez_compressed),
+        written({"offsets": np.zeros(1 << 24, np.int64)}, np.savez_compressed),
+        written({"more": many}),
+        written({"offsets": arrays["offsets"].astype(np.float64)}),
+        written({"offsets": arrays["offsets"].reshape(1, -1)}),
+        written({"problems": np.frombuffer(b"[" * 100_000, np.uint8)}),
+        written({"problems": np.frombuffer(b'{"a": 1}', np.uint8)}),
+        written({"offsets": many, "sizes": many, "labels": many.astype(np.int32), "name_ends": many}),
+        good.replace(b"'shape': (2,)", b"'shape': (9,)"),
+        good.replace(b"'shape': (2,)", b"'shape': 2**9"),
+        b"PK\x05\x06" + bytes(18),
+    ]
+    for bomb in bombs:
+        index.write_bytes(bomb)
+        before = time.perf_counter()
+        assert names(source(shard)) == names_of_two
+        assert time.perf_counter() - before < 1
+        assert index.read_bytes() != bomb  # and written again
+    index.unlink()
+    os.mkfifo(index)
+    assert names(source(shard)) == names_of_two
+
+
+def test_a_manifest_from_elsewhere_is_checked(tmp_path: Path) -> None:
+    for text in (
+        "[" * 100_000,
+        '{"images": 1, "classes": [], "shards": [5]}',
+        '{"images": "1", "classes": 3, "shards": 0}',
+    ):
+        (tmp_path / "packed.json").write_text(text)
+        with pytest.raises(UsageError, match=r"packed\.json"):
+            source(tmp_path, "packed")
+    (tmp_path / "packed.json").unlink()
+    os.mkfifo(tmp_path / "packed.json")
+    with pytest.raises(UsageError, match=r"packed\.json.*named pipe"):
+        source(tmp_path, "packed")

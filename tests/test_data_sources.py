@@ -160,3 +160,116 @@ def test_unknown_source() -> None:
     data.source = "films"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="films"):
         make_source(data)
+
+
+# ---- files from elsewhere ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"./a b.jpg\r\n  sub/c.jpg  \r\n",
+        b"\xef\xbb\xbfa b.jpg\nsub/c.jpg",
+        "\ufeffa b.jpg\r\nsub\\c.jpg\r\n".encode("utf-16-le"),
+        b"'a b.jpg'\n\"sub/c.jpg\"\n\n# the end\n",
+        b"~/a b.jpg\n$HOME/sub/c.jpg\n",
+        b"a b.jpg\rsub/c.jpg",
+    ],
+)
+def test_a_list_is_read_as_shells_and_editors_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_photos(tmp_path / "sub", 2, 40, 50)
+    (tmp_path / "sub" / "0000.jpg").rename(tmp_path / "a b.jpg")
+    (tmp_path / "sub" / "0001.jpg").rename(tmp_path / "sub" / "c.jpg")
+    (tmp_path / "list.txt").write_bytes(text)
+    for root in (tmp_path / "list.txt", "~/list.txt"):
+        found = source("list", root)
+        assert len(found) == 2 and [found.read(index).shape for index in (0, 1)] == [(40, 50, 3)] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of bytes are POSIX's")
+def test_a_list_keeps_names_that_are_no_utf_8_and_odd_line_separators(tmp_path: Path) -> None:
+    write_photos(tmp_path, 2, 40, 50)
+    names = [b"caf\xe9.jpg", "a\u2028b\x0c.jpg".encode()]
+    for old, new in zip(("0000.jpg", "0001.jpg"), names, strict=True):
+        os.rename(os.fsencode(tmp_path / old), os.fsencode(tmp_path) + b"/" + new)
+    (tmp_path / "list.txt").write_bytes(b"\n".join(names))
+    assert [source("list", tmp_path / "list.txt").read(index).shape for index in (0, 1)] == [(40, 50, 3)] * 2
+
+
+def test_a_list_with_labels_or_of_another_kind_says_so(tmp_path: Path) -> None:
+    write_photos(tmp_path, 1, 40, 50)
+    (tmp_path / "list.txt").write_text("0000.jpg 3\n")
+    with pytest.raises(UsageError, match="a label behind the path is not read"):
+        source("list", tmp_path / "list.txt")
+    with pytest.raises(UsageError, match="not a text file of paths"):
+        source("list", tmp_path / "0000.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_no_regular_file_is_one_bad_image(tmp_path: Path) -> None:
+    write_photos(tmp_path, 1, 40, 50)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(40 << 30)
+    (tmp_path / "list.txt").write_text("0000.jpg\npipe.jpg\nzero.jpg\nfolder\nsparse.jpg\n/proc/self/environ\n")
+    for found in (source("folder", tmp_path), source("list", tmp_path / "list.txt")):
+        said = {}
+        for index in range(len(found)):
+            try:
+                assert found.read(index).shape == (40, 50, 3)
+            except BadImage as bad:
+                said[os.path.basename(bad.name)] = bad.cause
+        assert said["pipe.jpg"] == "is a named pipe, not a regular file"
+        assert said["zero.jpg"] == "is a device, not a regular file"
+        assert said["sparse.jpg"] == "42949672960 bytes are more than data.max_file_bytes=268435456"
+        assert said.get("folder", "is a folder, not a regular file") == "is a folder, not a regular file"
+        assert (
+            said.get("environ", "the file is empty") == "the file is empty"
+        )  # as the kernel says: nothing is waited for
+    with pytest.raises(UsageError, match="is a named pipe"):
+        source("list", tmp_path / "pipe.jpg")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_photos(tmp_path / "open", 1, 40, 50)
+    (tmp_path / "shut").mkdir(mode=0)
+    assert len(source("folder", tmp_path)) == 1 and "shut (Permission denied)" in caplog.text
+    assert len(source("imagefolder", tmp_path)) == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path / "good", 1, 40, 50)
+    write_photos(tmp_path / "lost", 1, 40, 50)
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if os.fspath(path).endswith("lost"):
+            raise OSError(5, "Input/output error", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert len(source("folder", tmp_path)) == 1
+    assert f"1 folders cannot be listed, their images are left out: {tmp_path}/lost (Input/output error)" in caplog.text
+    with pytest.raises(UsageError, match=r"1 folders cannot be listed, the first: .*lost \(Input/output error\)"):
+        source("folder", tmp_path / "lost")
+
+
+def test_classes_are_counted_and_what_lies_beside_them_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path / "b", 2, 40, 50)
+    write_photos(tmp_path / "a", 1, 40, 50)
+    write_photos(tmp_path, 3, 40, 50)
+    (tmp_path / "empty").mkdir()
+    found = source("imagefolder", tmp_path)
+    assert found.summary == "3 images in 3 classes: a (1), b (2), empty (0)"
+    assert "3 images lie outside of the class folders" in caplog.text and "0002.jpg" in caplog.text
+    assert "1 of the class folders" in caplog.text and "hold no images: empty" in caplog.text

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 
 from scrl_fast.data.crash_trace import Trace
+from scrl_fast.data.image_files import printable
 
 _JOIN_SECONDS = 2.0
 
@@ -69,7 +70,7 @@ class Workers:
         self._queue: queue.SimpleQueue[tuple[Work, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[str, float]] = {}
         self._finished = time.monotonic()
-        arguments = (self._queue, self._reading)
+        arguments = (self._queue, self._reading, trace)
         # daemons, so that a read that never returns cannot keep the process alive
         self._threads = [
             threading.Thread(target=_serve, args=arguments, name=f"scrl_fast-data-{index}", daemon=True)
@@ -85,6 +86,7 @@ class Workers:
                 self._queue.put((work, part))
             else:
                 work.run(part)
+                _idle(self._reading, self._trace)
 
     def reads(self, name: str) -> None:
         """Note what the calling thread is about to read, for the message of a stall."""
@@ -95,8 +97,6 @@ class Workers:
     def finished(self) -> None:
         """Note that the calling thread has finished an image, whatever came of it."""
         self._finished = time.monotonic()
-        if self._trace is not None:
-            self._trace.note("")
 
     def progress(self) -> float:
         """The monotonic time at which an image was last finished."""
@@ -106,7 +106,7 @@ class Workers:
         """What the threads have been reading for how long, the longest first."""
         now = time.monotonic()
         readings = sorted(((now - since, name) for name, since in list(self._reading.values())), reverse=True)
-        return "; ".join(f"{name} for {seconds:.0f} s" for seconds, name in readings[:3]) or "nothing"
+        return "; ".join(f"{printable(name)} for {seconds:.0f} s" for seconds, name in readings[:3]) or "nothing"
 
     def why_stalled(self, timeout: float, waited_for: str = "") -> str:
         """What to say when no image was finished for `timeout` seconds, the option data.timeout."""
@@ -117,12 +117,21 @@ class Workers:
         )
 
 
-def _serve(tasks: queue.SimpleQueue[tuple[Work, int] | None], reading: dict[int, tuple[str, float]]) -> None:
+def _serve(
+    tasks: queue.SimpleQueue[tuple[Work, int] | None], reading: dict[int, tuple[str, float]], trace: Trace | None
+) -> None:
     while (task := tasks.get()) is not None:
         work, part = task
         work.run(part)
-        reading.pop(threading.get_ident(), None)
+        _idle(reading, trace)
         del work, task  # the batch must not live on in an idle thread
+
+
+def _idle(reading: dict[int, tuple[str, float]], trace: Trace | None) -> None:
+    """Note that the calling thread reads nothing: once for many images, since each note is a write."""
+    reading.pop(threading.get_ident(), None)
+    if trace is not None:
+        trace.note("")
 
 
 def _stop(

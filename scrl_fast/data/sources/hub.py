@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, read_file
-from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
+from scrl_fast.data.sources.base import UNLABELLED, EncodedImages, identity_of_names
 from scrl_fast.errors import UsageError, did_you_mean
 
 _DEFAULT_SPLIT = "train"
@@ -71,7 +71,7 @@ class DatasetImages(EncodedImages):
         column = self._images.data.column(self.column)  # of all rows, also where the dataset is a selection of them
         paths = pyarrow.compute.struct_field(column, "path")
         sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes"))
-        found = hashlib.sha256("\0".join(str(path) for path in paths.to_pylist()).encode("utf-8", "surrogateescape"))
+        found = hashlib.sha256(identity_of_names(list(map(str, paths.to_pylist())))["names"].encode())
         found.update(str(sizes.to_pylist()).encode())
         if self._labels is not None:
             found.update(self._labels.astype("<i8").tobytes())

@@ -9,20 +9,32 @@ import logging
 import os
 import re
 import zipfile
+from array import array
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.atomic_files import temporary_name
 from scrl_fast.data.decode import EXTENSIONS
+from scrl_fast.data.image_files import BadImage, read_at, read_file
 from scrl_fast.data.sources.base import UNLABELLED
-from scrl_fast.data.sources.tar import Damaged, members, read_at
+from scrl_fast.data.sources.tar import BLOCK, Damaged, Member, members
 from scrl_fast.errors import UsageError
 
 INDEX_SUFFIX = ".index.npz"
-_VERSION = 1
+_VERSION = 2
+_SMALL_INDEX = 1 << 20
+_DTYPES: dict[str, Any] = {
+    "stamp": np.dtype(np.int64),
+    "offsets": np.dtype(np.int64),
+    "sizes": np.dtype(np.int64),
+    "labels": np.dtype(np.int32),
+    "names": np.dtype(np.uint8),
+    "name_ends": np.dtype(np.int64),
+    "problems": np.dtype(np.uint8),
+}
 _MOST_CLASSES = 1_000_000
 _LONGEST_LABEL = 32
 _log = logging.getLogger("scrl_fast")
@@ -44,7 +56,7 @@ class ShardIndex(NamedTuple):
 
     def name(self, row: int) -> str:
         start = int(self.name_ends[row - 1]) if row else 0
-        return self.names[start : int(self.name_ends[row])].decode("utf-8", "replace")
+        return self.names[start : int(self.name_ends[row])].decode("utf-8", "surrogateescape")
 
 
 def shard_index(path: str) -> ShardIndex:
@@ -69,41 +81,68 @@ def shard_index(path: str) -> ShardIndex:
 
 
 def _scan(handle: int, length: int) -> ShardIndex:
-    images, labels, problems = [], {}, []
-    left_out: dict[str, list[str]] = {}
+    scan = _Scan(handle)
     try:
         for member in members(handle, length):
-            if member.kind:
-                if member.kind != "folder":
-                    left_out.setdefault(f"{member.kind}, left out", []).append(member.name)
-                continue
-            key, extension = _split(member.name)
-            if extension.endswith(EXTENSIONS) and not os.path.basename(member.name).startswith("."):
-                images.append((key, extension, member))
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    left_out.setdefault("name outside the archive, read all the same", []).append(member.name)
-            elif extension == ".cls":
-                label = _label(read_at(handle, min(member.size, _LONGEST_LABEL + 1), member.offset))
-                if label is None:
-                    left_out.setdefault("label that is no class number, left out", []).append(member.name)
-                else:
-                    labels[key] = label
+            scan.add(member)
     except Damaged as error:
-        problems.append(str(error))
-    for what, names in left_out.items():
-        problems.append(f"has {len(names)} x {what}: {names[0]!r}{', ...' if len(names) > 1 else ''}")
-    plain = {key for key, extension, _ in images if extension in EXTENSIONS}
-    # a.seg.png belongs to a.jpg and is no picture of its own; holiday.1.jpg, with no holiday.jpg beside it, is one
-    images = [entry for entry in images if entry[1] in EXTENSIONS or entry[0] not in plain]
-    encoded = [member.name.encode("utf-8", "replace") for _, _, member in images]
-    return ShardIndex(
-        np.array([member.offset for _, _, member in images], np.int64),
-        np.array([member.size for _, _, member in images], np.int64),
-        np.array([labels.get(key, UNLABELLED) for key, _, _ in images], np.int32),
-        b"".join(encoded),
-        np.cumsum([len(name) for name in encoded], dtype=np.int64),
-        problems,
-    )
+        scan.problems.append(str(error))
+    return scan.index()
+
+
+class _Scan:
+    """What has been found in a shard so far. A name and two numbers are held for each image: there may be millions."""
+
+    def __init__(self, handle: int) -> None:
+        self.problems: list[str] = []
+        self._handle = handle
+        self._names: list[str] = []
+        self._offsets, self._sizes = array("q"), array("q")
+        self._labels: dict[str, int] = {}
+        self._left_out: dict[str, list[str]] = {}
+
+    def add(self, member: Member) -> None:
+        if member.kind:
+            if member.kind != "folder":
+                self._leave_out(f"{member.kind}, left out", member.name)
+            return
+        key, extension = _split(member.name)
+        if extension.endswith(EXTENSIONS) and not os.path.basename(member.name).startswith("."):
+            self._names.append(member.name)
+            self._offsets.append(member.offset)
+            self._sizes.append(member.size)
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                self._leave_out("name outside the archive, read all the same", member.name)
+        elif extension == ".cls":
+            label = _label(read_at(self._handle, min(member.size, _LONGEST_LABEL + 1), member.offset))
+            if label is None:
+                self._leave_out("label that is no class number, left out", member.name)
+            else:
+                self._labels[key] = label
+
+    def index(self) -> ShardIndex:
+        parts = list(map(_split, self._names))
+        plain = {key for key, extension in parts if extension in EXTENSIONS}
+        # a.seg.png belongs to a.jpg and is no picture of its own; holiday.1.jpg, with no holiday.jpg beside it, is one
+        chosen = [row for row, (key, extension) in enumerate(parts) if extension in EXTENSIONS or key not in plain]
+        lost = set(self._labels) - {parts[row][0] for row in chosen}
+        if lost:
+            what = "label without an image of its name in the shard, left out"
+            self._left_out[what] = [f"{key.removeprefix('/')}.cls" for key in sorted(lost)]
+        for what, names in self._left_out.items():
+            self.problems.append(f"has {len(names)} x {what}: {names[0]!r}{', ...' if len(names) > 1 else ''}")
+        encoded = [self._names[row].encode("utf-8", "surrogateescape") for row in chosen]
+        return ShardIndex(
+            np.array(self._offsets, np.int64)[chosen],
+            np.array(self._sizes, np.int64)[chosen],
+            np.array([self._labels.get(parts[row][0], UNLABELLED) for row in chosen], np.int32),
+            b"".join(encoded),
+            np.cumsum([len(name) for name in encoded], dtype=np.int64),
+            self.problems,
+        )
+
+    def _leave_out(self, why: str, name: str) -> None:
+        self._left_out.setdefault(why, []).append(name)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -144,25 +183,58 @@ def _store(path: str, index: ShardIndex, stamp: NDArray[np.int64]) -> None:
 
 
 def _load(path: str, stamp: NDArray[np.int64]) -> ShardIndex | None:
-    """The index at path; None if it is missing, damaged, of another shard, or reaches outside this one."""
+    """The index at path; None if it is missing, damaged, of another shard, or reaches outside this one.
+
+    It is data like the shard: nothing of it is unpacked, and no array is larger than its bytes.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        data = read_file(path, limit=2 * int(stamp[1]) + _SMALL_INDEX)
+        arrays = _arrays(data)
         if not np.array_equal(arrays.pop("stamp"), stamp):
             return None
         names, problems = (arrays.pop(name).tobytes() for name in ("names", "problems"))
         index = ShardIndex(**arrays, names=names, problems=json.loads(problems))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (BadImage, OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, MemoryError):
         return None
+    except zipfile.BadZipFile:
+        return None
+    return index if _is_whole(index, int(stamp[1])) else None
+
+
+def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays in a file of `numpy.savez`, as long as they are those of an index and are stored as they are."""
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if sorted(entry.filename for entry in entries) != sorted(f"{name}.npy" for name in _DTYPES):
+            raise ValueError("other arrays than an index has")
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
+                raise ValueError("a compressed array")
+            content = archive.read(entry)
+            file, name = io.BytesIO(content), entry.filename.removesuffix(".npy")
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("an array of another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
+            if dtype != _DTYPES[name] or len(shape) != 1 or shape[0] * dtype.itemsize != len(content) - file.tell():
+                raise ValueError("an array of another shape")
+            arrays[name] = np.frombuffer(content, dtype, offset=file.tell())
+    return arrays
+
+
+def _is_whole(index: ShardIndex, length: int) -> bool:
+    """Whether an index may be one of a shard of so many bytes."""
     ends = index.name_ends
-    whole = (
+    return bool(
         index.offsets.shape == index.sizes.shape == index.labels.shape == ends.shape
+        and len(ends) <= length // BLOCK
         and (index.offsets >= 0).all()
         and (index.sizes >= 0).all()
-        and (index.sizes <= stamp[1] - index.offsets).all()
+        and (index.sizes <= length - index.offsets).all()
         and (np.diff(ends, prepend=0) >= 0).all()
         and int(ends[-1] if len(ends) else 0) == len(index.names)
         and (index.labels >= UNLABELLED).all()
         and (index.labels < _MOST_CLASSES).all()
+        and isinstance(index.problems, list)
+        and all(isinstance(problem, str) for problem in index.problems)
     )
-    return index if whole else None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.data.decode import EXTENSIONS
-from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, printable, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.tar import Handles
@@ -26,6 +26,7 @@ from scrl_fast.errors import UsageError
 
 MANIFEST = "packed.json"
 _PROBLEMS_NAMED = 5
+_LARGEST_MANIFEST = 1 << 27  # bytes: the names of millions of shards
 _log = logging.getLogger("scrl_fast")
 
 
@@ -133,14 +134,19 @@ def packed_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> TarImag
 def read_manifest(root: str | os.PathLike[str]) -> dict | None:
     """What packed.json in the folder says, or None if there is none. Raises UsageError if it cannot be understood."""
     path = Path(root, MANIFEST)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except ValueError as error:
+    try:
+        manifest = json.loads(read_file(str(path), limit=_LARGEST_MANIFEST))
+    except BadImage as error:
+        raise UsageError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or not {"images", "classes", "shards"} <= set(manifest):
+    kinds = {"images": int, "classes": list, "shards": list}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
         raise UsageError(f"{path} was not written by scrl_fast.data.pack")
+    if not all(isinstance(name, str) for name in manifest["classes"] + manifest["shards"]):
+        raise UsageError(f"{path} was not written by scrl_fast.data.pack: names that are no text")
     return manifest
 
 
@@ -197,6 +203,6 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 def _tell(problems: list[str]) -> None:
     for problem in problems[:_PROBLEMS_NAMED]:
-        _log.warning("shard %s", problem)
+        _log.warning("shard %s", printable(problem))
     if len(problems) > _PROBLEMS_NAMED:
         _log.warning("and %d more problems with shards", len(problems) - _PROBLEMS_NAMED)

@@ -13,10 +13,13 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from scrl_fast.data.image_files import read_at
+
 BLOCK = 512
 _LONGEST_NAME = 1 << 16
 _PADDING = 40 * BLOCK  # archives are filled up with zeros to a multiple of 20 blocks
 _REGULAR = (b"0", b"\0", b"7")
+_SPARSE = b"S"
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 _KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
 
@@ -58,28 +61,20 @@ def members(handle: int, length: int) -> Iterator[Member]:
         if kind in _REGULAR and "size" in extra:  # 8 GB and more
             size = extra["size"]
             place = content + -(-size // BLOCK) * BLOCK
-        if kind == b"S":
-            raise Damaged(f"holds a sparse file, which is not supported (at byte {content - BLOCK})")
+        if kind == _SPARSE:  # its map may go on in blocks of its own before the content
+            content = _end_of_sparse_map(handle, header, content)
+            place = content + -(-size // BLOCK) * BLOCK
         if kind in _KINDS:  # no content follows, whatever size they claim
             place, size = content, 0
         name = extra.get("name") or _name(header)
+        kind = _SPARSE if "sparse" in extra else kind
         if content + size > length:
             raise Damaged(f"is cut inside {name!r} (at byte {length} of {content + size})")
         if kind in _REGULAR and name.endswith("/"):  # how the oldest archives wrote folders
             kind = b"5"
-        yield Member(name, "" if kind in _REGULAR else _KINDS.get(kind, "special member"), content, size)
+        what = "sparse file" if kind == _SPARSE else _KINDS.get(kind, "special member")
+        yield Member(name, "" if kind in _REGULAR else what, content, size)
         extra = {}
-
-
-def read_at(handle: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, fewer only where the file ends."""
-    data = os.pread(handle, size, offset)
-    while 0 < len(data) < size:
-        more = os.pread(handle, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _checked(header: bytes, place: int) -> int:
@@ -109,7 +104,17 @@ def _name(header: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "replace")
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _end_of_sparse_map(handle: int, header: bytes, content: int) -> int:
+    more = header[482]
+    while more:
+        block = read_at(handle, BLOCK, content)
+        if len(block) < BLOCK:
+            raise Damaged(f"is cut in a header (at byte {content})")
+        content, more = content + BLOCK, block[504]
+    return content
 
 
 def _extension(kind: bytes, handle: int, content: int, size: int, length: int) -> dict:
@@ -131,7 +136,9 @@ def _extension(kind: bytes, handle: int, content: int, size: int, length: int) -
         if not equals or data[end - 1 : end] != b"\n":
             raise Damaged(f"has a damaged header at byte {content - BLOCK}")
         if key == b"path":
-            found["name"] = value.decode("utf-8", "replace")
+            found["name"] = value.decode("utf-8", "surrogateescape")
+        elif key.startswith(b"GNU.sparse."):
+            found["sparse"] = True
         elif key == b"size" and value.isdigit() and len(value) < 20:
             found["size"] = int(value)
         data = data[end:]
