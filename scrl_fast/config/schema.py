@@ -2,8 +2,8 @@
 
 This file holds names, types, defaults and ranges; ``files.py`` and ``command_line.py`` hold the parsing. Each field's
 docstring is what ``python -m scrl_fast.train --help`` shows. Whatever way a config is made, a value out of range or of
-the wrong type is a UsageError that names the option, the value and the values allowed. All options stand in one place:
-that is why this file is a long one.
+the wrong type is a UsageError that names the option, the value and the values allowed. This file is long because all
+options stand in one place.
 """
 
 from __future__ import annotations
