@@ -77,8 +77,10 @@ def test_coco_keypoints_and_leaving_masks_out(tmp_path):
         (lambda d: d.pop("categories"), "lacks a list of categories"),
         (lambda d: d["annotations"][0].update(image_id=99), "unknown image_id 99"),
         (lambda d: d["annotations"][0].update(category_id=5), "unknown category_id 5"),
-        (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "not in COCO's format"),
-        (lambda d: d["images"][0].pop("width"), "not in COCO's format: KeyError: 'width'"),
+        (
+            lambda d: d["annotations"][0].update(bbox=[1, 2, 3]),
+            r"annotation 1 has bbox \[1, 2, 3\], expected \[x, y, w",
+        ),
         (lambda d: d["images"].clear(), "names no images"),
         (lambda d: d["images"][2].update(file_name="gone.jpg"), "1 are not in .*val2017; the first is .*gone.jpg"),
     ],
@@ -135,7 +137,7 @@ def test_voc_files_that_are_wrong_say_how(tmp_path):
     folder = write_voc(tmp_path, "test")
     path = folder / "Annotations/000000.xml"
     write_voc_object(path, "catt", (9, 12, 20, 31))
-    with pytest.raises(UsageError, match=r"000000\.xml: 'catt' is none of the 20 classes; did you mean 'cat'"):
+    with pytest.raises(UsageError, match=r"000000\.xml .*'catt' is none of the 20 classes; did you mean 'cat'"):
         read_voc(str(tmp_path))
     assert read_voc(str(tmp_path), classes=["catt", *CLASSES]).objects[0].labels.tolist() == [0]
     path.write_text(path.read_text().replace("xmin", "left"))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from scrl_fast.data import ImagesWithBoxes
+from scrl_fast.data.sources.annotated import AnnotatedImages
+from scrl_fast.data.sources.coco import clipped_boxes
+from scrl_fast.data.sources.coco_document import read_document
 from scrl_fast.errors import UsageError
+from scrl_fast.transfer.dataset import KEYPOINTS
 from scrl_fast.transfer.detections import Detections
+from scrl_fast.transfer.masks import areas_of, has_mask
 
 Kind = Literal["bbox", "segm", "keypoints"]
 NAMES: dict[str, tuple[str, ...]] = {
@@ -25,52 +32,86 @@ def evaluator(backend: str = "auto") -> tuple[Any, Any]:
             from faster_coco_eval import COCO, COCOeval_faster
 
             return COCO, COCOeval_faster
-        except ImportError:
-            pass
+        except Exception:  # missing, or built for another NumPy: pycocotools gives the same numbers
+            if backend != "auto":
+                raise
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         return COCO, COCOeval
-    except ImportError as error:
+    except Exception as error:
+        why = "" if isinstance(error, ModuleNotFoundError) else f" (pycocotools: {error})"
         raise UsageError(
-            "average precision needs faster-coco-eval or pycocotools: pip install 'scrl-fast[eval]'"
+            f"average precision needs faster-coco-eval or pycocotools: pip install 'scrl-fast[eval]'{why}"
         ) from error
 
 
-def ground_truth(source: Any) -> dict[str, Any]:
-    """`ImagesWithBoxes` as a document in COCO's format; an image's id is its place, a category's its label."""
+def ground_truth(source: ImagesWithBoxes) -> dict[str, Any]:
+    """The boxes of any images as a document in COCO's format; an image's id is its index, a category's its label."""
     objects = getattr(source, "objects", None)
-    annotations: list[dict[str, Any]] = []
-    labels: set[int] = set()
+    rows: list[dict[str, Any]] = []
     for index in range(len(source)):
-        boxes, found = source.boxes(index), source.labels(index)
+        boxes, labels = source.boxes(index), source.labels(index)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) if objects is None else objects[index].areas
-        crowd = [False] * len(found) if objects is None else objects[index].crowd
-        for box, label, area, is_crowd in zip(boxes.tolist(), found.tolist(), areas.tolist(), crowd, strict=True):
-            x0, y0, x1, y1 = box
-            annotation = {"id": len(annotations) + 1, "image_id": index, "category_id": label, "area": area}
-            annotations.append(annotation | {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": int(is_crowd)})
-            labels.add(label)
+        crowds = [False] * len(labels) if objects is None else objects[index].crowd.tolist()
+        for (x0, y0, x1, y1), label, area, crowd in zip(
+            boxes.tolist(), labels.tolist(), areas.tolist(), crowds, strict=True
+        ):
+            row = {"image_id": index, "category_id": label, "area": area, "iscrowd": int(crowd)}
+            rows.append(row | {"bbox": [x0, y0, x1 - x0, y1 - y0]})
     classes = getattr(source, "classes", None)
-    count = len(classes) if classes is not None else max(labels, default=0) + 1
+    count = len(classes) if classes is not None else max((row["category_id"] for row in rows), default=0) + 1
+    return _document([{"id": index} for index in range(len(source))], rows, count)
+
+
+def file_ground_truth(source: AnnotatedImages, kind: Kind = "bbox") -> dict[str, Any]:
+    """What COCO's file says of these images, to the last digit, with ids as in `ground_truth`.
+
+    Annotations are numbered from 1, since both packages lose objects whose ids are 0 or repeated. Objects without an
+    area in their image are left out, as in training; for ``segm`` those without a mask, too.
+    """
+    content = read_document(source.annotation_file, segmentations=kind == "segm")
+    place_of = {image.id: place for place, image in enumerate(content.images)}
+    rows: list[dict[str, Any]] = []
+    for index, objects in enumerate(source.objects):
+        if objects.image_id not in place_of:
+            raise UsageError(f"{source.annotation_file} was changed: it has no image {objects.image_id!r} any more")
+        annotations = content.annotations[place_of[objects.image_id]]
+        _, valid = clipped_boxes(annotations, objects.height, objects.width)
+        for annotation in itertools.compress(annotations, valid):
+            row: dict[str, Any] = {"image_id": index, "category_id": annotation.label, "area": annotation.area}
+            row |= {"bbox": list(annotation.bbox), "iscrowd": int(annotation.crowd)}
+            if kind == "segm":
+                if not has_mask(annotation.segmentation):
+                    continue
+                row["segmentation"] = areas_of(annotation.segmentation)
+            if kind == "keypoints":
+                points = annotation.keypoints or [0.0] * 3 * KEYPOINTS
+                row |= {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}
+            rows.append(row)
+    images = [{"id": i, "height": o.height, "width": o.width} for i, o in enumerate(source.objects)]
+    return _document(images, rows, len(source.classes))
+
+
+def _document(images: list[dict[str, Any]], rows: list[dict[str, Any]], classes: int) -> dict[str, Any]:
     return {
         "info": {},
-        "images": [{"id": index} for index in range(len(source))],
-        "annotations": annotations,
-        "categories": [{"id": label, "name": str(label)} for label in range(count)],
+        "images": images,
+        "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
+        "categories": [{"id": label, "name": str(label)} for label in range(classes)],
     }
 
 
-def results(found: Sequence[Detections], image_ids: Sequence[Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in COCO's format of results."""
+def results(found: Sequence[Detections]) -> list[dict[str, Any]]:
+    """Detections in COCO's format of results, with ids as in `ground_truth`."""
     rows = []
     for image in found:
         for i, (box, score, label) in enumerate(
             zip(image.boxes.tolist(), image.scores.tolist(), image.labels.tolist(), strict=True)
         ):
             x0, y0, x1, y1 = box
-            row: dict[str, Any] = {"image_id": image_ids[image.index], "category_id": category_ids[label]}
+            row: dict[str, Any] = {"image_id": image.index, "category_id": label}
             row |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
             if image.masks is not None:
                 counts = image.masks[i]["counts"]
@@ -92,23 +133,19 @@ def coco_average_precision(
 ) -> dict[str, float]:
     """AP over IoU 0.5 to 0.95 (of boxes, masks, or keypoint similarity), and its companions.
 
-    truth: path of the official annotation file, or what `ground_truth` gave; only images in ``found`` count.
-    source: where ``found`` comes from: with a path it brings the file's own ids of images and categories.
+    truth: path of the file that ``source`` was read from, or a document of `ground_truth`; only images in ``found``
+        count.
     Returns 0 to 1 by name; -1 where there is no object to find.
     """
     COCO, COCOeval = evaluator(backend)
-    if isinstance(truth, str):
-        image_ids = [objects.image_id for objects in source.objects]
-        category_ids = source.category_ids
-    else:
-        image_ids, category_ids = list(range(len(source))), [c["id"] for c in truth["categories"]]
+    document = file_ground_truth(source, kind) if isinstance(truth, str) else truth
     with contextlib.redirect_stdout(io.StringIO()):  # both packages report every stage
-        expected = COCO(truth) if isinstance(truth, str) else _from_document(COCO, truth)
-        rows = results(found, image_ids, category_ids)
-        nothing = {**expected.dataset, "annotations": []}  # what loadRes makes of no rows is an error
+        expected = _from_document(COCO, document)
+        rows = results(found)
+        nothing = {**document, "annotations": []}  # what loadRes makes of no rows is an error
         guesses = expected.loadRes(rows) if rows else _from_document(COCO, nothing)
         evaluation = COCOeval(expected, guesses, iouType=kind)
-        evaluation.params.imgIds = sorted({image_ids[image.index] for image in found})
+        evaluation.params.imgIds = sorted({image.index for image in found})
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -92,26 +92,6 @@ def _objects(source: Any, index: int) -> Objects | None:
     return None if objects is None else objects[index]
 
 
-def check_categories(train: Any, val: Any) -> None:
-    """Raise UsageError naming the files when the two splits have different classes."""
-    if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):
-        only = [name for name in train.classes if name not in val.classes]
-        lacks = [name for name in val.classes if name not in train.classes]
-        raise UsageError(
-            f"the categories of {train.annotation_file} and {val.annotation_file} differ: "
-            f"only in the first {only[:5]}, only in the second {lacks[:5]}"
-            + ("" if only or lacks else "; the names agree, their ids do not")
-        )
-
-
-def check_keypoints(source: Any) -> None:
-    """Raise UsageError when no object has keypoints, or not the number that COCO's metric is defined for."""
-    counts = {objects.keypoints.shape[1] for objects in source.objects if objects.keypoints is not None}
-    if counts != {KEYPOINTS}:
-        said = f"objects have {', '.join(map(str, sorted(counts)))} keypoints" if counts else "no object has keypoints"
-        raise UsageError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")
-
-
 # ---- examples ----
 
 

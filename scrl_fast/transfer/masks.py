@@ -37,11 +37,16 @@ def _is_area(polygon: Sequence[float]) -> bool:
     return len(polygon) >= 6
 
 
+def areas_of(segmentation: Any) -> Any:
+    """The polygons of three corners or more, which enclose an area; run lengths as they are."""
+    return list(filter(_is_area, segmentation)) if isinstance(segmentation, list) else segmentation
+
+
 def coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     """Mask ``[H, W]`` of polygons (a list of lists) or a run-length dict, compressed or not; see `has_mask`."""
     tools = mask_tools()
     if isinstance(segmentation, list):
-        encoded = tools.merge(tools.frPyObjects(list(filter(_is_area, segmentation)), height, width))
+        encoded = tools.merge(tools.frPyObjects(areas_of(segmentation), height, width))
     elif isinstance(segmentation["counts"], list):
         encoded = tools.frPyObjects(segmentation, height, width)
     else:

@@ -21,13 +21,12 @@ from scrl_fast.errors import UsageError
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop, TrainingTask
 from scrl_fast.run.numerics import set_numerics, step_seed
+from scrl_fast.transfer.checks import check_categories, check_data, check_keypoints
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import (
     KEYPOINTS,
     Example,
     Examples,
-    check_categories,
-    check_keypoints,
     count_without_masks,
     read_split,
     trainable,
@@ -69,6 +68,7 @@ class Transfer(TrainingTask[list[Example]]):
         self.train = None if not self.trains else read_split(config, config.data.train) if train is None else train
         self.check_splits()
         self.indices = self.training_images(config)
+        self.data_notes = check_data(config, self.train, self.val, self.indices)
         self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
         self.evaluate_every = config.eval.every
@@ -217,7 +217,10 @@ class Transfer(TrainingTask[list[Example]]):
 
     def describe(self) -> list[str]:
         config, model, train = self.config, self.config.model, self.config.train
-        lines = [f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision}"]
+        lines = [
+            *self.data_notes,
+            f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision}",
+        ]
         if self.train is None:
             return lines
         if self.world.is_distributed:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.config.defaults import MAX_PIXELS
-from scrl_fast.data.image_files import ImageLimits, read_file
+from scrl_fast.data.decode import Encoded
+from scrl_fast.data.image_files import BadImage, ImageLimits, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
-from scrl_fast.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,28 @@ class Objects:
 _ROWS = ("boxes", "labels", "areas", "crowd", "difficult")
 
 
+class SizeMismatch(BadImage):
+    """An image has another size than its annotations say, so that its boxes would lie elsewhere."""
+
+    def __init__(self, image: Encoded, objects: Objects, annotation_file: str) -> None:
+        turned = (image.height, image.width) == (objects.width, objects.height)
+        hint = (
+            "; was it turned after it was annotated? Where the boxes were drawn on the pixels as the file stores them, "
+            "remove its EXIF orientation"
+        )
+        super().__init__(
+            image.name,
+            f"has {image.height} x {image.width} pixels, but its boxes in {annotation_file} are of an image of "
+            f"{objects.height} x {objects.width}{hint if turned else ''}",
+        )
+
+
 class AnnotatedImages(EncodedImages):
     """Images of one folder with their `Objects`, images without objects included; a `Source`, too.
 
     classes: names by label. category_ids: the file's own number of each label, which COCO results are written with.
     annotation_file: where the annotations were read: COCO's JSON file, VOC's list of images.
+    notes: one sentence for each oddity of the annotations, such as the number of boxes left out.
     `boxes` and `labels` give an image's objects as `scrl_fast.evaluate.roi_linear` takes them.
     """
 
@@ -73,11 +90,12 @@ class AnnotatedImages(EncodedImages):
         classes: Sequence[str],
         *,
         annotation_file: str,
-        category_ids: Sequence[int] = (),
+        category_ids: Sequence[int | str] = (),
         max_pixels: int = MAX_PIXELS,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder, self.objects, self.classes = folder, list(objects), list(classes)
-        self.annotation_file, self.max_pixels = annotation_file, max_pixels
+        self.annotation_file, self.max_pixels, self.notes = annotation_file, max_pixels, list(notes)
         self.limits = ImageLimits(max_pixels=max_pixels)
         self.category_ids = list(category_ids) or list(range(len(self.classes)))
 
@@ -89,6 +107,13 @@ class AnnotatedImages(EncodedImages):
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.folder, self.objects[index].file_name)
+
+    def open(self, index: int) -> Encoded:
+        """Image `index` before it is decoded. Raises BadImage, SizeMismatch where the annotations say another size."""
+        image, objects = super().open(index), self.objects[index]
+        if (image.height, image.width) != (objects.height, objects.width):
+            raise SizeMismatch(image, objects, self.annotation_file)
+        return image
 
     def label(self, index: int) -> int:
         return UNLABELLED
@@ -117,6 +142,7 @@ class AnnotatedImages(EncodedImages):
             annotation_file=self.annotation_file,
             category_ids=self.category_ids,
             max_pixels=self.max_pixels,
+            notes=self.notes,
         )
 
 
@@ -133,21 +159,5 @@ def concatenate(parts: Sequence[AnnotatedImages]) -> AnnotatedImages:
         annotation_file=" + ".join(part.annotation_file for part in parts),
         category_ids=first.category_ids,
         max_pixels=first.max_pixels,
+        notes=[note for part in parts for note in part.notes],
     )
-
-
-def inside(boxes: NDArray[np.float32], height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Boxes clipped to the image, and which of them still have an area (NaN has none)."""
-    clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32)).astype(np.float32)
-    return clipped, (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-
-
-def check_images_exist(folder: str, names: Sequence[str], annotation_file: str) -> None:
-    """Raises UsageError naming the first image that the annotations promise and the folder lacks."""
-    present = set(os.listdir(folder))  # one look at the folder instead of a hundred thousand at its files
-    missing = [n for n in names if n not in present and not os.path.isfile(os.path.join(folder, n))]
-    if missing:
-        raise UsageError(
-            f"{annotation_file} names {len(names)} images, of which {len(missing)} are not in {folder}; the first is "
-            f"{os.path.join(folder, missing[0])}"
-        )

@@ -21,7 +21,7 @@ from scrl_fast.errors import UsageError
 CLASSES = {"person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33}
 VOID = frozenset([0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30])
 """Classes that the evaluation ignores: a detection over them is no mistake."""
-INSTANCE = 1000
+INSTANCE, MOST_CLASSES = 1000, 256
 IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
@@ -41,6 +41,9 @@ def read_cityscapes(
     names = sorted(path.relative_to(images).as_posix() for path in Path(images).glob(f"*/*{IMAGE_SUFFIX}"))
     if not names:
         raise UsageError(f"no images in {images}: expected CITY/*{IMAGE_SUFFIX}")
+    labelled = {path.relative_to(labels).as_posix() for path in Path(labels).glob(f"*/*{LABEL_SUFFIX}")}
+    lost = labelled - {name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX for name in names}
+    notes = [f"{labels}: {len(lost)} instance images have no picture, such as {min(lost)}"] if lost else []
     with ThreadPoolExecutor(max(1, workers)) as pool:
         objects = list(pool.map(lambda name: _objects(labels, name), names))
     return AnnotatedImages(
@@ -50,20 +53,25 @@ def read_cityscapes(
         annotation_file=labels,
         category_ids=list(CLASSES.values()),
         max_pixels=max_pixels,
+        notes=notes,
     )
 
 
 def instance_image(path: str | os.PathLike[str]) -> NDArray[np.int32]:
-    """The values of an instance image, ``[H, W]``. Raises UsageError naming a file that is missing or no such image."""
+    """Values of an instance image, int32 ``[H, W]``. Raises UsageError naming a file that is none or missing."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
             values = np.asarray(picture)
     except FileNotFoundError:
         raise UsageError(f"no instance image at {path}, though the split has its picture") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "iu":
         raise UsageError(f"{path} is no instance image: expected one channel of whole numbers, got {values.shape}")
+    if values.size == 0 or values.min() < 0 or values.max() >= INSTANCE * MOST_CLASSES:
+        raise UsageError(f"{path} is no instance image: it holds the value {int(values.max(initial=0))}")
     return values.astype(np.int32)
 
 

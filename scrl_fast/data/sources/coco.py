@@ -7,16 +7,17 @@ cocodataset.org/#format-data.
 from __future__ import annotations
 
 import glob
-import json
 import os
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects, check_images_exist, inside
+from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
+from scrl_fast.data.sources.annotation_files import box_notes, clip_boxes, fill_sizes, find_images
+from scrl_fast.data.sources.coco_document import Annotation, Document, read_document
 from scrl_fast.errors import UsageError, did_you_mean
-
-PARTS = ("images", "annotations", "categories")
 
 
 def read_coco(
@@ -35,30 +36,30 @@ def read_coco(
     kind: ``instances``, or ``person_keypoints``, whose keypoints are read too.
     annotation_file, image_folder: in place of the official ``annotations/KIND_SPLIT.json`` and ``SPLIT``.
     keep_segmentations: False leaves the masks out (most of the memory of train2017).
-    Boxes that are empty, or empty inside the image, are left out.
-    Raises UsageError naming the path that was expected, and for a file that is not COCO's format.
+    Sizes of images that the file does not know are read from the images. Boxes are clipped to their image and left out
+    where nothing remains; ``notes`` of the result count them.
+    Raises UsageError naming the path that was expected, or the row of the file that is wrong.
     """
     file = annotation_file or os.path.join(root, "annotations", f"{kind}_{split}.json")
     folder = image_folder or os.path.join(root, split)
     _check_layout(root, file, folder)
-    document = _load(file)
-    categories = sorted(document["categories"], key=lambda c: c["id"])
-    try:
-        objects = _all_objects(
-            document, file, {c["id"]: label for label, c in enumerate(categories)}, keep_segmentations
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{file} is not in COCO's format: {type(error).__name__}: {error}") from error
-    check_images_exist(folder, [o.file_name for o in objects], file)
+    document = read_document(file, segmentations=keep_segmentations)
+    names, notes = find_images(folder, [image.file_name for image in document.images], file)
+    stated = [image.size for image in document.images]
+    sizes, more = fill_sizes(folder, names, stated, file, max_pixels=max_pixels)
+    faults: Counter[str] = Counter()
+    objects = [
+        _objects(document, place, name, size, faults)
+        for place, (name, size) in enumerate(zip(names, sizes, strict=True))
+    ]
     return AnnotatedImages(
         folder,
         objects,
-        [category["name"] for category in categories],
+        document.classes,
         annotation_file=file,
-        category_ids=[category["id"] for category in categories],
+        category_ids=document.category_ids,
         max_pixels=max_pixels,
+        notes=[*document.notes, *notes, *more, *box_notes(file, faults)],
     )
 
 
@@ -73,56 +74,44 @@ def _check_layout(root: str, file: str, folder: str) -> None:
         raise UsageError(f"no folder of images at {folder}, which {file} belongs to")
 
 
-def _load(file: str) -> dict[str, Any]:
-    try:
-        with open(file, encoding="utf-8") as text:
-            document = json.load(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
-    missing = [part for part in PARTS if not isinstance(document, dict) or not isinstance(document.get(part), list)]
-    if missing:
-        raise UsageError(f"{file} is not in COCO's format: it lacks a list of {', '.join(missing)}")
-    if not document["images"]:
-        raise UsageError(f"{file} names no images")
-    return document
-
-
-def _all_objects(document: dict[str, Any], file: str, label_of: dict[int, int], segmentations: bool) -> list[Objects]:
-    found: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in document["images"]}
-    for annotation in document["annotations"]:
-        for key, known in (("image_id", found), ("category_id", label_of)):
-            if annotation[key] not in known:
-                raise UsageError(f"{file}: annotation {annotation.get('id')} has the unknown {key} {annotation[key]}")
-        found[annotation["image_id"]].append(annotation)
-    return [_objects(image, found[image["id"]], label_of, segmentations) for image in document["images"]]
-
-
-def _objects(
-    image: dict[str, Any], annotations: list[dict[str, Any]], label_of: dict[int, int], segmentations: bool
-) -> Objects:
-    count = len(annotations)
-    boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(count, 4)
+def clipped_boxes(
+    annotations: Sequence[Annotation], height: int, width: int, faults: Counter[str] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Boxes ``[n, 4]`` as x0, y0, x1, y1 inside the image, and which of them have an area there."""
+    boxes = np.array([annotation.bbox for annotation in annotations], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # COCO: x, y, width, height
-    boxes, valid = inside(boxes, image["height"], image["width"])
-    areas = [a.get("area", b[2] * b[3]) for a, b in ((a, a["bbox"]) for a in annotations)]
+    return clip_boxes(boxes, height, width, faults)
+
+
+def _objects(document: Document, place: int, name: str, size: tuple[int, int], faults: Counter[str]) -> Objects:
+    annotations, (height, width) = document.annotations[place], size
+    for annotation in annotations:
+        mask = annotation.segmentation
+        if isinstance(mask, dict) and mask["size"] != [height, width]:
+            rows, columns = mask["size"]
+            raise UsageError(
+                f"{document.file}: {annotation} has run lengths of {rows} x {columns} pixels, but its image {name} has "
+                f"{height} x {width}"
+            )
+    boxes, valid = clipped_boxes(annotations, height, width, faults)
     objects = Objects(
-        image_id=image["id"],
-        file_name=image["file_name"],
-        height=image["height"],
-        width=image["width"],
+        image_id=document.images[place].id,
+        file_name=name,
+        height=height,
+        width=width,
         boxes=boxes,
-        labels=np.array([label_of[annotation["category_id"]] for annotation in annotations], np.int64),
-        areas=np.array(areas, np.float32),
-        crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool),
-        difficult=np.zeros(count, bool),
-        segmentations=tuple(a.get("segmentation") if segmentations else None for a in annotations),
+        labels=np.array([annotation.label for annotation in annotations], np.int64),
+        areas=np.array([annotation.area for annotation in annotations], np.float32),
+        crowd=np.array([annotation.crowd for annotation in annotations], bool),
+        difficult=np.zeros(len(annotations), bool),
+        segmentations=tuple(annotation.segmentation for annotation in annotations),
         keypoints=_keypoints(annotations),
     )
     return objects if valid.all() else objects[valid]
 
 
-def _keypoints(annotations: list[dict[str, Any]]) -> np.ndarray | None:
-    rows = [np.array(annotation.get("keypoints", ()), np.float32).reshape(-1, 3) for annotation in annotations]
+def _keypoints(annotations: Sequence[Annotation]) -> NDArray[np.float32] | None:
+    rows = [np.array(annotation.keypoints or (), np.float32).reshape(-1, 3) for annotation in annotations]
     most = max(map(len, rows), default=0)
     if not most:
         return None

@@ -7,13 +7,26 @@ last one; here they count from 0 and do not.
 from __future__ import annotations
 
 import os
+import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects, check_images_exist, inside
+from scrl_fast.data.decode import EXTENSIONS
+from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
+from scrl_fast.data.sources.annotation_files import (
+    box_notes,
+    clip_boxes,
+    fill_sizes,
+    find_images,
+    foreign_content,
+    shown,
+    stated_size,
+)
 from scrl_fast.errors import UsageError, did_you_mean
 
 CLASSES = (
@@ -38,14 +51,38 @@ def read_voc(
     Raises UsageError naming the path that was expected, or the file and the class that does not belong.
     """
     folder = _folder(root, year)
-    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
-    names = _listed(listing)
-    objects = [_objects(folder, name, {c: label for label, c in enumerate(classes)}) for name in names]
-    images = str(folder / "JPEGImages")
-    if not os.path.isdir(images):
+    listing, images = folder / "ImageSets" / "Main" / f"{split}.txt", folder / "JPEGImages"
+    names = _listed(folder, listing)
+    label_of = {name: label for label, name in enumerate(classes)}
+    annotations = [_read_xml(folder / "Annotations" / f"{name}.xml", label_of) for name in names]
+    if not images.is_dir():
         raise UsageError(f"no folder of images at {images}, which {listing} belongs to")
-    check_images_exist(images, [o.file_name for o in objects], str(listing))
-    return AnnotatedImages(images, objects, classes, annotation_file=str(listing), max_pixels=max_pixels)
+    files = _image_files(images, names, annotations)
+    files, notes = find_images(str(images), files, str(listing))
+    sizes, more = fill_sizes(str(images), files, [a.size for a in annotations], str(listing), max_pixels=max_pixels)
+    faults: Counter[str] = Counter()
+    objects = [
+        _objects(name, file, size, annotation, faults)
+        for name, file, size, annotation in zip(names, files, sizes, annotations, strict=True)
+    ]
+    return AnnotatedImages(
+        str(images),
+        objects,
+        classes,
+        annotation_file=str(listing),
+        max_pixels=max_pixels,
+        notes=[*notes, *more, *box_notes(str(listing), faults)],
+    )
+
+
+class _Annotation(NamedTuple):
+    """The content of one XML file."""
+
+    file_name: str
+    size: tuple[int, int] | None
+    labels: list[int]
+    boxes: list[list[float]]
+    difficult: list[bool]
 
 
 def _folder(root: str, year: str) -> Path:
@@ -57,55 +94,104 @@ def _folder(root: str, year: str) -> Path:
     raise UsageError(f"no VOC annotations in {root!r}: expected {Path(root, f'VOC{year}', 'Annotations')}")
 
 
-def _listed(listing: Path) -> list[str]:
+def _listed(folder: Path, listing: Path) -> list[str]:
+    """The names that a list holds, without what the lists of single classes have behind them."""
     try:
-        lines = listing.read_text(encoding="utf-8").split("\n")
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         there = sorted(path.stem for path in listing.parent.glob("*.txt") if "_" not in path.stem)
         hint = did_you_mean(listing.stem, there) or (f"; there are: {', '.join(there)}" if there else "")
         raise UsageError(f"no list of images at {listing}{hint}") from None
-    names = [line.split()[0] for line in lines if line.strip()]
+    except ValueError as error:
+        raise UsageError(f"{listing} is no list of names: {error}") from error
+    present = set(os.listdir(folder / "Annotations"))
+    names = [_listed_name(line.strip(), present) for line in lines if line.strip()]
     if not names:
         raise UsageError(f"{listing} names no images")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{listing} names {name!r} {count} times: its objects would be counted as often")
     return names
 
 
-def _objects(folder: Path, name: str, label_of: dict[str, int]) -> Objects:
-    path = folder / "Annotations" / f"{name}.xml"
+def _listed_name(line: str, present: set[str]) -> str:
+    first = line.split()[0]
+    for name in (line, first, os.path.splitext(line)[0], os.path.splitext(first)[0]):
+        if f"{name}.xml" in present:
+            return name
+    return first
+
+
+def _image_files(images: Path, names: Sequence[str], annotations: Sequence[_Annotation]) -> list[str]:
+    """The image of each annotation: the one called as the list says, whatever its extension.
+
+    An XML file's ``<filename>`` decides between several, and counts alone where there is none: tools copy it wrongly.
+    """
+    files_of: dict[str, list[str]] = {}
+    for file in sorted(os.listdir(images)):
+        stem, extension = os.path.splitext(file)
+        if extension.lower() in EXTENSIONS:
+            files_of.setdefault(stem, []).append(file)
+    chosen = []
+    for name, annotation in zip(names, annotations, strict=True):
+        files = files_of.get(name, [])
+        if not files:
+            chosen.append(annotation.file_name or f"{name}.jpg")
+        else:
+            chosen.append(annotation.file_name if annotation.file_name in files else files[0])
+    return chosen
+
+
+# ---- XML files ----
+
+
+def _read_xml(path: Path, label_of: Mapping[str, int]) -> _Annotation:
     try:
-        tree = ElementTree.parse(path).getroot()
-        found = [_object(node) for node in tree.findall("object")]
-        height, width = (int(_text(tree, f"size/{side}")) for side in ("height", "width"))
+        data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"no annotation at {path}, though the list of images names {name}") from None
-    except (ElementTree.ParseError, ValueError) as error:
+        raise UsageError(f"no annotation at {path}, though the list of images names {path.stem}") from None
+    if other := foreign_content(data):
+        raise UsageError(f"{path} is {other}, not an annotation in XML")
+    try:
+        return _annotation(_parsed(data), label_of)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UsageError(f"{path} is not in VOC's format: {error}") from error
-    for category, _, _ in found:
+
+
+def _parsed(data: bytes) -> ElementTree.Element:
+    """The root of an XML document that declares no entities: a few bytes of them can stand for gigabytes."""
+    if b"<!ENTITY" in data.replace(b"\0", b""):
+        raise ValueError("it declares XML entities, which annotations need not and which may be endless")
+    root = ElementTree.fromstring(data.lstrip())
+    if root.tag != "annotation":
+        raise ValueError(f"its root is <{shown(root.tag)[1:-1]}>, not <annotation>")
+    return root
+
+
+def _annotation(root: ElementTree.Element, label_of: Mapping[str, int]) -> _Annotation:
+    labels, boxes, difficult = [], [], []
+    for node in root.iterfind("object"):
+        boxes.append([float(_text(node, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")])
+        category = _text(node, "name")
         if category not in label_of:
-            raise UsageError(
-                f"{path}: '{category}' is none of the {len(label_of)} classes{did_you_mean(category, label_of)}"
+            raise ValueError(
+                f"{shown(category)} is none of the {len(label_of)} classes{did_you_mean(category[:99], label_of)}"
             )
-    boxes = np.array([box for _, box, _ in found], np.float32).reshape(len(found), 4)
-    boxes[:, :2] -= 1
-    boxes, valid = inside(boxes, height, width)
-    objects = Objects(
-        image_id=name,
-        file_name=(tree.findtext("filename") or f"{name}.jpg").strip(),
-        height=height,
-        width=width,
-        boxes=boxes,
-        labels=np.array([label_of[category] for category, _, _ in found], np.int64),
-        areas=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
-        crowd=np.zeros(len(found), bool),
-        difficult=np.array([difficult for _, _, difficult in found], bool),
-        segmentations=(None,) * len(found),
-    )
-    return objects if valid.all() else objects[valid]
+        labels.append(label_of[category])
+        difficult.append(_flag(node.findtext("difficult")))
+    name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
+    height, width = ((root.findtext(f"size/{side}") or "").strip() for side in ("height", "width"))
+    return _Annotation(name, stated_size(height, width), labels, boxes, difficult)
 
 
-def _object(node: ElementTree.Element) -> tuple[str, list[float], bool]:
-    box = [float(_text(node, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
-    return _text(node, "name"), box, (node.findtext("difficult") or "0").strip() == "1"
+def _flag(text: str | None) -> bool:
+    """<difficult>: 0 or 1; some tools write words, or nothing."""
+    value = (text or "").strip().lower()
+    if value in ("1", "true"):
+        return True
+    if value in ("", "0", "false", "unspecified"):
+        return False
+    raise ValueError(f"<difficult> is {shown(text)}, expected 0 or 1")
 
 
 def _text(node: ElementTree.Element, path: str) -> str:
@@ -113,3 +199,24 @@ def _text(node: ElementTree.Element, path: str) -> str:
     if text is None:
         raise ValueError(f"<{node.tag}> has no <{path.replace('/', '><')}>")
     return text.strip()
+
+
+def _objects(name: str, file: str, size: tuple[int, int], annotation: _Annotation, faults: Counter[str]) -> Objects:
+    height, width = size
+    count = len(annotation.labels)
+    corners = np.array(annotation.boxes, np.float64).reshape(count, 4)
+    corners[:, :2] -= 1
+    boxes, valid = clip_boxes(corners, height, width, faults)
+    objects = Objects(
+        image_id=name,
+        file_name=file,
+        height=height,
+        width=width,
+        boxes=boxes,
+        labels=np.array(annotation.labels, np.int64),
+        areas=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+        crowd=np.zeros(count, bool),
+        difficult=np.array(annotation.difficult, bool),
+        segmentations=(None,) * count,
+    )
+    return objects if valid.all() else objects[valid]
