@@ -172,7 +172,7 @@ class Evil:
 def test_nothing_in_a_file_runs(tmp_path, name):
     marker = tmp_path / "ran"
     (tmp_path / name).write_bytes(pickle.dumps({"model": {"stem.conv1.weight": Evil(marker)}}))
-    with pytest.raises(weights.WeightsError, match="only NumPy arrays are read"):
+    with pytest.raises(weights.WeightsError, match="only NumPy arrays, tensors and plain values are read"):
         weights.read(tmp_path / name)
     assert not marker.exists()
 
@@ -180,7 +180,7 @@ def test_nothing_in_a_file_runs(tmp_path, name):
 @pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02garbage", pickle.dumps([1, 2])])
 def test_damaged_pickles_are_named(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(weights.WeightsError, match=r"cannot load .*a\.pkl"):
+    with pytest.raises(weights.WeightsError, match=r"(cannot load .*a\.pkl|a\.pkl is damaged: it is empty)"):
         weights.read(tmp_path / "a.pkl")
     with pytest.raises(weights.WeightsError, match=r"no weights at .*none\.pkl"):
         weights.read(tmp_path / "none.pkl")

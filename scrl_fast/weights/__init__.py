@@ -4,7 +4,7 @@
 tensors that matched and refuse a file without the whole encoder. No code of a file is run.
 """
 
-from scrl_fast.weights.files import WeightsError
+from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.layouts import Weights, read
 from scrl_fast.weights.load import (
     RANDOM,

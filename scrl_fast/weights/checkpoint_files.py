@@ -1,6 +1,6 @@
 """Reading checkpoint files: which one a path means, whether it is whole, and what it holds.
 
-Loading never runs code from the file (``weights_only=True``).
+No code of a file is run (`scrl_fast.weights.torch_files`).
 """
 
 from __future__ import annotations
@@ -8,24 +8,20 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scrl_fast import atomic_files
-from scrl_fast.errors import UsageError
+from scrl_fast.weights.errors import CheckpointError
+from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
+from scrl_fast.weights.torch_files import read_torch
+from scrl_fast.weights.zip_archive import ArchiveError, ZipArchive, is_zip
 
 CHECKPOINT_KEYS = ("model", "optimizer", "step", "epoch", "config", "rng", "loader", "version")
 """What a training checkpoint holds."""
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
-
-
-class CheckpointError(UsageError):
-    """A checkpoint that is missing, damaged, or not what was asked for."""
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -105,8 +101,7 @@ def verify(path: str | os.PathLike[str], *, quiet: bool = False) -> None:
     quiet: no warning when the ``.sha256`` is absent.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+    check_regular(path, "checkpoint", CheckpointError)
     expected = atomic_files.expected_digest(path)
     if expected is None:
         _check_without_digest(path)
@@ -119,30 +114,20 @@ def verify(path: str | os.PathLike[str], *, quiet: bool = False) -> None:
 
 
 def _check_without_digest(path: Path) -> None:
-    """The zip container keeps a CRC-32 of each tensor, which torch writes but does not compare when it loads."""
-    if not zipfile.is_zipfile(path):
-        _read(path)  # torch's older format, or no checkpoint at all: only torch can tell
+    """Check each entry's CRC-32, which torch writes; the older format has none and is read instead."""
+    start = start_of(path)
+    if not is_zip(start):
+        _read(path)
         return
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+        with ZipArchive(path) as archive:
+            archive.check()
+    except (ArchiveError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if broken is not None:
-        raise CheckpointError(f"{path} is damaged: checksum of {broken}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types here; each means that the file is not ours
-        if "weights_only" in str(error):
-            reason = "it holds objects other than tensors and plain values, and unpickling those could run code"
-        else:
-            reason = (
-                f"damaged or no checkpoint ({str(error).strip().partition(chr(10))[0][:120] or type(error).__name__})"
-            )
-        raise CheckpointError(f"cannot load {path}: {reason}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"cannot load {path}: it holds a {type(state).__name__}, not a dict")
-    return state
+    start = start_of(path)
+    if kind := other_kind(start):
+        raise CheckpointError(f"cannot load {path}: {kind}")
+    return read_torch(path, start)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from scrl_fast.errors import UsageError
 from scrl_fast.weights import checkpoint_files
+from scrl_fast.weights.errors import WeightsError
+from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
+from scrl_fast.weights.pickled_arrays import ARRAYS
+from scrl_fast.weights.pickles import PickleReader
+from scrl_fast.weights.torch_files import LEGACY_MAGIC
+from scrl_fast.weights.zip_archive import is_zip
 
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
-_ZIP, _TORCH_LEGACY = b"PK\x03\x04", 0x1950A86A20F9469CFC6C
-
-
-class WeightsError(UsageError):
-    """Weights that cannot be read, or that do not fit the network they were meant for."""
+PUBLISHED_LAST = "checkpoint_last.pth"
+"""The file that the published implementation's ``load_dir`` holds."""
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -37,16 +36,24 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         document = read_safetensors(path / HUB_WEIGHTS)
         document["__metadata__"] |= _hub_config(path / HUB_CONFIG)
         return path / HUB_WEIGHTS, document
-    path = checkpoint_files.find(path)
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}")
+    path = _file_in(path) if path.is_dir() else path
+    check_regular(path)
+    start = start_of(path)
+    if kind := other_kind(start):
+        raise WeightsError(f"cannot load {path}: {kind}")
     if path.suffix == ".safetensors":
         return path, read_safetensors(path)
     if path.suffix == ".onnx":
         return path, read_onnx(path)
-    if path.suffix == ".pkl" or _is_plain_pickle(path):
+    if not is_zip(start) and (path.suffix == ".pkl" or _is_plain_pickle(start)):
         return path, read_pickle(path)
     return path, checkpoint_files.load(path)
+
+
+def _file_in(folder: Path) -> Path:
+    """The published implementation's last checkpoint, or the newest good one of a run folder."""
+    last = folder / PUBLISHED_LAST
+    return last if last.is_file() and not (folder / "checkpoints").is_dir() else checkpoint_files.find(folder)
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -110,53 +117,18 @@ def _hub_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays in plain containers, and refuses to import anything else."""
-
-    ALLOWED = frozenset(
-        [
-            ("collections", "OrderedDict"),
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("_codecs", "encode"),  # how protocol 2 spells bytes
-            *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-        ]
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only NumPy arrays are read")
-        return super().find_class(module, name)
-
-
 def read_pickle(path: Path) -> dict[str, Any]:
     """A ``.pkl`` as detectron2 and Caffe2 write it: NumPy arrays in dicts. Arrays come back as tensors."""
     try:
-        # latin1: what Python 2 wrote; bytes of arrays survive it unchanged
-        document = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
-        raise WeightsError(f"cannot load {path}: {error or type(error).__name__}") from error
+        document = PickleReader(path.read_bytes(), ARRAYS).load()
+    except Exception as error:  # damaged opcodes raise half a dozen types on the way
+        reason = str(error).strip().partition("\n")[0][:160] or type(error).__name__
+        raise WeightsError(f"cannot load {path}: {reason}") from error
     if not isinstance(document, dict):
         raise WeightsError(f"cannot load {path}: it holds a {type(document).__name__}, not a dict")
-    return _tensors(document)
+    return {str(name): value for name, value in document.items()}
 
 
-def _tensors(tree: dict[Any, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            value = _tensors(value)
-        elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(np.array(value))  # a copy that owns its memory and may be written to
-        result[str(name)] = value
-    return result
-
-
-def _is_plain_pickle(path: Path) -> bool:
-    """A pickle that torch did not write: protocol 2 or later, no zip, without torch's magic number."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if start.startswith(_ZIP) or len(start) < 2 or start[0] != 0x80:
-        return False
-    return _TORCH_LEGACY.to_bytes(10, "little") not in start
+def _is_plain_pickle(start: bytes) -> bool:
+    """A pickle that torch did not write: protocol 2 or later, without torch's magic number."""
+    return start[:1] == b"\x80" and len(start) > 1 and LEGACY_MAGIC.to_bytes(10, "little") not in start[:64]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
-from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, WeightsError, flattened
+from scrl_fast.weights.errors import WeightsError
+from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, flattened
 from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
 from scrl_fast.weights.momentum import momentum_by_name, parameter_order
 

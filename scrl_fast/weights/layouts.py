@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scrl_fast.weights.files import WeightsError, read_file, unflattened
+from scrl_fast.weights.errors import WeightsError
+from scrl_fast.weights.files import read_file, unflattened
 
 State = dict[str, Tensor]
 
@@ -26,7 +27,7 @@ PUBLISHED_PARTS = {
 }
 BATCH_COUNTER = "num_batches_tracked"
 """The buffer of a BatchNorm that counts batches; some formats leave it out."""
-_CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict")
+_CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
-from scrl_fast.weights.files import WeightsError
+from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.layouts import BATCH_COUNTER, State, Weights, cast_like, read
 
 Source = str | os.PathLike[str] | Weights
@@ -173,21 +173,26 @@ def load_encoder(source: Source, *, backbone: str = "", branch: Branch = "online
 def guess_backbone(weights: Weights) -> str:
     """The backbone's name: the one that the file states, else the one whose tensors have the same shapes.
 
-    Raises WeightsError when no known backbone has these tensors.
+    Raises WeightsError when no known backbone has these tensors; the message names the nearest.
     """
     stated = weights.metadata.get("backbone")
     if stated:
         return str(stated)
     state = weights.encoder()
+    misfits: list[tuple[int, str]] = []
     for name in encoder_names():
         with torch.device("meta"):
             own: dict[str, Any] = build_encoder(name).body.state_dict()
         shapes = {key: tensor.shape for key, tensor in own.items() if not key.endswith(BATCH_COUNTER)}
-        if all(key in state and state[key].shape == shape for key, shape in shapes.items()) and not any(
-            key.startswith("layer") and key not in own for key in state
-        ):
+        if not shapes.keys() <= state.keys() or any(key.startswith("layer") and key not in own for key in state):
+            continue
+        wrong = [key for key, shape in shapes.items() if state[key].shape != shape]
+        if not wrong:
             return name
-    raise WeightsError(f"{weights.path} ({weights.layout}): no known backbone has these tensors; name the backbone")
+        is_now, must_be = list(state[wrong[0]].shape), list(shapes[wrong[0]])
+        misfits.append((len(wrong), f"{name} is nearest, but {wrong[0]} is {is_now}, must be {must_be}"))
+    hint = min(misfits)[1] if misfits else "name the backbone"
+    raise WeightsError(f"{weights.path} ({weights.layout}): no known backbone has these tensors; {hint}")
 
 
 def _shortened(names: Iterable[str], count: int = 4) -> str:
