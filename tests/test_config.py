@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import yaml
 
 from scrl_fast.config import command_line
-from scrl_fast.config.files import option_kinds, recipe_names
+from scrl_fast.config.files import option_kinds, recipe_names, renamed_options, under_present_names
 from scrl_fast.config.schema import (
     BACKBONE_STRIDES,
     BoxesConfig,
@@ -24,7 +26,10 @@ from scrl_fast.config.schema import (
     ViewsConfig,
     load_recipe,
 )
+from scrl_fast.config.validation import validated
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.config import TASK_OPTIONS
+from scrl_fast.transfer.config import TransferConfig
 
 SECTIONS = {
     "data": DataConfig,
@@ -225,6 +230,112 @@ def test_from_dict_takes_any_part():
     assert Config.from_dict({}) == Config()
     with pytest.raises(UsageError, match=r"unknown option 'train\.epoch'; did you mean 'train\.epochs'"):
         Config.from_dict({"train": {"epoch": 3}})
+
+
+# ---- a config is checked once more where it is used ----
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value", "message"),
+    [
+        (Config, "train.batch_size", -5, "train.batch_size=-5: must be at least 1"),
+        (Config, "optim.lr", -1.0, "optim.lr=-1.0: must be above 0"),
+        (Config, "optim.lr", "fast", "optim.lr='fast': must be a number"),
+        (Config, "views.scale", (1.0, 0.2), "views.scale=[1.0, 0.2]: must be a range above 0"),
+        (Config, "boxes.min_size", 224, "boxes.min_size=224: views of views.size=224 pixels have no room"),
+        (Config, "compat", "other", "compat=other: must be one of none, kakaobrain"),
+        (Config, "train", None, "train=None: must be a TrainConfig"),
+        (Config, "train", OptimConfig(), "must be a TrainConfig"),
+        (TransferConfig, "train.batch_size", -5, "train.batch_size=-5: must be at least 1"),
+        (TransferConfig, "optim.lr", -1.0, "optim.lr=-1.0: must be above 0"),
+        (TransferConfig, "model.roi_sampling_ratio", 5000, "roi_sampling_ratio=5000: must be from 1 to 4096, or -1"),
+        (TransferConfig, "task", "instance", "model.detector=faster_rcnn: the task instance needs mask_rcnn"),
+    ],
+)
+def test_options_changed_after_construction_are_checked(make, option, value, message):
+    config = make()
+    section, _, field = option.rpartition(".")
+    setattr(getattr(config, section) if section else config, field, value)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        validated(config)
+
+
+@pytest.mark.parametrize("config", [Config(), load_recipe("demo"), TransferConfig()])
+def test_a_validated_config_is_an_equal_copy(config):
+    config.run.keep = 5
+    copy = validated(config)
+    assert copy == config and copy is not config and copy.run is not config.run
+    copy.run.keep = 7
+    assert config.run.keep == 5
+    for nothing in (None, {}, Config):
+        with pytest.raises(TypeError, match=r"config=.*: must be an object such as scrl_fast\.Config"):
+            validated(nothing)
+
+
+def test_the_trainers_check_what_they_are_given():
+    from scrl_fast.trainer import SCRLTrainer
+    from scrl_fast.transfer.trainer import Transfer
+
+    for trainer, config in ((SCRLTrainer, Config()), (Transfer, TransferConfig())):
+        config.train.batch_size = -5
+        with pytest.raises(UsageError, match=r"train\.batch_size=-5: must be at least 1"):
+            trainer(config)
+
+
+# ---- options that have another name today ----
+
+
+@dataclasses.dataclass
+class Part:
+    new: int = 1
+    """A number."""
+
+
+@dataclasses.dataclass
+class Renamed:
+    part: Part = dataclasses.field(default_factory=Part)
+    """A section."""
+    after: str = ""
+    """A text."""
+
+    renamed: ClassVar[dict[str, str]] = {"part.old": "part.new", "before": "after"}
+
+
+def parse_renamed(*argv):
+    return command_line.parse_as(Renamed, argv, prog="x", description="")
+
+
+def test_options_are_read_under_their_old_names(tmp_path):
+    request = parse_renamed("--part.old=3", "--before", "x")
+    assert (request.config.part.new, request.config.after) == (3, "x")
+    assert request.notes == ["--part.old is now called --part.new", "--before is now called --after"]
+    path = tmp_path / "old.yaml"
+    path.write_text("part: {old: 4}\nbefore: y\n")
+    request = parse_renamed(f"--config={path}")
+    assert (request.config.part.new, request.config.after) == (4, "y")
+    assert request.notes == [f"{path}: part.old is now called part.new", f"{path}: before is now called after"]
+    assert parse_renamed(f"--config={path}", "--part.new=5").config.part.new == 5
+
+
+def test_a_checkpoint_of_before_is_compared_under_the_present_names():
+    before = {"part": {"old": 4}, "before": "y", "other": 1}
+    assert under_present_names(Renamed, before) == {"part": {"new": 4}, "after": "y", "other": 1}
+    assert before == {"part": {"old": 4}, "before": "y", "other": 1}
+
+
+@pytest.mark.parametrize("cls", [Config, TransferConfig, *TASK_OPTIONS.values()])
+def test_an_old_name_is_no_option_of_today_and_leads_to_one(cls):
+    kinds = option_kinds(cls)
+    for old, new in renamed_options(cls).items():
+        assert old not in kinds and new in kinds
+
+
+@pytest.mark.parametrize("text", ["part: {old: 4, new: 5}", "part: {new: 4}\npart.new: 5", "after: x\nbefore: y"])
+def test_an_option_stands_once_in_a_file(tmp_path, text):
+    path = tmp_path / "both.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"both\.yaml: '(part\.new|after)' stands twice"):
+        parse_renamed(f"--config={path}")
 
 
 def test_every_option_is_explained_in_the_help(capsys):

@@ -162,7 +162,10 @@ def checked(cls: type, options: dict[str, Any], origin: str = "") -> dict[str, A
         if value is None:
             raise UsageError(f"{where}'{name}' has no value: give one, or remove the line")
         section, _, field = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[field] = value
+        group = nested.setdefault(section, {}) if section else nested
+        if field in group:
+            raise UsageError(f"{where}'{name}' stands twice, as '{given}' as well")
+        group[field] = value
     return nested
 
 
