@@ -1,0 +1,146 @@
+"""The structure of a training checkpoint: which kinds of value its sections hold, whoever made the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scrl_fast.weights.errors import CheckpointError
+
+LARGEST_STEP = 1 << 53
+"""Steps are counted in numbers that a float64 holds exactly."""
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def check_training_state(path: object, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, naming the file, the place and the value, unless a run can go on from ``state``.
+
+    Checked are types and ranges: counters, options, tensors by name, the optimizer's numbering, generator states, the
+    loader's place and the log's numbers. Shapes are for the network and the optimizer to check, which know them.
+    """
+    checks: dict[str, Callable[[Any], str]] = {
+        "step": _count,
+        "epoch": _count,
+        "version": lambda value: "" if type(value) is str else "must be text",
+        "config": _options,
+        "model": _model,
+        "optimizer": _optimizer,
+        "rng": _generators,
+        "loader": _loader,
+        "log": _log,
+    }
+    for section, fault_of in checks.items():
+        if section in state and (fault := fault_of(state[section])):
+            raise CheckpointError(f"{path}: the checkpoint's {section} cannot be used: {fault}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, _PLAIN):
+        return f"{value!r:.60}"
+    return f"a {type(value).__name__}"
+
+
+def _count(value: Any, least: int = 0) -> str:
+    good = type(value) is int and least <= value < LARGEST_STEP
+    return "" if good else f"must be a whole number from {least} on, is {_shown(value)}"
+
+
+def _in(place: str, fault: str) -> str:
+    return f"{place} {fault}" if fault else ""
+
+
+def _first(faults: Any) -> str:
+    return next((fault for fault in faults if fault), "")
+
+
+def _named(value: Any, fault_of: Callable[[Any], str], names: type = str) -> str:
+    """The fault of a dict: its names must be of one type, its values pass ``fault_of``."""
+    if not isinstance(value, dict):
+        return f"must be a dict, is {_shown(value)}"
+    if wrong := [name for name in value if type(name) is not names]:
+        return f"has the key {_shown(wrong[0])}, where keys are of type {names.__name__}"
+    return _first(_in(f"{name!r:.60}", fault_of(item)) for name, item in value.items())
+
+
+def _options(value: Any) -> str:
+    return _named(value, _option)
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, dict):
+        return _options(value)
+    if isinstance(value, (list, tuple)):
+        return _first(_option(item) for item in value)
+    return "" if type(value) in _PLAIN else f"must be a plain value, is {_shown(value)}"
+
+
+def _tensor(value: Any) -> str:
+    return "" if isinstance(value, Tensor) else f"must be a tensor, is {_shown(value)}"
+
+
+def _model(value: Any) -> str:
+    """Tensors by name, or those of several networks, some of which may be None."""
+    if isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
+        return _named(value, lambda part: "" if part is None else _named(part, _tensor))
+    return _named(value, _tensor)
+
+
+def _optimizer(value: Any) -> str:
+    if not isinstance(value, dict) or not {"state", "param_groups"} <= value.keys():
+        return "must be a dict of 'state' and 'param_groups'"
+    groups = value["param_groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return "'param_groups' must be a list of dicts"
+    for group in groups:
+        numbers = group.get("params")
+        if not isinstance(numbers, list) or any(_count(number) for number in numbers):
+            return "'params' of a group must be a list of numbers"
+    momentum = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {_shown(item)}"  # noqa: E731
+    return _in("'state'", _named(value["state"], lambda state: _named(state, momentum), int))
+
+
+def _generators(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"must be a dict, is {_shown(value)}"
+    if "torch" in value:
+        try:
+            torch.Generator().set_state(value["torch"])
+        except (RuntimeError, TypeError, ValueError):
+            return f"'torch' must be a state of torch's generator on a CPU, is {_shown(value['torch'])}"
+    if "scaler" in value:
+        return _in("'scaler'", _named(value["scaler"], _number))
+    return ""
+
+
+def _number(value: Any) -> str:
+    good = type(value) in (int, float) and math.isfinite(value)
+    return "" if good else f"must be a finite number, is {_shown(value)}"
+
+
+def _loader(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"must be a dict, is {_shown(value)}"
+    counters = {"epoch": 0, "batch": 0, "world_size": 1}
+    if fault := _first(_in(name, _count(value[name], least)) for name, least in counters.items() if name in value):
+        return fault
+    processes = value.get("processes", [])
+    if not isinstance(processes, list) or not all(isinstance(process, dict) for process in processes):
+        return "'processes' must be a list of dicts"
+    names = lambda item: "" if isinstance(item, list) and all(type(n) is str for n in item) else "must be names"  # noqa: E731
+    return _first(_in("'bad'", _named(process.get("bad", {}), names, int)) for process in [*processes, value])
+
+
+def _log(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"must be a dict, is {_shown(value)}"
+    rows, scores, best = value.get("pending", []), value.get("scores", []), value.get("best", 0.0)
+    if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
+        return "'pending' must be a list of rows"
+    numbers = [number for row in rows for number in (row.values() if isinstance(row, dict) else row)]
+    if not isinstance(scores, list) or any(type(number) not in (int, float) for number in [*numbers, *scores, best]):
+        return "'pending', 'scores' and 'best' must hold numbers"
+    return ""
