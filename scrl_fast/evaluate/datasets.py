@@ -123,15 +123,10 @@ class ResizedImages:
         return len(self.images)
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Raises UsageError for an image whose size is not the one its annotations were made for."""
+        """Raises BadImage, for an image of another size than its annotations say, too."""
         from PIL import Image
 
-        pixels, objects = self.images.read(index), self.images.objects[index]
-        if pixels.shape[:2] != (objects.height, objects.width):
-            raise UsageError(
-                f"{self.name_of(index)} has {pixels.shape[0]} x {pixels.shape[1]} pixels, but its boxes in "
-                f"{self.annotation_file} are of an image of {objects.height} x {objects.width}"
-            )
+        pixels = self.images.read(index)
         if self._scale(index) == 1:
             return pixels
         height, width = self._size(index)

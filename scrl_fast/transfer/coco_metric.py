@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.sources.annotated import AnnotatedImages
-from scrl_fast.data.sources.coco import clipped_boxes
+from scrl_fast.data.sources.annotation_files import clip_boxes, far_outside
+from scrl_fast.data.sources.coco import corners_of
 from scrl_fast.data.sources.coco_document import read_document
+from scrl_fast.data.sources.coco_fields import inside_mask
 from scrl_fast.errors import UsageError
 from scrl_fast.transfer.dataset import KEYPOINTS
 from scrl_fast.transfer.detections import Detections
@@ -78,14 +81,21 @@ def file_ground_truth(source: AnnotatedImages, kind: Kind = "bbox") -> dict[str,
         if objects.image_id not in place_of:
             raise UsageError(f"{source.annotation_file} was changed: it has no image {objects.image_id!r} any more")
         annotations = content.annotations[place_of[objects.image_id]]
-        _, valid = clipped_boxes(annotations, objects.height, objects.width)
-        for annotation in itertools.compress(annotations, valid):
+        corners = corners_of(annotations)
+        clipped, valid = clip_boxes(corners, objects.height, objects.width)
+        far = far_outside(corners, clipped)
+        for place in np.flatnonzero(valid).tolist():
+            annotation = annotations[place]
             row: dict[str, Any] = {"image_id": index, "category_id": annotation.label, "area": annotation.area}
             row |= {"bbox": list(annotation.bbox), "iscrowd": int(annotation.crowd)}
+            if far[place]:  # no detection reaches beyond the image
+                x0, y0, x1, y1 = clipped[place].tolist()
+                row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             if kind == "segm":
-                if not has_mask(annotation.segmentation):
+                mask = inside_mask(annotation.segmentation, objects.height, objects.width)
+                if not has_mask(mask):
                     continue
-                row["segmentation"] = areas_of(annotation.segmentation)
+                row["segmentation"] = areas_of(mask)
             if kind == "keypoints":
                 points = annotation.keypoints or [0.0] * 3 * KEYPOINTS
                 row |= {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}

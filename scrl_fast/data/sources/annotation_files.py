@@ -102,11 +102,16 @@ def clip_boxes(
     clipped = np.clip(boxes, 0, np.array([width, height, width, height])).astype(np.float32)
     valid = np.isfinite(boxes).all(1) & (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
     if faults is not None and len(boxes):
-        with np.errstate(invalid="ignore"):
-            faults["clipped"] += int((valid & (np.abs(clipped - boxes).max(1) > 1)).sum())
+        faults["clipped"] += int((valid & far_outside(boxes, clipped)).sum())
         faults["left out"] += int((~valid).sum())
         faults["all"] += len(boxes)
     return clipped, valid
+
+
+def far_outside(boxes: NDArray[np.float64], clipped: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which boxes reach more than a pixel beyond their image; less is rounding."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.abs(clipped - boxes).max(1, initial=0) > 1
 
 
 def box_notes(annotation_file: str, faults: Counter[str]) -> list[str]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
 from scrl_fast.data.sources.annotation_files import box_notes, clip_boxes, fill_sizes, find_images
 from scrl_fast.data.sources.coco_document import Annotation, Document, read_document
+from scrl_fast.data.sources.coco_fields import inside_mask
 from scrl_fast.errors import UsageError, did_you_mean
 
 
@@ -74,13 +75,11 @@ def _check_layout(root: str, file: str, folder: str) -> None:
         raise UsageError(f"no folder of images at {folder}, which {file} belongs to")
 
 
-def clipped_boxes(
-    annotations: Sequence[Annotation], height: int, width: int, faults: Counter[str] | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Boxes ``[n, 4]`` as x0, y0, x1, y1 inside the image, and which of them have an area there."""
+def corners_of(annotations: Sequence[Annotation]) -> NDArray[np.float64]:
+    """Boxes ``[n, 4]`` as x0, y0, x1, y1; COCO has x, y, width, height."""
     boxes = np.array([annotation.bbox for annotation in annotations], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]  # COCO: x, y, width, height
-    return clip_boxes(boxes, height, width, faults)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def _objects(document: Document, place: int, name: str, size: tuple[int, int], faults: Counter[str]) -> Objects:
@@ -93,7 +92,7 @@ def _objects(document: Document, place: int, name: str, size: tuple[int, int], f
                 f"{document.file}: {annotation} has run lengths of {rows} x {columns} pixels, but its image {name} has "
                 f"{height} x {width}"
             )
-    boxes, valid = clipped_boxes(annotations, height, width, faults)
+    boxes, valid = clip_boxes(corners_of(annotations), height, width, faults)
     objects = Objects(
         image_id=document.images[place].id,
         file_name=name,
@@ -104,7 +103,7 @@ def _objects(document: Document, place: int, name: str, size: tuple[int, int], f
         areas=np.array([annotation.area for annotation in annotations], np.float32),
         crowd=np.array([annotation.crowd for annotation in annotations], bool),
         difficult=np.zeros(len(annotations), bool),
-        segmentations=tuple(annotation.segmentation for annotation in annotations),
+        segmentations=tuple(inside_mask(annotation.segmentation, height, width) for annotation in annotations),
         keypoints=_keypoints(annotations),
     )
     return objects if valid.all() else objects[valid]

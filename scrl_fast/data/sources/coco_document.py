@@ -53,7 +53,7 @@ class Annotation(NamedTuple):
     """3 K numbers: x, y, visibility."""
 
     def __str__(self) -> str:
-        return _in_words(*self.where)
+        return _in_words("annotation", *self.where)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def read_document(file: str, *, segmentations: bool) -> Document:
             found = annotations[_known(item, "image_id", place_of)]
             found.append(_annotation(item, where, _known(item, "category_id", label_of), segmentations))
         except ValueError as error:
-            raise UsageError(f"{file}: {_in_words(*where)} {error}") from error
+            raise UsageError(f"{file}: {_in_words('annotation', *where)} {error}") from error
     _check_keypoints(file, annotations)
     _check_unit(file, annotations)
     return Document(file, images, classes, category_ids, annotations, notes)
 
 
-def _in_words(row: int, number: Any) -> str:
-    return f"annotation at position {row}" if number is None else f"annotation {shown(number)}"
+def _in_words(what: str, row: int, number: Any) -> str:
+    return f"{what} at position {row}" if number is None else f"{what} {shown(number)}"
 
 
 def _known(item: dict[str, Any], key: str, place_of: dict[int | str, int]) -> int:
@@ -139,7 +139,7 @@ def _categories(file: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[
         try:
             number, name = id_of(item, "id"), text_of(item, "name")
         except ValueError as error:
-            raise UsageError(f"{file}: category {shown(item.get('id', f'at position {row}'))} {error}") from error
+            raise UsageError(f"{file}: {_in_words('category', row, item.get('id'))} {error}") from error
         if number in names:
             raise UsageError(f"{file}: two categories have the id {number!r}: {names[number]!r} and {name!r}")
         names[number] = name
@@ -158,7 +158,7 @@ def _images(file: str, rows: list[dict[str, Any]]) -> list[Image]:
             number, name = id_of(item, "id"), text_of(item, "file_name")
             size = stated_size(item.get("height"), item.get("width"))
         except ValueError as error:
-            raise UsageError(f"{file}: image {shown(item.get('id', f'at position {row}'))} {error}") from error
+            raise UsageError(f"{file}: {_in_words('image', row, item.get('id'))} {error}") from error
         if number in images:
             raise UsageError(
                 f"{file}: two images have the id {number!r}: {images[number].file_name!r} and {name!r}; "

@@ -106,8 +106,7 @@ def segmentation_of(value: Any) -> Any:
             raise ValueError(f"has as segmentation {what}, expected a list of polygons [[x, y, ...], ...]")
         return [_polygon(polygon) for polygon in value]
     if isinstance(value, dict):
-        _check_run_lengths(value)
-        return value
+        return value if _has_pixels(value) else None
     raise ValueError(f"has as segmentation {shown(value)}, expected polygons or run lengths")
 
 
@@ -121,20 +120,35 @@ def _polygon(values: list[Any]) -> list[float]:
     return values
 
 
-def _check_run_lengths(value: dict[str, Any]) -> None:
-    """Raise ValueError unless the runs cover the image exactly: else pycocotools shows uninitialised memory."""
+def inside_mask(segmentation: Any, height: int, width: int) -> Any:
+    """The mask, or None where no polygon of it reaches into the image."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    reach = any(
+        len(p) >= 6 and min(p[::2]) < width and min(p[1::2]) < height and max(p[::2]) > 0 and max(p[1::2]) > 0
+        for p in segmentation
+    )
+    return segmentation if reach else None
+
+
+def _has_pixels(value: dict[str, Any]) -> bool:
+    """Whether run lengths hold any pixel of an object.
+
+    Raises ValueError unless the runs cover the image exactly: pycocotools would show uninitialised memory.
+    """
     size, counts = value.get("size"), value.get("counts")
     sides = size if isinstance(size, list) and len(size) == 2 else [0]
     if not all(type(side) is int and 0 < side <= FARTHEST for side in sides):
         raise ValueError(f"has run lengths of size {shown(size)}, expected [height, width]")
     if isinstance(counts, str):
-        total = sum(_decoded(counts))
+        runs = _decoded(counts)
     elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
-        total = sum(counts)
+        runs = counts
     else:
         raise ValueError(f"has run lengths with counts {shown(counts)}")
-    if total != sides[0] * sides[1]:
-        raise ValueError(f"has run lengths of {total} pixels in all, but a size of {sides[0]} x {sides[1]}")
+    if sum(runs) != sides[0] * sides[1]:
+        raise ValueError(f"has run lengths of {sum(runs)} pixels in all, but a size of {sides[0]} x {sides[1]}")
+    return any(runs[1::2])
 
 
 def _decoded(text: str) -> list[int]:

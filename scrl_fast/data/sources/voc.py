@@ -115,11 +115,11 @@ def _listed(folder: Path, listing: Path) -> list[str]:
 
 
 def _listed_name(line: str, present: set[str]) -> str:
-    first = line.split()[0]
+    first, *rest = line.split()
     for name in (line, first, os.path.splitext(line)[0], os.path.splitext(first)[0]):
         if f"{name}.xml" in present:
             return name
-    return first
+    return first if rest in (["1"], ["-1"], ["0"]) else line
 
 
 def _image_files(images: Path, names: Sequence[str], annotations: Sequence[_Annotation]) -> list[str]:
