@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
+from scrl_fast.config.validation import clean_path
 from scrl_fast.errors import UsageError, friendly_errors
 
 PROG = "python -m scrl_fast.export"
@@ -230,9 +231,12 @@ def _remove(path: Path) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(prog=PROG, description="Write the encoder of a checkpoint in the layout of another library.")
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint or run folder, or any weights --init takes"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=clean_path,
+        help="a checkpoint or run folder, or any weights --init takes",
     )
-    parser.add_argument("out", metavar="OUT", help="file to write; for hf a folder")
+    parser.add_argument("out", metavar="OUT", type=clean_path, help="file to write; for hf a folder")
     parser.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
     parser.add_argument("--branch", choices=("online", "target"), default="online", help="default: %(default)s")
     parser.add_argument("--backbone", default="", help="name of the encoder, where the file does not tell")

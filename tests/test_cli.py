@@ -14,9 +14,10 @@ import torch
 
 from scrl_fast import train
 from scrl_fast.config import command_line
-from scrl_fast.config.files import Settings, dump
+from scrl_fast.config.files import Settings
 from scrl_fast.config.schema import load_recipe
 from scrl_fast.config.validation import at_least, check_fields
+from scrl_fast.config.yaml_text import dump
 from scrl_fast.errors import UsageError, did_you_mean, exit_code, friendly_errors, nearest, one_line
 
 

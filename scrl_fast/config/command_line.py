@@ -19,9 +19,7 @@ from scrl_fast.config.files import (
     DEFAULT_RECIPE,
     TRAINER_DESCRIPTION,
     Settings,
-    as_yaml,
     build,
-    dump,
     make_parser,
     option_kinds,
     read_settings,
@@ -32,7 +30,8 @@ from scrl_fast.config.files import (
 )
 from scrl_fast.config.run_folder import CONFIG, folder_of, moved_to
 from scrl_fast.config.schema import Config
-from scrl_fast.config.validation import to_plain
+from scrl_fast.config.validation import clean_path, to_plain
+from scrl_fast.config.yaml_text import as_yaml, dump
 from scrl_fast.errors import UsageError, did_you_mean
 
 FLAGS = ("config", "debug", "help", "print_config")
@@ -180,7 +179,7 @@ def _of_checkpoint(options: dict[str, Any], origin: str) -> Settings:
 
 def _base_settings(tokens: Sequence[str], checkpoint_config: ReadConfig | None) -> Settings:
     """Without ``--config``: the options of the run that is resumed, else the demo's."""
-    resume, run_dir = (last_flag_value(tokens, name) for name in ("resume", "run.dir"))
+    resume, run_dir = (clean_path(last_flag_value(tokens, name)) for name in ("resume", "run.dir"))
     settings = load_run_config(resume, run_dir, checkpoint_config)
     if settings is None:
         return read_settings(DEFAULT_RECIPE, recipe_names())
@@ -191,14 +190,14 @@ def _base_settings(tokens: Sequence[str], checkpoint_config: ReadConfig | None) 
 
 def _folder_of_run(names: Sequence[str], files: Sequence[Settings], tokens: Sequence[str]) -> str:
     """The run folder where the command line does not say it, and the run has been moved or copied since; or ''."""
-    resume = last_flag_value(tokens, "resume")
+    resume = clean_path(last_flag_value(tokens, "resume"))
     if not resume or last_flag_value(tokens, "run.dir"):
         return ""
     if resume != "auto" and Path(resume).exists():
         return str(folder_of(resume) or "")
     section = files[-1].options.get("run")
     named = section.get("dir") if isinstance(section, dict) else None
-    return moved_to(names[-1], str(named)) if names and named else ""
+    return moved_to(clean_path(names[-1]), str(named)) if names and named else ""
 
 
 def _notes_of(cls: type, files: Iterable[Settings]) -> Iterator[str]:

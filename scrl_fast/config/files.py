@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import yaml
-
 from scrl_fast.config import kakaobrain
-from scrl_fast.config.validation import field_types, type_description
+from scrl_fast.config.validation import clean_path, field_types, type_description
+from scrl_fast.config.yaml_text import as_yaml, read_yaml, shortened
 from scrl_fast.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def read_settings(name: str, recipes: Sequence[str] = ()) -> Settings:
     recipes: the names that are recipes. Only the trainer has any; it alone takes the published implementation's YAML.
     Raises UsageError when there is neither, and for YAML that cannot be read or gives a key twice.
     """
-    path = RECIPES / f"{name}.yaml" if name in recipes else Path(name)
+    path = RECIPES / f"{name}.yaml" if name in recipes else Path(clean_path(name))
     if path.is_dir():
         raise UsageError(f"--config={name} is a folder; for the config of a run give {path / 'config.yaml'}")
     try:
@@ -125,29 +124,6 @@ def read_settings(name: str, recipes: Sequence[str] = ()) -> Settings:
     return Settings(document, str(path))
 
 
-def read_yaml(path: Path) -> Any:
-    """The document in a YAML file. Raises UsageError naming file and line; FileNotFoundError."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
-
-
-def dump(options: dict[str, Any]) -> str:
-    """YAML of nested options, in their order, one a line."""
-    return yaml.dump(options, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
-
-
-def as_yaml(value: Any) -> str:
-    """One value on one line, as YAML and the command line take it."""
-    if isinstance(value, str):
-        return value
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1000).strip().removesuffix("\n...")
-
-
 def checked(cls: type, options: dict[str, Any], origin: str = "") -> dict[str, Any]:
     """The same options nested and under their present names, once each is known and has a value. Raises UsageError."""
     where = f"{origin}: " if origin else ""
@@ -156,9 +132,9 @@ def checked(cls: type, options: dict[str, Any], origin: str = "") -> dict[str, A
         name = renamed_options(cls).get(given, given)
         if name in sections(cls):
             inner = ", ".join(sections(cls)[name])
-            raise UsageError(f"{where}'{name}' must hold options ({inner}), not {as_yaml(value)}")
+            raise UsageError(f"{where}'{name}' must hold options ({inner}), not {shortened(as_yaml(value))}")
         if name not in option_kinds(cls):
-            raise UsageError(f"{where}unknown option '{name}'{did_you_mean(name, option_kinds(cls))}")
+            raise UsageError(f"{where}unknown option '{shortened(name)}'{did_you_mean(name, option_kinds(cls))}")
         if value is None:
             raise UsageError(f"{where}'{name}' has no value: give one, or remove the line")
         section, _, field = name.rpartition(".")
@@ -254,33 +230,9 @@ def _reworded(message: str, prefix: str, cls: type) -> str:
     if match := re.search(r'key "([^"]+)".*?(?:Got value: (.*))?$', message, re.DOTALL):
         name, value = match.groups()
         if name in option_kinds(cls):
-            return f"{prefix}{name}={value}: must be {type_description(option_kinds(cls)[name])}"
+            return f"{prefix}{name}={shortened(value)}: must be {type_description(option_kinds(cls)[name])}"
     if match := re.search(r"argument (\S+): expected one argument", message):
         return f"{match[1]} needs a value, as in {match[1]}=..."
     if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         return f"what is '{match[1]}'? An option looks like --train.epochs=3"
-    return " ".join(message.split())
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Blocks for sections, ``[a, b]`` for lists."""
-
-
-def _flow_list(dumper: yaml.SafeDumper, value: Any) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-
-
-_Dumper.add_representer(list, _flow_list)
-_Dumper.add_representer(tuple, _flow_list)
+    return shortened(message, 400)

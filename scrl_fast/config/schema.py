@@ -22,7 +22,7 @@ from scrl_fast.config.defaults import (
     LOG_EVERY,
     MAX_PIXELS,
 )
-from scrl_fast.config.files import Settings, build, dump, read_settings, recipe_names
+from scrl_fast.config.files import Settings, build, read_settings, recipe_names
 from scrl_fast.config.validation import (
     FRACTION_RANGE,
     SAMPLES_RANGE,
@@ -30,13 +30,16 @@ from scrl_fast.config.validation import (
     TIMEOUT_RANGE,
     above,
     at_least,
+    check_device,
     check_fields,
+    clean_paths,
     from_above,
     from_below,
     option_error,
     to_plain,
     within,
 )
+from scrl_fast.config.yaml_text import dump
 from scrl_fast.errors import UsageError, did_you_mean
 
 BACKBONE_STRIDES = {
@@ -108,6 +111,7 @@ class DataConfig:
             demo_images=at_least(1),
             demo_size=at_least(16),
         )
+        clean_paths(self, "root")
 
 
 @dataclass
@@ -318,9 +322,7 @@ class TrainConfig:
             threads=at_least(0),
             seed=SEED_RANGE,
         )
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-            raise option_error("train.device", self.device, "must be auto, cpu, cuda or cuda:N")
+        check_device("train.device", self.device)
 
 
 @dataclass
@@ -342,6 +344,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "run", log_every=at_least(1), checkpoint_every=at_least(0), keep=at_least(2))
+        clean_paths(self, "dir")
 
 
 @dataclass
@@ -390,6 +393,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        clean_paths(self, "resume", "init")
         self._check_together()
 
     def _check_together(self) -> None:

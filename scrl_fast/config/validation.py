@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -98,6 +100,35 @@ def validated(options: Options) -> Options:
 def to_plain(options: Any) -> dict[str, Any]:
     """Nested dict of a dataclass of options, tuples as lists: what YAML, JSON and a checkpoint can hold."""
     return {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
+
+
+def clean_paths(section: Any, *names: str) -> None:
+    """Put these options of a section, which are paths, as `clean_path` makes them."""
+    for name in names:
+        setattr(section, name, clean_path(getattr(section, name)))
+
+
+def clean_path(path: str) -> str:
+    """A path as a shell hands it over: without quotes around it, ``~`` as the home, no slash at its end.
+
+    A shell expands ``~`` in ``--init ~/x`` but neither in ``--init=~/x`` nor in a YAML file.
+    """
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    path = os.path.expanduser(path)
+    return path.rstrip("/") or path[:1]
+
+
+def check_device(option: str, device: str) -> None:
+    """Raise UsageError for what is no name of a device."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise option_error(option, device, "must be auto, cpu, cuda or cuda:N")
+
+
+def check_writable(option: str, path: str) -> None:
+    """Raise UsageError for a file to write whose name is that of a folder: found before the work, not after it."""
+    if path and os.path.isdir(path):
+        raise option_error(option, path, "is a folder; give the name of a file in it")
 
 
 def option_error(option: str, value: object, reason: str) -> UsageError:

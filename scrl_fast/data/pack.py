@@ -27,6 +27,7 @@ from scrl_fast.atomic_files import publish, write_synced, write_text
 from scrl_fast.config.command_line import CommandParser
 from scrl_fast.config.defaults import MAX_PIXELS
 from scrl_fast.config.schema import DataConfig
+from scrl_fast.config.validation import clean_path
 from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.decode import Encoded
 from scrl_fast.data.image_files import BadImage
@@ -198,8 +199,8 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m scrl_fast.data.pack", description="Pack images into shards for source=packed."
     )
-    parser.add_argument("dir", metavar="DIR", help="the images: what --data.root would be")
-    parser.add_argument("out", metavar="OUT", help="folder for the shards; one that is not finished is gone on with")
+    parser.add_argument("dir", metavar="DIR", type=clean_path, help="the images: what --data.root would be")
+    parser.add_argument("out", metavar="OUT", type=clean_path, help="folder for the shards; continued if unfinished")
     parser.add_argument("--source", choices=SOURCES, default="folder", help="what DIR is (default: %(default)s)")
     parser.add_argument("--shorter-side", type=int, default=512, help="pixels, never enlarged (default: %(default)s)")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEGs (default: %(default)s)")

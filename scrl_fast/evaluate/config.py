@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES, MAX_PIXELS
 from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
-from scrl_fast.config.validation import above, at_least, check_fields, option_error, within
+from scrl_fast.config.validation import (
+    above,
+    at_least,
+    check_device,
+    check_fields,
+    check_writable,
+    clean_paths,
+    within,
+)
 from scrl_fast.errors import UsageError
 
 
@@ -43,13 +50,15 @@ class Common:
     def check(self) -> None:
         """Types and ranges, the sections' included. A task with ranges of its own adds to it."""
         check_fields(self, "", batch_size=at_least(1), workers=at_least(0), seed=within(0, 2**31))
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise option_error("device", self.device, "must be auto, cpu, cuda or cuda:N")
+        clean_paths(self, *(name for name in ("checkpoint", "json", "cache", "plot") if hasattr(self, name)))
+        check_device("device", self.device)
 
     def check_ready(self) -> None:
         """Raise UsageError when an option without a default is missing."""
         if not self.checkpoint:
             raise UsageError("--checkpoint is missing: a run folder, a file of weights, or --checkpoint=random")
+        for name in ("json", "plot"):
+            check_writable(name, getattr(self, name, ""))
         data = getattr(self, "data", None)
         if data is not None and data.source != "demo" and not data.root:
             raise UsageError(f"data.source={data.source} needs --data.root, the folder of the data set")
@@ -120,6 +129,7 @@ class RegionData:
 def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]
     sizes = dict.fromkeys(("max_pixels", "demo_images", "demo_test"), at_least(1))
     check_fields(data, "data", demo_size=at_least(16), **sizes, **ranges)
+    clean_paths(data, "root")
 
 
 # ---- tasks ----

@@ -19,7 +19,8 @@ import torch
 
 from scrl_fast._version import __version__
 from scrl_fast.atomic_files import write_text
-from scrl_fast.config.files import dump, under_present_names
+from scrl_fast.config.files import under_present_names
+from scrl_fast.config.yaml_text import dump
 from scrl_fast.distributed.rendezvous import launcher
 from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.run import plots

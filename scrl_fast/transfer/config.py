@@ -17,7 +17,10 @@ from scrl_fast.config.validation import (
     TIMEOUT_RANGE,
     above,
     at_least,
+    check_device,
     check_fields,
+    check_writable,
+    clean_paths,
     from_below,
     option_error,
     to_plain,
@@ -58,6 +61,7 @@ class TransferDataConfig:
         share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
         check_fields(self, "data", flip=share, subset=share, timeout=TIMEOUT_RANGE, **counts)
+        clean_paths(self, "root")
         if self.subset == 0:
             raise option_error("data.subset", self.subset, "must be above 0")
 
@@ -231,6 +235,7 @@ class TransferTrainConfig:
             max_steps=at_least(0),
             seed=SEED_RANGE,
         )
+        check_device("train.device", self.device)
 
 
 @dataclass
@@ -285,6 +290,7 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        clean_paths(self, "init", "resume", "json")
         needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
         if needs and self.model.detector != needs:
             raise option_error("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
@@ -293,6 +299,7 @@ class TransferConfig:
         """Raise UsageError when what a task leaves to the user is missing."""
         if not self.data.root:
             raise UsageError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
+        check_writable("json", self.json)
         if self.eval.only and not self.resume:
             raise UsageError("eval.only=True measures a detector that was trained: name its checkpoint with --resume")
 
