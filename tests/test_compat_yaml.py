@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -94,7 +96,7 @@ def test_each_value_arrives():
                 "scrl": {
                     **{"enabled": True, "num_patches_per_image": 7, "iou_threshold": 0.75, "grid_based_box_gen": False},
                     **{"jittering_ratio": 0.2, "box_jittering": True, "min_size": 16, "pool_size": 3},
-                    **{"spatial_scale": 0.0625, "sampling_ratio": 2, "detectron_aligned": True},
+                    **{"spatial_scale": 0.03125, "sampling_ratio": 2, "detectron_aligned": True},
                 },
             },
             "dataset": {"name": "imagenet", "root": "/images"},
@@ -110,7 +112,7 @@ def test_each_value_arrives():
             Config,
             Settings(
                 {
-                    "resume": "runs/old",
+                    "init": "runs/old",
                     "model": {
                         **{"backbone": "resnet101", "hidden_dim": 1024, "projection_dim": 64, "method": "scrl"},
                         **{"pool_size": 3, "sampling_ratio": 2, "aligned": True},
@@ -223,7 +225,7 @@ def test_its_flags_keep_their_spelling(write):
     path = write(published("scrl", 200))
     request = parse(
         *("--config", path, "--train/max_epochs=3", "--train/batch_size_train", "8", "--train/optim/lr=1e-1"),
-        *("--save_dir=runs/x", "--no_pbar", "--num_gpus", "8", "--dataset/root=/images", "--disable_autocast"),
+        *("--save_dir=runs/x", "--no_pbar", "--num_gpus", "1", "--dataset/root=/images", "--disable_autocast"),
     )
     config = request.config
     assert (config.train.epochs, config.train.batch_size, config.optim.lr) == (3, 8, 0.1)
@@ -234,6 +236,75 @@ def test_its_flags_keep_their_spelling(write):
         parse("--train/max_epoch=3")
     with pytest.raises(UsageError, match="--train/max_epochs needs a value"):
         parse("--train/max_epochs")
+
+
+def test_load_dir_is_where_the_weights_come_from(write, tmp_path):
+    path = write({**published("scrl", 200), "load_dir": str(tmp_path)})
+    request = parse("--config", path)
+    assert (request.config.init, request.config.resume) == (str(tmp_path), "")
+    assert any("load_dir" in line and "--init_momentum=true" in line for line in request.notes)
+    request = parse(f"--load_dir={tmp_path}/", "--resume=auto", "--run.dir=x")
+    assert (request.config.init, request.config.resume) == (str(tmp_path), "auto")
+    assert request.notes[0].startswith(f"--load_dir={tmp_path}/  ->  --init={tmp_path}/ (the weights;")
+
+
+def test_debug_is_two_epochs_of_two_batches_for_its_user_only(write):
+    path = write(published("scrl", 200))
+    request = parse("--config", path, "--debug")
+    assert request.config.train.max_steps == 4 and "two epochs of two batches" in request.notes[-1]
+    assert parse("--config", path, "--debug", "--train.max_steps=9").config.train.max_steps == 9
+    assert parse("--debug", "--train/max_epochs=3").config.train.max_steps == 4
+    request = parse("--debug", "--config=scrl_200ep")
+    assert request.config.train.max_steps == 0 and not request.notes
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--num_gpus=8", "torchrun --nproc-per-node=8 -m scrl_fast.train"),
+        (
+            "--num_machines=4",
+            "torchrun --nnodes=4 --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m",
+        ),
+        ("--dist_url=tcp://10.0.0.7:5555", "--rdzv-endpoint=10.0.0.7:5555 -m scrl_fast.train"),
+    ],
+)
+def test_several_processes_are_started_by_torchrun(monkeypatch, flag, line):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match=re.escape(f"{flag}: processes are started by torchrun: torchrun ")) as caught:
+        parse(flag)
+    assert line in str(caught.value)
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "has no effect: processes are started by torchrun" in parse(flag).notes[0]
+    with pytest.raises(UsageError, match="torchrun started 8 processes here; give it --nproc-per-node=4"):
+        parse("--num_gpus=4")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--num_gpus=1", "--num_gpus=-1", "--num_machines=1", "--machine_rank=0", "--dist_url=auto"]
+)
+@pytest.mark.parametrize("address", ["--dist_url=tcp://127.0.0.1:1", "--dist_url=tcp://localhost:1"])
+def test_one_process_needs_no_launcher(monkeypatch, flag, address):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    notes = parse(flag, address).notes
+    assert len(notes) == 2 and all("has no effect: processes are started by torchrun" in note for note in notes)
+
+
+def test_the_scale_of_boxes_is_that_of_the_backbone(write):
+    document = published("scrl", 200)
+    document["network"]["scrl"]["spatial_scale"] = 0.0625
+    path = write(document)
+    message = r"network\.scrl\.spatial_scale=0\.0625: must be 0\.03125, one over the stride 32 of resnet50"
+    with pytest.raises(UsageError, match=rf"published\.yaml: {message}"):
+        parse("--config", path)
+    with pytest.raises(UsageError, match=f"--{message}"):
+        parse("--network/scrl/spatial_scale=0.0625")
+    with pytest.raises(UsageError, match="one over the stride 32 of resnet101"):
+        parse("--network/scrl/spatial_scale=wide", "--network/name=resnet101")
+    document["network"]["scrl"]["spatial_scale"] = 0.125
+    document["network"]["name"] = "resnet10_tiny"
+    assert parse("--config", write(document)).config.model.backbone == "resnet10_tiny"
 
 
 def test_the_table_names_only_options_that_exist():

@@ -34,6 +34,10 @@ from scrl_fast.config.validation import clean_path, to_plain
 from scrl_fast.config.yaml_text import as_yaml, dump
 from scrl_fast.errors import UsageError, did_you_mean
 
+DEBUG_NOTE = (
+    "--debug  ->  --train.max_steps=4: two epochs of two batches in the published implementation; here it shows the "
+    "traceback of an error as well"
+)
 FLAGS = ("config", "debug", "help", "print_config")
 Options = TypeVar("Options")
 ReadConfig = Callable[[str], dict[str, Any]]
@@ -74,6 +78,8 @@ def parse(argv: Sequence[str], *, prog: str, checkpoint_config: ReadConfig | Non
     files = [read_settings(name, recipes) for name in names]
     published = {name: value for file in files for name, value in file.published.items()}
     tokens, notes = _checked_tokens(tokens, Config, published)
+    if "--debug" in argv and published:
+        tokens, notes = ["--train.max_steps=4", *tokens], [*notes, DEBUG_NOTE]
     files = files or [_base_settings(tokens, checkpoint_config)]
     if folder := _folder_of_run(names, files, tokens):
         tokens = [*tokens, f"--run.dir={folder}"]
@@ -238,10 +244,10 @@ def _checked_tokens(
 ) -> tuple[list[str], list[str]]:
     """The tokens with every option known and under its present name, and notes on what was translated.
 
-    published: the values that files gave to the published implementation's options, by dotted name; None where its
-    spellings are not taken.
+    published: the values that files gave to the published implementation's options, by dotted name, to which those of
+    its flags are added; None where its spellings are not taken.
     """
-    given = dict(published or {})
+    given = {} if published is None else published
     result: list[str] = []
     notes: list[str] = []
     rest = iter(tokens)
@@ -262,6 +268,7 @@ def _checked_tokens(
             notes += said
         else:
             raise _unknown(spelled, cls, published is not None)
+    kakaobrain.check_scale(given)
     return result, notes
 
 

@@ -1,4 +1,4 @@
-"""Values that several dataclasses of options, and functions beside them, take as their default."""
+"""Values that several places share: defaults of options, limits and the encoders' strides."""
 
 MAX_PIXELS = 178_000_000
 """Images with more pixels are refused before they are decoded, about where Pillow refuses them too."""
@@ -18,3 +18,10 @@ DEMO_IMAGES = 2048
 """Scenes in the generated training set."""
 DEMO_TEST_IMAGES = 1000
 """Held-out generated scenes."""
+BACKBONE_STRIDES = {
+    "resnet10_tiny": 8,
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), 32),
+    **dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"), 32),
+    **dict.fromkeys(("wide_resnet50_2", "wide_resnet101_2"), 32),
+}
+"""The encoders' strides, known here so that a wrong name or view size is found before torch is imported."""

@@ -7,13 +7,14 @@ is told to the user. This translates options only: what its code does otherwise 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from scrl_fast.config.defaults import LOG_EVERY
+from scrl_fast.config.defaults import BACKBONE_STRIDES, LOG_EVERY
 from scrl_fast.errors import UsageError, did_you_mean
 
 QUIRKS_NOTE = (
@@ -27,13 +28,13 @@ class Field:
     """What becomes of one published option.
 
     option: ours, or None where it has no effect here; then ``why`` says the reason.
-    convert: from its value to ours; raises ValueError for one that makes no sense.
-    remark: said where the conversion changed the value.
+    convert: from its value to ours; raises ValueError for one that makes no sense, or that cannot be had here.
+    remark: said where the conversion changed the value, and always where there is no conversion.
     """
 
     option: str | None = None
     why: str = ""
-    convert: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] | None = None
     remark: str = ""
 
 
@@ -61,12 +62,45 @@ def _log_every(steps: Any) -> Any:
     return LOG_EVERY if type(steps) is int and 1 <= steps < LOG_EVERY else steps
 
 
+def _started(flag: str) -> Callable[[Any], Any]:
+    """A check of how many processes its own launcher would start: torchrun does that here."""
+
+    def check(value: Any) -> Any:
+        wanted = value > 1 if type(value) is int else False
+        started = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if wanted and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ValueError(f"processes are started by torchrun: torchrun {flag.format(value)} -m scrl_fast.train ...")
+        if wanted and "nnodes" not in flag and started != str(value):
+            raise ValueError(f"torchrun started {started} processes here; give it {flag.format(value)}")
+        return value
+
+    return check
+
+
+def _machines(flag: str) -> Callable[[Any], Any]:
+    return _started(f"{flag} --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT")
+
+
+def _address(value: Any) -> Any:
+    """Refuses the address of another machine unless torchrun started this process."""
+    place = str(value).rpartition("//")[2]
+    own = place.rpartition(":")[0] in ("", "localhost", "127.0.0.1")
+    if not own and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        line = f"torchrun --nnodes=MACHINES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint={place}"
+        raise ValueError(f"processes are started by torchrun: {line} -m scrl_fast.train ...")
+    return value
+
+
 _LAUNCH = "processes are started by torchrun"
 _EVALUATE = "linear evaluation is a command of its own: python -m scrl_fast.evaluate"
 _DISPLAY = "the progress line adapts to the terminal"
 
 FIELDS: dict[str, Field] = {
-    "load_dir": Field("resume"),
+    "load_dir": Field(
+        "init",
+        remark="the weights; --init_momentum=true takes the momentum as well, and schedules start anew. A run of "
+        "scrl_fast goes on with --resume",
+    ),
     "network.name": Field("model.backbone"),
     "network.proj_head.input_size": Field(why="taken from the backbone"),
     "network.proj_head.hidden_size": Field("model.hidden_dim"),
@@ -122,7 +156,10 @@ FIELDS: dict[str, Field] = {
     "fake_checkpoint": Field(why="checkpoints are always real"),
     "detect_anomaly": Field(why="non-finite numbers always stop a run, with the step named"),
     **dict.fromkeys(("no_pbar", "no_color", "log_level"), Field(why=_DISPLAY)),
-    **dict.fromkeys(("dist_url", "num_machines", "machine_rank", "num_gpus"), Field(why=_LAUNCH)),
+    "num_gpus": Field(why=_LAUNCH, convert=_started("--nproc-per-node={}")),
+    "num_machines": Field(why=_LAUNCH, convert=_machines("--nnodes={}")),
+    "machine_rank": Field(why=_LAUNCH),
+    "dist_url": Field(why=_LAUNCH, convert=_address),
 }
 """Every option of the published implementation, by its dotted name."""
 
@@ -160,6 +197,7 @@ def translate(document: dict[Any, Any], origin: str) -> tuple[dict[str, Any], tu
         else:
             options[option] = new
             moved.append(f"  {name} = {_text(value)}  ->  {option} = {_text(new)}{said}")
+    check_scale(given, f"{origin}: ")
     notes = [f"{origin}: options of the published implementation, translated:", *moved]
     notes += [f"  no effect ({why}): {', '.join(names)}" for why, names in idle.items()]
     return options, (*notes, f"  {QUIRKS_NOTE}")
@@ -178,6 +216,20 @@ def translate_flag(name: str, value: str, given: dict[str, Any]) -> tuple[dict[s
     if option is None:
         return {}, [f"--{name} has no effect: {said}"]
     return {option: new}, [f"--{name}={value}  ->  --{option}={_text(new)}{said}"]
+
+
+def check_scale(given: dict[str, Any], where: str = "--") -> None:
+    """Raise UsageError for a ``spatial_scale`` that is not one over the backbone's stride, which is always taken here.
+
+    given: values of published options by dotted name. where: in front of the option in the error.
+    """
+    name, scale = given.get("network.name", "resnet50"), given.get("network.scrl.spatial_scale")
+    stride = BACKBONE_STRIDES.get(name) if isinstance(name, str) else None
+    if scale is None or stride is None:
+        return
+    if type(scale) not in (int, float) or abs(scale * stride - 1) > 1e-6:
+        option = f"{where}network.scrl.spatial_scale={_text(scale)}"
+        raise UsageError(f"{option}: must be {1 / stride}, one over the stride {stride} of {name}")
 
 
 def leaves(document: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -199,7 +251,8 @@ def _ours(name: str, given: dict[str, Any], where: str) -> tuple[str | None, Any
         new = 0.0 if new is None else new
     if field.option is None:
         return None, None, field.why
-    return field.option, new, f" ({field.remark})" if field.remark and new != value else ""
+    remark = f" ({field.remark})" if field.remark and (new != value or field.convert is None) else ""
+    return field.option, new, remark
 
 
 def _jitter(given: dict[str, Any], where: str) -> Any:
@@ -211,8 +264,11 @@ def _jitter(given: dict[str, Any], where: str) -> Any:
 
 
 def _converted(name: str, value: Any, where: str) -> Any:
+    convert = FIELDS[name].convert
+    if convert is None:
+        return value
     try:
-        return FIELDS[name].convert(value)
+        return convert(value)
     except ValueError as error:
         raise UsageError(f"{where}{name}={_text(value)}: {error}") from None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scrl_fast.config.defaults import (
+    BACKBONE_STRIDES,
     DATA_TIMEOUT,
     DEMO_IMAGES,
     DEMO_SIZE,
@@ -41,14 +42,6 @@ from scrl_fast.config.validation import (
 )
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.errors import UsageError, did_you_mean
-
-BACKBONE_STRIDES = {
-    "resnet10_tiny": 8,
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), 32),
-    **dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"), 32),
-    **dict.fromkeys(("wide_resnet50_2", "wide_resnet101_2"), 32),
-}
-"""The encoders' strides, known here so that a wrong name or view size is found before torch is imported."""
 
 
 @dataclass
