@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -210,7 +211,7 @@ def python_files() -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))] + sorted(ROOT.glob("*.py"))
 
 
-@pytest.mark.xfail(strict=True, reason="to be mended: trainer.py (L), kernels/ (O)")
+@pytest.mark.xfail(strict=True, reason="to be mended: kernels/ (O)")
 def test_functions_are_short() -> None:
     long = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
@@ -229,7 +230,7 @@ def test_long_files_say_why() -> None:
     for path in [*python_files(), *sources]:
         lines = path.read_text().splitlines()
         head = ast.get_docstring(ast.parse("\n".join(lines))) if path.suffix == ".py" else "\n".join(lines[:12])
-        if len(lines) > 400 and "this file is long" not in " ".join((head or "").lower().split()):
+        if len(lines) > 400 and not re.search(r"this file is (a )?long", " ".join((head or "").lower().split())):
             silent.append(f"{path.relative_to(ROOT)}: {len(lines)} lines")
     assert not silent, "\n".join(silent)
 
