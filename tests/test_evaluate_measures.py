@@ -160,7 +160,8 @@ def test_an_encoder_that_sees_colours_retrieves_and_a_blind_one_does_not():
     nn.init.ones_(blind.body.bn1.bias)
     assert dense_consistency(blind, scenes, VIEWS, BOXES).retrieval == 0
     again = dense_consistency(identity_encoder().eval(), scenes, VIEWS, BOXES, batch_size=24)
-    assert again.retrieval == pytest.approx(sees.retrieval) and again.pairs == sees.pairs
+    # convolutions of other batches round otherwise, and of two cosines as good as equal the other may be the larger
+    assert again.retrieval == pytest.approx(sees.retrieval, abs=2 / sees.pairs) and again.pairs == sees.pairs
 
 
 def test_without_pairs_there_is_nothing_to_retrieve():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from conftest import assert_as_accurate
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
@@ -156,14 +157,16 @@ def test_our_roi_align_in_the_detector_is_torchvisions():
     ours = PyramidRoIAlign(strides, 7, 2, aligned=False)
     theirs = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
     assert len(level_of(boxes[0], strides).unique()) == 3
-    expected, found = theirs(features, boxes, shapes), ours(features, boxes, shapes)
-    torch.testing.assert_close(found, expected)
-    leaves = [features[str(i)] for i in range(3)]
-    cotangent = torch.randn_like(expected)
-    for mine, other in zip(
-        torch.autograd.grad(found, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
-    ):
-        torch.testing.assert_close(mine, other)
+    exact = {name: map.detach().double().requires_grad_() for name, map in features.items()}
+    pooled = ours(features, boxes, shapes), theirs(features, boxes, shapes), theirs(exact, boxes, shapes)
+    assert_as_accurate(*pooled)
+    cotangent = torch.randn_like(pooled[0])
+    gradients = [
+        torch.autograd.grad(out, [maps[str(i)] for i in range(3)], cotangent.to(out.dtype))
+        for out, maps in zip(pooled, (features, features, exact), strict=True)
+    ]
+    for level, each in enumerate(zip(*gradients, strict=True)):
+        assert_as_accurate(*each, f"gradient of level {level}")
 
 
 def test_boxes_go_to_the_level_of_their_size():
