@@ -236,7 +236,7 @@ def batches_of(folder, count, **views):
     stream = trainer.batches()
     for step in range(count):
         yield config, step // trainer.steps_per_epoch, next(stream)[0]
-        trainer.step += 1
+        trainer.loop.advance(trainer.global_batch)
     stream.close()
 
 
