@@ -54,7 +54,7 @@ def _switch(value: Any) -> bool:
 
 def _training(value: Any) -> bool:
     if not _switch(value):
-        raise ValueError("nothing to train; to evaluate use python -m scrl_fast.evaluate")
+        raise ValueError("nothing to train; to evaluate: python -m scrl_fast.evaluate linear --checkpoint=...")
     return True
 
 
