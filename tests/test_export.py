@@ -300,7 +300,7 @@ def test_what_a_file_says_of_itself_survives_another_conversion(tiny, as_if_thei
 
 
 def test_text_that_looks_like_a_number_stays_text():
-    from scrl_fast.weights.files import flattened, unflattened
+    from scrl_fast.weights.metadata import flattened, unflattened
 
     said = {"commit": "12e4567", "scrl_fast": "0.1", "method": "scrl", "empty": "", "quoted": '"a"', "list": "[1]"}
     said |= {"epoch": 2, "mean": [0.5, 0.25], "config": {"train": {"seed": 1}}}

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from scrl_fast.weights import checkpoint_files
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
+from scrl_fast.weights.onnx_files import read_onnx
 from scrl_fast.weights.pickled_arrays import ARRAYS
 from scrl_fast.weights.pickles import PickleReader
+from scrl_fast.weights.safetensors_files import read_safetensors
 from scrl_fast.weights.torch_files import LEGACY_MAGIC
 from scrl_fast.weights.zip_archive import is_zip
 
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+MAX_CONFIG = 4 << 20
 PUBLISHED_LAST = "checkpoint_last.pth"
 """The file that the published implementation's ``load_dir`` holds."""
 
@@ -56,63 +56,14 @@ def _file_in(folder: Path) -> Path:
     return last if last.is_file() and not (folder / "checkpoints").is_dir() else checkpoint_files.find(folder)
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors by name, and the file's metadata under ``__metadata__``."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise WeightsError(f"{path}: safetensors is not installed (pip install safetensors)") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return {**tensors, "__metadata__": unflattened(file.metadata() or {})}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"cannot load {path}: {error}") from error
-
-
-def read_onnx(path: Path) -> dict[str, Any]:
-    """The parameters of an ONNX graph by name, and its metadata under ``__metadata__``.
-
-    `scrl_fast.export` keeps every parameter under its name; other exporters fold norms into convolutions, and such a
-    graph then lacks them.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise WeightsError(f"{path}: onnx is not installed (pip install 'scrl-fast[export]')") from error
-    try:
-        model = onnx.load(str(path))
-        tensors = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
-    except Exception as error:  # protobuf's own, and what its fields stumble over
-        raise WeightsError(f"cannot load {path}: {error or type(error).__name__}") from error
-    return {**tensors, "__metadata__": unflattened({entry.key: entry.value for entry in model.metadata_props})}
-
-
-def flattened(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Text by name, which is all that some formats hold: all but text as JSON, and text that would be read as such."""
-    plain = {name for name, value in metadata.items() if isinstance(value, str) and _from_text(value) == value}
-    return {name: value if name in plain else json.dumps(value) for name, value in metadata.items()}
-
-
-def unflattened(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `flattened` was given: JSON numbers, lists, dicts and quoted text are read, any other text stays text."""
-    return {name: _from_text(value) for name, value in metadata.items()}
-
-
-def _from_text(value: str) -> Any:
-    try:
-        found = json.loads(value)
-    except ValueError:
-        return value
-    return found if isinstance(found, (int, float, list, dict, str)) and not isinstance(found, bool) else value
-
-
 def _hub_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
+    try:
+        if check_regular(path, "config").st_size > MAX_CONFIG:
+            raise ValueError(f"it is larger than {MAX_CONFIG} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     return config if isinstance(config, dict) else {}
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
 from scrl_fast.weights.errors import WeightsError
-from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS, flattened
+from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS
 from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
+from scrl_fast.weights.metadata import flattened
 from scrl_fast.weights.momentum import momentum_by_name, parameter_order
 
 DETECTRON2_NOTE = (
@@ -152,7 +153,7 @@ def write_onnx(path: Path, encoder: Encoder, metadata: Mapping[str, Any], *, siz
     """Writes the encoder as a graph: ``images [batch, 3, height, width]`` to ``features``; batch and sides may vary.
 
     Parameters keep their names and norms stay norms (runtimes fold them when they load the graph), so
-    `scrl_fast.weights.files.read_onnx` reads the file back.
+    `scrl_fast.weights.onnx_files.read_onnx` reads the file back.
     Returns the largest difference between onnxruntime and PyTorch, relative to the largest feature; -1 where
     onnxruntime is not installed.
     """

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from scrl_fast.weights.errors import WeightsError
-from scrl_fast.weights.files import read_file, unflattened
+from scrl_fast.weights.files import read_file
+from scrl_fast.weights.metadata import plain, unflattened
 
 State = dict[str, Tensor]
 
@@ -65,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     """
     found, document = read_file(path)
     name = str(found)
-    metadata = document.pop("__metadata__", {})
+    metadata = plain(document.pop("__metadata__", {}))
     if not isinstance(metadata.get("config", {}), dict):  # metadata of another program
         del metadata["config"]
     if isinstance(document.get("model"), dict) and "online" in document["model"]:
@@ -74,26 +75,28 @@ def read(path: str | os.PathLike[str]) -> Weights:
         return _published_weights(name, document)
     state, wrapped = _named_tensors(document)
     if not state:
-        raise WeightsError(f"{name} holds no tensors under names (it holds {', '.join(map(str, list(document)[:8]))})")
+        held = f"{', '.join(map(str, list(document)[:8]))}"
+        raise WeightsError(f"{name} holds no tensors under names (it holds {held:.200})")
     if any(key.endswith("stem.conv1.weight") for key in state):
         return _backbone_weights(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
     if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
         return _backbone_weights(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
     layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
     if isinstance(wrapped.get("meta"), dict) and "scrl_fast" in wrapped["meta"]:
-        metadata = unflattened(wrapped["meta"])
+        metadata = unflattened({key: value for key, value in plain(wrapped["meta"]).items() if isinstance(value, str)})
     if found.suffix == ".onnx":
         layout = "onnx"
     return _backbone_weights(name, layout, state, str, "conv1.weight", metadata)
 
 
 def _scrl_fast_weights(path: str, document: Mapping[str, Any]) -> Weights:
-    parts = {part: dict(state) for part, state in document["model"].items() if state is not None}
-    config = document.get("config", {})
-    metadata = {"config": config, **{k: document[k] for k in ("step", "epoch", "version") if k in document}}
+    parts = {str(part): _state(path, part, state) for part, state in document["model"].items() if state is not None}
+    config = plain(document.get("config"))
+    config = config if isinstance(config, dict) else {}
+    metadata = {"config": config, **plain({k: document[k] for k in ("step", "epoch", "version") if k in document})}
     if isinstance(config.get("model"), dict):
-        metadata |= {"backbone": config["model"].get("backbone", ""), "method": config["model"].get("method", "")}
-    return Weights(path, "scrl_fast", parts, metadata=metadata, optimizer=document.get("optimizer"))
+        metadata |= {name: str(config["model"].get(name, "")) for name in ("backbone", "method")}
+    return Weights(path, "scrl_fast", parts, metadata=metadata, optimizer=_dict_or_none(document.get("optimizer")))
 
 
 def _published_weights(path: str, document: Mapping[str, Any]) -> Weights:
@@ -101,13 +104,28 @@ def _published_weights(path: str, document: Mapping[str, Any]) -> Weights:
     for key, part in PUBLISHED_PARTS.items():
         state = document.get(key)
         if isinstance(state, dict) and state:  # modules that were not trained are saved as a string or left out
-            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-            parts[part] = {_published_name(part, name): tensor for name, tensor in state.items()}
+            tensors = {name.removeprefix("module."): tensor for name, tensor in _state(path, key, state).items()}
+            parts[part] = {_published_name(part, name): tensor for name, tensor in tensors.items()}
     if "online" not in parts:
         raise WeightsError(f"{path}: online_network_state_dict is empty")
-    metadata = {key: document[key] for key in ("epoch", "max_eval_score", "max_eval_epoch") if key in document}
-    optimizer = document.get("optimizer_state_dict")
-    return Weights(path, "scrl-reference", parts, (), metadata, optimizer if isinstance(optimizer, dict) else None)
+    metadata = plain({key: document[key] for key in ("epoch", "max_eval_score", "max_eval_epoch") if key in document})
+    return Weights(
+        path, "scrl-reference", parts, metadata=metadata, optimizer=_dict_or_none(document.get("optimizer_state_dict"))
+    )
+
+
+def _state(path: str, part: Any, state: Any) -> State:
+    """Tensors by name. Raises WeightsError naming the part that holds something else."""
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: {part!r:.80} is a {type(state).__name__}, must be tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise WeightsError(f"{path}: {part!r:.80} holds a {type(tensor).__name__} under {name!r:.80}, not a tensor")
+    return dict(state)
+
+
+def _dict_or_none(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
 
 
 def _published_name(part: str, name: str) -> str:
@@ -150,8 +168,8 @@ def _named_tensors(document: Mapping[str, Any]) -> tuple[State, Mapping[str, Any
     for name in _CONTAINERS:
         inner = document.get(name)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
-            return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, document
-    return {key: value for key, value in document.items() if isinstance(value, Tensor)}, {}
+            return {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}, document
+    return {str(key): value for key, value in document.items() if isinstance(value, Tensor)}, {}
 
 
 # ---- names ----

@@ -160,9 +160,23 @@ def encoder_of(source: Source, *, backbone: str = "", branch: Branch = "online")
     Raises WeightsError when no known backbone has these tensors.
     """
     weights = source if isinstance(source, Weights) else read(source)
+    if not backbone and weights.metadata.get("backbone"):
+        _check_stated_backbone(weights, branch)
     encoder = build_encoder(backbone or guess_backbone(weights))
     load_into(encoder, weights, branch=branch)
     return encoder
+
+
+def _check_stated_backbone(weights: Weights, branch: Branch) -> None:
+    """Raises WeightsError where the backbone that a file states is unknown or not its own, before memory is taken."""
+    stated = str(weights.metadata["backbone"])
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(stated)
+    except ValueError as error:
+        raise WeightsError(f"{weights.path} ({weights.layout}) states that it is of {stated!r:.80}: {error}") from error
+    own = encoder.body.state_dict()
+    _refuse_misfits(_best_names(weights.encoder(branch), own), own, weights, stated)
 
 
 def load_encoder(source: Source, *, backbone: str = "", branch: Branch = "online") -> nn.Module:
