@@ -15,7 +15,7 @@ import pytest
 from photos import NAMES, crop, within_one_level, write_bad, write_formats
 from PIL import Image, ImageOps
 
-from scrl_fast.data import BadImage, decoders, jpeg
+from scrl_fast.data import BadImage, ImageLimits, decoders, jpeg
 from scrl_fast.data.decode import Encoded, PixelBuffer, decode, read_image
 
 LIMIT = 1_000_000
@@ -245,7 +245,7 @@ def test_the_limit_counts_pixels() -> None:
 @pytest.mark.filterwarnings("error")  # Pillow warns of more than 89 million pixels
 @pytest.mark.parametrize("side", [9_600, 15_000])  # it refuses more than 179 million
 def test_the_limit_is_ours_alone(side: int) -> None:
-    picture = Encoded(png_bomb(side), max_pixels=10**9)
+    picture = Encoded(png_bomb(side), limits=ImageLimits(10**9, max_pixels_per_byte=10**9, max_decoded_bytes=10**10))
     assert (picture.width, picture.height) == (side, side)
 
 

@@ -68,6 +68,9 @@ class DataConfig:
     """Images with more pixels than this are refused before they are decoded."""
     max_file_bytes: int = 268_435_456
     """Image files larger than this are refused before they are read."""
+    max_pixels_per_byte: int = 10_000
+    """Images of more than 16 megapixels are refused when their file is smaller than this asks for: a file of a hundred
+    bytes may claim 177 megapixels. PNG and GIF stay below it, whatever they show."""
     max_scans: int = 100
     """JPEGs of more scans than this are refused: each scan costs time, and 3,000 of them 30 s."""
     max_decoded_bytes: int = 1_610_612_736
@@ -98,6 +101,7 @@ class DataConfig:
             max_bad_fraction=FRACTION_RANGE,
             max_pixels=at_least(1),
             max_file_bytes=at_least(1),
+            max_pixels_per_byte=at_least(1),
             max_scans=at_least(1),
             max_decoded_bytes=at_least(1),
             decode_memory=at_least(1),

@@ -28,6 +28,7 @@ from scrl_fast.data.pillow import (
 Pixels = NDArray[np.uint8]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _BYTES_PER_PIXEL = 7  # of an RGB picture of Pillow's (4) and its array (3); the other JPEG decoders take 3
+_NEVER_TOO_SMALL = 1 << 24  # pixels for which any file is large enough
 _BYTES_OF_COEFFICIENTS = 6  # beside them in a JPEG of several scans, at most
 
 
@@ -109,6 +110,10 @@ class Encoded:
         if self.width * self.height > limits.max_pixels:
             cause = f"{self.width} x {self.height} pixels are more than data.max_pixels={limits.max_pixels}"
             raise BadImage(self.name, cause)
+        most = max(_NEVER_TOO_SMALL, len(self.data) * limits.max_pixels_per_byte)
+        if self.width * self.height > most:
+            cause = f"{self.width} x {self.height} pixels in {len(self.data)} bytes are more than"
+            raise BadImage(self.name, f"{cause} data.max_pixels_per_byte={limits.max_pixels_per_byte}")
         if self.decoding_bytes > limits.max_decoded_bytes:
             cause = f"{self.width} x {self.height} pixels take {self.decoding_bytes} bytes to decode, more than"
             raise BadImage(self.name, f"{cause} data.max_decoded_bytes={limits.max_decoded_bytes}")

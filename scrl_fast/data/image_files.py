@@ -12,7 +12,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from scrl_fast.config.schema import DataConfig
 
@@ -34,6 +34,7 @@ class ImageLimits:
 
     max_pixels: int = DataConfig.max_pixels
     max_file_bytes: int = DataConfig.max_file_bytes
+    max_pixels_per_byte: int = DataConfig.max_pixels_per_byte
     max_scans: int = DataConfig.max_scans
     max_decoded_bytes: int = DataConfig.max_decoded_bytes
     decode_memory: int = DataConfig.decode_memory
@@ -41,13 +42,7 @@ class ImageLimits:
     @classmethod
     def of(cls, data: DataConfig) -> ImageLimits:
         """The limits that the options of a run set."""
-        return cls(
-            max_pixels=data.max_pixels,
-            max_file_bytes=data.max_file_bytes,
-            max_scans=data.max_scans,
-            max_decoded_bytes=data.max_decoded_bytes,
-            decode_memory=data.decode_memory,
-        )
+        return cls(**{limit.name: getattr(data, limit.name) for limit in fields(cls)})
 
 
 DEFAULT_LIMITS = ImageLimits()

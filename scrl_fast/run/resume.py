@@ -13,7 +13,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 
 RESUME_SAFE_OPTIONS = (
-    *("run.", "eval.", "resume", "init", "json", "data.workers", "data.prefetch", "data.timeout"),
+    *("run.", "eval.", "resume", "init", "json", "data.workers", "data.prefetch", "data.timeout", "data.decode_memory"),
     *("train.max_steps", "train.device", "train.keep_memory", "train.checkpoint_activations"),
 )
 """Options that may change between stop and resume without changing what is computed."""
