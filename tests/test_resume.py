@@ -17,8 +17,10 @@ from tiny_trainer import Pictures, make_config
 
 from scrl_fast import train
 from scrl_fast.config import command_line
+from scrl_fast.config.schema import Config
 from scrl_fast.run.checkpoint import CheckpointManager
 from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.run.resume import changed_options
 from scrl_fast.run.signals import SignalHandler
 from scrl_fast.trainer import SCRLTrainer
 
@@ -308,6 +310,8 @@ def test_changed_options_are_told_and_win(tmp_path):
     trainer.fit()
     log = (tmp_path / "log.txt").read_text()
     assert "optim.lr 0.45 -> 0.9" in log
+    defaults = Config().to_dict()  # of an option that the earlier release did not have
+    assert changed_options({"data": {}}, defaults, defaults=defaults) == []
     assert "workers" not in log
     assert {group["peak_lr"] for group in trainer.optimizer.param_groups} >= {0.9 * 4 / 256}
 

@@ -282,7 +282,8 @@ class TrainingLoop(Generic[T]):
             notes.append(f"{now} processes instead of {before}: the same images, views and boxes in every step")
         besides = self.task.process_options if before != now else ()
         config = self.task.config
-        if changed := changed_options(under_present_names(type(config), state["config"]), config.to_dict(), besides):
+        saved, defaults = under_present_names(type(config), state["config"]), type(config)().to_dict()
+        if changed := changed_options(saved, config.to_dict(), besides, defaults=defaults):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
 

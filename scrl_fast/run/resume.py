@@ -62,9 +62,14 @@ def read_checkpoint(found: Found, asked: str, folder: Path) -> tuple[dict[str, A
     return state, [str(warning.message) for warning in caught]
 
 
-def changed_options(before: Mapping[str, Any], after: Mapping[str, Any], besides: tuple[str, ...] = ()) -> list[str]:
-    """``name old -> new`` for every option that differs and matters."""
-    old, new = flatten(before), flatten(after)
+def changed_options(
+    before: Mapping[str, Any], after: Mapping[str, Any], besides: tuple[str, ...] = (), *, defaults: Mapping[str, Any]
+) -> list[str]:
+    """``name old -> new`` for every option that differs and matters.
+
+    defaults: of options that the earlier release did not have yet.
+    """
+    old, new = {**flatten(defaults), **flatten(before)}, flatten(after)
     names = [name for name in new if not name.startswith(RESUME_SAFE_OPTIONS + besides) and old.get(name) != new[name]]
     return [f"{name} {old.get(name)} -> {new[name]}" for name in names]
 
