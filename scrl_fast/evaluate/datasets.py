@@ -123,7 +123,7 @@ class ResizedImages:
         return len(self.images)
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Raises BadImage, for an image of another size than its annotations say, too."""
+        """Raises BadImage, also for an image whose size is not the one that its annotations say."""
         from PIL import Image
 
         pixels = self.images.read(index)

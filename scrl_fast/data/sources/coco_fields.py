@@ -9,7 +9,7 @@ import numpy as np
 
 from scrl_fast.data.sources.annotation_files import shown
 
-FARTHEST = 100_000.0  # pixels; pycocotools needs memory for every pixel along a polygon's edge
+FARTHEST = 100_000.0  # pixels, beyond any image; pycocotools needs memory for every pixel along a polygon's edge
 
 
 def number(value: Any, name: str) -> float:
@@ -64,9 +64,9 @@ def area_of(value: Any, bbox: tuple[float, float, float, float]) -> float:
     """Square pixels; those of the box where tools wrote nothing, 0 or no number."""
     if value is not None and value != "":
         area = number(value, "area")
-        if 0 < area < math.inf:
+        if 0 < area <= FARTHEST**2:
             return area
-    return bbox[2] * bbox[3]
+    return min(bbox[2] * bbox[3], FARTHEST**2)
 
 
 def crowd_of(value: Any) -> bool:
@@ -87,9 +87,13 @@ def keypoints_of(value: Any) -> list[float] | None:
     if not isinstance(value, list) or len(value) % 3:
         raise ValueError(f"has keypoints {shown(value)}, expected x, y, visibility for each point")
     points = [number(v, "keypoints with") for v in value]
-    if not math.isfinite(sum(points)):
-        raise ValueError("has keypoints that are not finite")
+    if not _in_reach(points):
+        raise ValueError(f"has keypoints that are not finite or beyond {FARTHEST:.0f} pixels")
     return points
+
+
+def _in_reach(values: list[float]) -> bool:
+    return max(values) <= FARTHEST and min(values) >= -FARTHEST and math.isfinite(sum(values))  # NaN is not
 
 
 # ---- masks ----
@@ -115,7 +119,7 @@ def _polygon(values: list[Any]) -> list[float]:
         raise ValueError(f"has a polygon of {len(values)} numbers, expected x, y, x, y, ...")
     if not all(type(v) is float or type(v) is int for v in values):
         values = [number(v, "a polygon with") for v in values]
-    if values and not (max(values) <= FARTHEST and min(values) >= -FARTHEST and math.isfinite(sum(values))):
+    if values and not _in_reach(values):
         raise ValueError(f"has a polygon that is not finite or reaches beyond {FARTHEST:.0f} pixels: {shown(values)}")
     return values
 

@@ -171,7 +171,7 @@ def _parsed(data: bytes) -> ElementTree.Element:
 def _annotation(root: ElementTree.Element, label_of: Mapping[str, int]) -> _Annotation:
     labels, boxes, difficult = [], [], []
     for node in root.iterfind("object"):
-        boxes.append([float(_text(node, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")])
+        boxes.append([_number(node, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")])
         category = _text(node, "name")
         if category not in label_of:
             raise ValueError(
@@ -182,6 +182,14 @@ def _annotation(root: ElementTree.Element, label_of: Mapping[str, int]) -> _Anno
     name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
     height, width = ((root.findtext(f"size/{side}") or "").strip() for side in ("height", "width"))
     return _Annotation(name, stated_size(height, width), labels, boxes, difficult)
+
+
+def _number(node: ElementTree.Element, path: str) -> float:
+    text = _text(node, path)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"<{path.replace('/', '><')}> is {shown(text)}, which is no number") from None
 
 
 def _flag(text: str | None) -> bool:
