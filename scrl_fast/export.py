@@ -160,7 +160,7 @@ def _write(to: str, path: Path, source: Any, encoder: Any, metadata: dict[str, A
     if to == "scrl-reference":
         if "projector.net.0.weight" not in source.parts["online"] or "predictor" not in source.parts:
             raise UsageError(f"--to scrl-reference writes all networks, and {source.path} holds the encoder only")
-        formats.check_family(encoder, "the published implementation")
+        formats.check_reference_backbone(encoder)
         formats.write_reference(path, source)
         return _checked_reference(path, source)
     if to == "hf":

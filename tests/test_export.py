@@ -14,6 +14,7 @@ from scrl_fast import export, weights
 from scrl_fast.config.schema import load_recipe
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, build_encoder
+from scrl_fast.weights.momentum import momentum_by_name, parameter_order
 
 NAME = "resnet18"
 
@@ -55,6 +56,7 @@ def as_if_theirs(monkeypatch):
     from scrl_fast.weights import formats
 
     monkeypatch.setattr(formats, "TORCHVISION_NAMES", ("resnet10_tiny",))
+    monkeypatch.setattr(formats, "REFERENCE_BACKBONES", ("resnet10_tiny",))
 
 
 def run(checkpoint, to, out, *more):
@@ -240,6 +242,30 @@ def test_published_layout_comes_back_whole(as_if_theirs, tmp_path):
             assert torch.equal(found, optimizer.state[other]["momentum_buffer"]), name
 
 
+def test_a_run_without_labels_keeps_the_places_of_the_published_evaluator(tmp_path):
+    """Its optimizer refuses groups of other sizes: 65 and 106 parameters of a ResNet-50, with labels or without."""
+    from scrl_fast.weights import formats
+
+    parts = SCRL("resnet50", hidden_dim=8, projection_dim=4).state()
+    state = {name: dict(part) for name, part in parts.items() if part is not None}
+    order = [name for group in parameter_order(weights.Weights("", "scrl_fast", state)) for name in group]
+    tensors = {f"{part}.{name}": tensor for part, named in state.items() for name, tensor in named.items()}
+    optimizer = {
+        "state": {i: {"momentum_buffer": tensors[name] + 1} for i, name in enumerate(order)},
+        "param_groups": [{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "params": list(range(len(order)))}],
+    }
+    source = weights.Weights("run", "scrl_fast", state, metadata={"epoch": 3}, optimizer=optimizer)
+    formats.write_reference(tmp_path / "checkpoint_last.pth", source)
+    content = torch.load(tmp_path / "checkpoint_last.pth", weights_only=True)
+    groups = content["optimizer_state_dict"]["param_groups"]
+    assert [len(group["params"]) for group in groups] == [65, 106]
+    assert set(range(171)) - set(content["optimizer_state_dict"]["state"]) == {64, 170}
+    again = weights.read(tmp_path)  # the folder, as `load_dir` names it
+    assert again.path.endswith("checkpoint_last.pth")
+    found = momentum_by_name(again)
+    assert len(found) == 169 and all(torch.equal(found[name], tensors[name] + 1) for name in found)
+
+
 def published_parameters(content):
     """Names and tensors of the trained parameters, module by module, as the published implementation chains them."""
     for part in ("online_network", "predictor", "evaluator"):
@@ -318,6 +344,8 @@ def test_the_commit_of_the_training_run_is_named(tiny, tmp_path):
 
 
 def test_refusals(tiny, checkpoint, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"has no network like 'resnet18': it takes resnet50 and resnet101"):
+        export.export(checkpoint[0], "scrl-reference", tmp_path / "x.pth")
     for to in ("torchvision", "timm", "detectron2", "mmdet", "scrl-reference"):
         with pytest.raises(UsageError, match=r"has no network like 'resnet10_tiny'"):
             export.export(tiny[0], to, tmp_path / f"x{export.SUFFIXES.get(to, '.pth')}")

@@ -24,6 +24,10 @@ DETECTRON2_NOTE = (
     "PIXEL_STD as given here times 255"
 )
 
+REFERENCE_BACKBONES = ("resnet50", "resnet101")
+"""Encoders of the published implementation."""
+_LARS_SETTINGS = ("lr", "momentum", "weight_decay")
+
 
 def contiguous(encoder: Encoder) -> State:
     """The encoder's tensors on the CPU, contiguous in NCHW."""
@@ -36,6 +40,15 @@ def check_family(encoder: Encoder, library: str) -> None:
         raise WeightsError(
             f"{library} has no network like {encoder.name!r}: it takes {', '.join(TORCHVISION_NAMES)}; "
             "--to safetensors, hf and onnx take any encoder"
+        )
+
+
+def check_reference_backbone(encoder: Encoder) -> None:
+    """Raise WeightsError for an encoder that the published implementation does not know."""
+    if encoder.name not in REFERENCE_BACKBONES:
+        raise WeightsError(
+            f"the published implementation has no network like {encoder.name!r}: it takes "
+            f"{' and '.join(REFERENCE_BACKBONES)}"
         )
 
 
@@ -109,10 +122,13 @@ def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: M
 def write_reference(path: Path, weights: Weights) -> None:
     """Writes the published implementation's checkpoint, with heads and momentum.
 
-    Schedules and loss scaler are "fake_state_dict", which that implementation skips.
+    Schedules and loss scaler are "fake_state_dict", which that implementation skips. Its optimizer always numbers the
+    evaluator's two parameters; without a probe they have places there and no momentum.
+    Raises WeightsError for an encoder that it does not know.
     """
     renamed = {part: {_reference_name(part, n): t for n, t in state.items()} for part, state in weights.parts.items()}
-    document: dict[str, Any] = {"tag": "last", "epoch": int(weights.metadata.get("epoch", 0))}
+    epoch = weights.metadata.get("epoch", 0)
+    document: dict[str, Any] = {"tag": "last", "epoch": epoch if isinstance(epoch, int) else 0}
     document |= {"max_eval_score": 0.0, "max_eval_epoch": 0}
     for key, part in PUBLISHED_PARTS.items():
         document[key] = renamed.get(part) or "fake_state_dict"
@@ -132,8 +148,11 @@ def _reference_optimizer(weights: Weights) -> dict[str, Any] | str:
     if not buffers:
         return "fake_state_dict"
     adapted, plain, _ = parameter_order(Weights("", "scrl-reference", weights.parts))
-    settings = dict((weights.optimizer or {})["param_groups"][0])
-    common = {"lr": float(settings["lr"]), "momentum": settings["momentum"], "dampening": 0.0, "nesterov": False}
+    try:
+        settings = {name: float((weights.optimizer or {})["param_groups"][0][name]) for name in _LARS_SETTINGS}
+    except (LookupError, TypeError, ValueError) as error:
+        raise WeightsError(f"{weights.path}: its optimizer does not name {', '.join(_LARS_SETTINGS)}") from error
+    common = {"lr": settings["lr"], "momentum": settings["momentum"], "dampening": 0.0, "nesterov": False}
     order = adapted + plain
     indices = list(range(len(order)))
     groups = [

@@ -29,16 +29,20 @@ def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:
 
 def momentum_by_name(weights: Weights) -> dict[str, Tensor]:
     """Momentum buffers by the parameter's name in `SCRL`; empty without momentum in the file."""
-    state = (weights.optimizer or {}).get("state", {})
+    state = (weights.optimizer or {}).get("state")
+    if not isinstance(state, dict):
+        return {}
     order = [name for group in parameter_order(weights) for name in group]
-    return {name: state[i]["momentum_buffer"] for i, name in enumerate(order) if "momentum_buffer" in state.get(i, {})}
+    entries = {name: state.get(i) for i, name in enumerate(order)}
+    found = {name: entry.get("momentum_buffer") for name, entry in entries.items() if isinstance(entry, dict)}
+    return {name: buffer for name, buffer in found.items() if isinstance(buffer, Tensor)}
 
 
 def parameter_order(weights: Weights) -> list[list[str]]:
     """Names of the parameters, one list for each group, in the order by which the file's optimizer numbers them.
 
     Both implementations put parameters under LARS before those outside it, each in the order of the modules. The
-    published one divides them by name and includes the probe.
+    published one divides them by name and includes the probe, for which its optimizer keeps two places in any case.
     """
     published = weights.layout == "scrl-reference" or weights.metadata.get("config", {}).get("compat") == "kakaobrain"
     named = [
@@ -51,4 +55,14 @@ def parameter_order(weights: Weights) -> list[list[str]]:
     names = {id(tensor): name for name, tensor in named}
     under_lars = [(name, tensor) for name, tensor in named if name not in last]
     groups = lars_param_groups(under_lars, 0.0, compat="kakaobrain" if published else "none")
-    return [*([names[id(tensor)] for tensor in group["params"]] for group in groups), last]
+    order = [[names[id(tensor)] for tensor in group["params"]] for group in groups]
+    if weights.layout == "scrl-reference" and "probe" not in weights.parts and _counted(weights) != len(named):
+        order = [[*order[0], "probe.weight"], [*order[1], "probe.bias"]]
+    return [*order, last]
+
+
+def _counted(weights: Weights) -> int:
+    """The number of parameters that the file's optimizer has; -1 where it does not say."""
+    groups = (weights.optimizer or {}).get("param_groups")
+    lists = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    return sum(len(numbers) for numbers in lists if isinstance(numbers, list)) if lists else -1
