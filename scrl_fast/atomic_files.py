@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
 
@@ -67,6 +68,13 @@ def write_text(path: Path, text: str) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str, document: dict[str, Any]) -> None:
+    """Write a JSON file as `write_text` does, in a folder that is made where it is missing."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(document, indent=1) + "\n")
 
 
 def publish(temporary: Path, path: Path, digest: str) -> None:

@@ -234,10 +234,10 @@ def _torch_settings() -> dict[str, Any]:
 def describe(info: Mapping[str, Any]) -> str:
     """The dict of `collect` as text: aligned columns, one section each."""
     sections = [
-        ("Versions", _pairs({"scrl_fast": _one_line(info["scrl_fast"]), **_mapping(info["versions"])})),
+        ("Versions", _pairs({"scrl_fast": _one_line(info["scrl_fast"]), **_versions_found(info["versions"])})),
         ("Device", _pairs(_mapping(info["device"]))),
         ("Libraries", _pairs({name: _loaded(found) for name, found in _mapping(info["libraries"]).items()})),
-        ("Build", _pairs(_mapping(info["build"]))),
+        ("Build: what the compiled libraries were made with", _pairs(_mapping(info["build"]))),
         ("Operations: what runs, and why the others do not", _operation_lines(_mapping(info["operations"]))),
         ("JPEG decoders", _pairs(_mapping(info["decoders"]))),
         ("PyTorch settings", _pairs(_mapping(info["torch_settings"]))),
@@ -250,9 +250,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"": value}
 
 
+def _versions_found(versions: Any) -> dict[str, Any]:
+    return {name: "not installed" if version is None else version for name, version in _mapping(versions).items()}
+
+
 def _one_line(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {_one_line(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_one_line, value)) or "none"
     return "-" if value is None or value == "" else str(value)

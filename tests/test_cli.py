@@ -369,6 +369,19 @@ def test_a_checkpoint_alone_brings_its_options_but_not_where_to_write(tmp_path: 
     ]
 
 
+@pytest.mark.parametrize("config", [None, "", "# nothing\n"])
+@pytest.mark.parametrize("arguments", [["--resume={}"], ["--resume=auto", "--run.dir={}"]])
+def test_a_run_that_lost_its_config_has_its_options_in_its_checkpoints(tmp_path, config, arguments):
+    """A write that failed once left it empty, and the run was then refused for the demo's batch size."""
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").unlink() if config is None else (run / "config.yaml").write_text(config)
+    asked = []
+    inside = {"optim": {"lr": 0.25}, "run": {"dir": "elsewhere"}}
+    argv = [argument.format(run) for argument in arguments]
+    request = command_line.parse(argv, prog="train", checkpoint_config=lambda path: asked.append(path) or inside)
+    assert (request.config.optim.lr, request.config.run.dir, asked) == (0.25, str(run), [str(run)])
+
+
 def test_a_crash_in_compiled_code_names_its_place():
     """Where stderr is a file; a notebook's or a closed one is no reason to fail."""
     program = (

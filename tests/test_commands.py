@@ -92,3 +92,37 @@ def test_the_task_comes_first(command, argv, capsys):
         {"evaluate": evaluate, "transfer": transfer}[command](argv)
     assert stop.value.code == 2
     assert f"the task comes first: python -m scrl_fast.{command} TASK" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate knn", "transfer detection"])
+def test_a_result_that_cannot_be_written_is_told_before_the_work(command, tmp_path):
+    given = {"evaluate knn": "--checkpoint=random", "transfer detection": "--data.root=x"}[command]
+    last, said = run(command, given, f"--json={tmp_path}/")
+    assert last == "exit 2 light" and f"json={tmp_path}: is a folder; give the name of a file in it" in said
+
+
+def test_paths_are_read_as_a_shell_user_writes_them(monkeypatch, tmp_path):
+    """In every option of every command that is a path; ``--init=~/x`` reaches a program as it is typed."""
+    from scrl_fast.config.command_line import parse
+    from scrl_fast.data.pack import main as pack
+    from scrl_fast.evaluate.config import TASK_OPTIONS
+    from scrl_fast.export import main as export
+    from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("data: {root: ~/images/}\n")
+    config = parse(["--config=~/my.yaml", "--run.dir='~/run'", "--init=~/w.pt"], prog="x").config
+    assert (config.data.root, config.run.dir, config.init) == tuple(
+        f"{tmp_path}/{name}" for name in ("images", "run", "w.pt")
+    )
+    assert parse(["--resume=~/run/"], prog="x").config.resume == f"{tmp_path}/run"
+    transfer = TransferConfig(data=TransferDataConfig(root="~/coco/"), json="~/r.json", init="~/w", resume="~/r")
+    found = transfer.data.root, transfer.json, transfer.init, transfer.resume
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("coco", "r.json", "w", "r"))
+    for options in TASK_OPTIONS.values():
+        made = options(checkpoint="~/w/", json="'~/r.json'")
+        assert (made.checkpoint, made.json) == (f"{tmp_path}/w", f"{tmp_path}/r.json")
+    for main, argv in ((pack, ["~/images/", "~/out"]), (export, ["~/w.pt", "--to=timm", "~/missing/out.pth"])):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2

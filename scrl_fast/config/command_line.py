@@ -28,7 +28,7 @@ from scrl_fast.config.files import (
     renaming_notes,
     sections,
 )
-from scrl_fast.config.run_folder import CONFIG, folder_of, moved_to
+from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, folder_of, moved_to
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import clean_path, to_plain
 from scrl_fast.config.yaml_text import as_yaml, dump
@@ -68,7 +68,8 @@ class Request(Generic[Options]):
 def parse(argv: Sequence[str], *, prog: str, checkpoint_config: ReadConfig | None = None) -> Request[Config]:
     """The trainer's command line; without ``--config`` the demo recipe, or the run that is resumed, is the base.
 
-    checkpoint_config: reads the options out of a checkpoint file that lies outside any run folder.
+    checkpoint_config: reads the options out of a checkpoint, or of the newest one of a run folder, for a run whose
+        config file is not there.
     Raises UsageError, or SystemExit(0) after printing the help.
     """
     recipes = recipe_names()
@@ -165,14 +166,19 @@ def load_run_config(resume: str, run_dir: str, checkpoint_config: ReadConfig | N
     """
     folder = folder_of(resume) if resume not in ("", "auto") else Path(run_dir) if resume and run_dir else None
     if folder is not None and (folder / CONFIG).is_file():
-        return read_settings(str(folder / CONFIG))
-    if resume not in ("", "auto") and Path(resume).is_file() and checkpoint_config is not None:
-        return _of_checkpoint(checkpoint_config(resume), resume)
+        settings = read_settings(str(folder / CONFIG))
+        if settings.options:  # else it was lost to a full disk; each checkpoint holds the options as well
+            return settings
+    checkpoint = resume if resume not in ("", "auto") and Path(resume).is_file() else ""
+    if not checkpoint and folder is not None and any((folder / CHECKPOINTS).glob("*.pt")):
+        checkpoint = str(folder)
+    if checkpoint and checkpoint_config is not None:
+        return _of_checkpoint(checkpoint_config(checkpoint), checkpoint)
     return None
 
 
 def _of_checkpoint(options: dict[str, Any], origin: str) -> Settings:
-    """The options in a checkpoint outside any run folder, but those by which the file would choose where to write."""
+    """The options in a checkpoint without its run's config, but those by which the file would choose where to write."""
     options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
     run = options.get("run")
     taken = {name: run.pop(name, "") for name in ("dir", "wandb")} if isinstance(run, dict) else {}

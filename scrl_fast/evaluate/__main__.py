@@ -6,12 +6,12 @@ Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import friendly_errors
@@ -57,18 +57,8 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
     }
     if options.json:
-        _write(options.json, document)
+        write_json(options.json, document)
     return document
-
-
-def _write(path: str, document: dict[str, Any]) -> None:
-    from pathlib import Path
-
-    from scrl_fast import atomic_files
-
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_text(file, json.dumps(document, indent=1) + "\n")
 
 
 def _say(line: str) -> None:

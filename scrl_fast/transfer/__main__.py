@@ -5,13 +5,11 @@ Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or in
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from scrl_fast import atomic_files as durable
+from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import UsageError, friendly_errors
@@ -73,9 +71,7 @@ def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:
         "checkpoint": summary["checkpoint"],
         "seconds": summary["seconds"],
     }
-    path = Path(config.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(path, json.dumps(document, indent=2) + "\n")
+    write_json(config.json, document)
 
 
 if __name__ == "__main__":
