@@ -164,8 +164,8 @@ _MARKUP = (
     (b"{", "JSON text in place of the image, as a failed download leaves it"),
 )
 _BRANDS = {  # of the ISO base media file format: bytes 8 to 12
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
-    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "a HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF"),
 }
 
 
@@ -173,7 +173,7 @@ def name_of_content(data: bytes) -> str:
     """What a file is that no decoder knows, as far as its first bytes tell."""
     if data[4:8] == b"ftyp":
         kind = _BRANDS.get(data[8:12])
-        return f"is a {kind} image, which is not read; convert it to JPEG or PNG" if kind else "is a video (MP4)"
+        return f"is {kind} image, which is not read; convert it to JPEG or PNG" if kind else "is a video (MP4)"
     for start, what in _STARTS:
         if data.startswith(start):
             return f"is {what}"
