@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from scrl_fast.config.files import read_settings
+from scrl_fast.config.command_line import parse
+from scrl_fast.config.files import Settings, build, read_settings
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import clean_path
 from scrl_fast.config.yaml_text import MAX_BYTES, as_yaml, dump, parse_yaml, read_text, read_yaml, shortened
@@ -162,6 +163,51 @@ def test_long_values_are_shortened_in_errors():
             Config.from_dict(options)
         assert len(str(caught.value)) < 300
     assert shortened("a  b\nc") == "a b c" and len(shortened("x" * 999)) < 130
+
+
+def shared(levels: int) -> list:
+    """A list that says itself to be 9 ** levels values long."""
+    value: list = ["lol"] * 9
+    for _ in range(levels):
+        value = [value] * 9
+    return value
+
+
+def deep(levels: int, kind: type) -> object:
+    value: object = 1
+    for _ in range(levels):
+        value = {"a": value} if kind is dict else [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": {"root": shared(9)}},
+        {"data": shared(9)},
+        {"nothing": shared(9)},
+        {"data": {"root": deep(100_000, list)}},
+        {"data": deep(100_000, dict)},
+        {"train": {"seed": 1 << 100_000}},
+        {"train": {"epochs": -(1 << 100_000)}},
+        {"optim": {"lr": [1 << 100_000]}},
+        {"views": {"scale": {"a": shared(9)}}},
+        {7: {8: 9}},
+        {"train": {None: 1}},
+        {b"train": 1},
+    ],
+)
+def test_options_out_of_a_checkpoint_are_data_too(options):
+    with pytest.raises(UsageError) as caught:
+        build(Config, Settings(options, "x.pt"))
+    assert str(caught.value).startswith("x.pt: ") and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("inside", [None, [], "x", 3])
+def test_options_that_are_no_dict_are_refused_by_name(tmp_path, inside):
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(UsageError, match=r"x\.pt: its options are a .*, not a dict"):
+        parse([f"--resume={tmp_path / 'x.pt'}"], prog="x", checkpoint_config=lambda _: inside)
 
 
 def test_dumped_values_come_back():

@@ -179,6 +179,8 @@ def load_run_config(resume: str, run_dir: str, checkpoint_config: ReadConfig | N
 
 def _of_checkpoint(options: dict[str, Any], origin: str) -> Settings:
     """The options in a checkpoint without its run's config, but those by which the file would choose where to write."""
+    if not isinstance(options, dict):
+        raise UsageError(f"{origin}: its options are a {type(options).__name__}, not a dict")
     options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
     run = options.get("run")
     taken = {name: run.pop(name, "") for name in ("dir", "wandb")} if isinstance(run, dict) else {}

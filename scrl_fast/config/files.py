@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scrl_fast.config import kakaobrain
 from scrl_fast.config.validation import clean_path, field_types, type_description
-from scrl_fast.config.yaml_text import as_yaml, read_yaml, shortened
+from scrl_fast.config.yaml_text import MAX_DEPTH, as_yaml, is_small, read_yaml, shortened
 from scrl_fast.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -130,11 +130,13 @@ def checked(cls: type, options: dict[str, Any], origin: str = "") -> dict[str, A
     nested: dict[str, Any] = {}
     for given, value in _leaves(options, cls):
         name = renamed_options(cls).get(given, given)
-        if name in sections(cls):
+        if name in sections(cls) and is_small(value):
             inner = ", ".join(sections(cls)[name])
             raise UsageError(f"{where}'{name}' must hold options ({inner}), not {shortened(as_yaml(value))}")
         if name not in option_kinds(cls):
             raise UsageError(f"{where}unknown option '{shortened(name)}'{did_you_mean(name, option_kinds(cls))}")
+        if not is_small(value):
+            raise UsageError(f"{where}'{name}' holds more than an option can")
         if value is None:
             raise UsageError(f"{where}'{name}' has no value: give one, or remove the line")
         section, _, field = name.rpartition(".")
@@ -170,7 +172,7 @@ def renaming_notes(cls: type, options: dict[str, Any], origin: str) -> list[str]
 def _leaves(options: dict[Any, Any], cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in option_kinds(cls):
+        if isinstance(value, dict) and name not in option_kinds(cls) and name.count(".") < MAX_DEPTH:
             if value or name in sections(cls):
                 yield from _leaves(value, cls, f"{name}.")
             else:

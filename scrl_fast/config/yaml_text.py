@@ -93,6 +93,21 @@ def as_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1000).strip().removesuffix("\n...")
 
 
+def is_small(value: Any) -> bool:
+    """Whether a value is within the limits of a file of options: one out of a checkpoint may be anything."""
+    rest, count = [(value, 0)], 0
+    while rest:
+        found, depth = rest.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH or (isinstance(found, int) and found.bit_length() > 4 * MAX_DIGITS):
+            return False
+        if isinstance(found, dict):
+            found = [part for pair in found.items() for part in pair]
+        if isinstance(found, (list, tuple, set, frozenset)):
+            rest += [(part, depth + 1) for part in found]
+    return True
+
+
 def shortened(value: object, limit: int = 120) -> str:
     """The text of a value on one line, its middle left out where it is long."""
     text = " ".join(str(value).split())
