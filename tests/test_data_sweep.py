@@ -98,6 +98,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "webp canvas", bytes(webp)
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x02\0\xff\xff\xff\xff\x08\0\0\0" * 5000
     yield "exif", encoded("JPEG", exif=exif[:65000])
+    yield "chunks", png_with(*[(b"abCd", b"")] * 200_000)
     yield "markers", b"\xff\xd8" + b"\xff\xfe\x00\x02" * 200_000 + encoded("JPEG")[2:]
     yield "fill bytes", b"\xff\xd8" + b"\xff" * 1_000_000 + encoded("JPEG")[2:]
 
@@ -176,6 +177,22 @@ def test_every_file_is_read_or_refused_by_name_in_a_gigabyte() -> None:
 
 
 # ---- one outcome, whichever decoder is installed ----
+
+
+def test_headers_without_end_are_refused() -> None:
+    """Pillow takes most of a second for each megabyte of fill bytes."""
+    for data in (
+        b"\xff\xd8" + b"\xff" * 100_000 + encoded("JPEG")[2:],
+        b"\xff\xd8" + b"\xff\xfe\x00\x02" * 100_000 + encoded("JPEG")[2:],
+        png_with(*[(b"abCd", b"")] * 100_001),
+    ):
+        if data[2:4] == b"\xff\xfe":  # comments alone ask for nothing of Pillow's
+            assert decode(data).shape == (40, 64, 3)
+        else:
+            with pytest.raises(BadImage, match="more parts than any program writes"):
+                decode(data)
+    assert decode(b"\xff\xd8" + b"\xff" * 100 + encoded("JPEG")[2:]).shape == (40, 64, 3)
+    assert decode(png_with(*[(b"abCd", b"")] * 1000)).shape == (40, 64, 3)
 
 
 @pytest.mark.filterwarnings("ignore")

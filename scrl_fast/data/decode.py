@@ -15,9 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, name_of_content, read_file
-from scrl_fast.data.jpeg import SHRINKS, decode_jpeg, frame_of, has_more_scans, size_of_simple_jpeg, turns_by_itself
+from scrl_fast.data.jpeg import (
+    SHRINKS,
+    decode_jpeg,
+    frame_of,
+    has_endless_header,
+    has_more_scans,
+    size_of_simple_jpeg,
+    turns_by_itself,
+)
 from scrl_fast.data.pillow import (
     bytes_per_pixel,
+    has_endless_chunks,
     is_turned_by_exif,
     open_picture,
     orientation_of,
@@ -95,6 +104,8 @@ class Encoded:
             self._orientation, self._plain_jpeg, self.is_upright_baseline_jpeg = 1, True, True
             several_scans, per_pixel = False, _BYTES_PER_PIXEL
         else:
+            if has_endless_header(data) or has_endless_chunks(data):
+                raise BadImage(name, "its header has more parts than any program writes")
             with _bad_image(name, data):
                 self._picture = picture = open_picture(data)
                 self.height, self.width = upright_size(picture)

@@ -11,7 +11,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -33,6 +33,8 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xC6, 0xCA, 0xCE)
 _COMMON = (*_SEQUENTIAL, 0xC2)  # coded by Huffman
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = 0xDA, 0xD9
+_MOST_SEGMENTS = 10_000
+_LONGEST_SIMPLE_HEADER = 1 << 20  # bytes
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment with a length, or the end
 
@@ -57,7 +59,7 @@ def size_of_simple_jpeg(data: bytes) -> tuple[int, int] | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, size, channels, end = 2, None, 0, len(data) - 10
+    at, size, channels, end = 2, None, 0, min(len(data) - 10, _LONGEST_SIMPLE_HEADER)
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == _SCAN:
@@ -75,23 +77,36 @@ def size_of_simple_jpeg(data: bytes) -> tuple[int, int] | None:
 
 def frame_of(data: bytes) -> Frame | None:
     """The frame header of a JPEG; None where there is none before the first scan."""
-    at, end, kind, precision, channels = 2, len(data) - 10, 0, 0, 0
-    while data[:2] == b"\xff\xd8" and at < end and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in (_SCAN, _END):
-            break
+    kind = precision = channels = 0
+    at_once = False
+    for marker, at in _segments(data):
         if marker in _FRAMES:
             kind, precision, channels = marker, data[at + 4], data[at + 9]
-        if marker == 0xFF:  # a fill byte
+        at_once = marker == _SCAN and data[at + 4] == channels
+    if not kind:
+        return None
+    return Frame(precision, precision == 8 and kind in _COMMON, kind in _PROGRESSIVE or not at_once)
+
+
+def has_endless_header(data: bytes) -> bool:
+    """Whether a JPEG has more segments and fill bytes than any camera writes: Pillow takes each in Python."""
+    return any(number >= _MOST_SEGMENTS for number, _ in enumerate(_segments(data)))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Markers of a JPEG's header with their places, the first scan the last of them; fill bytes count as such, too."""
+    at, end = 2, len(data) - 10
+    while data[:2] == b"\xff\xd8" and at < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        yield marker, at
+        if marker in (_SCAN, _END):
+            return
+        if marker == 0xFF:
             at += 1
         elif marker in _WITHOUT_LENGTH:
             at += 2
         else:
             at += 2 + (data[at + 2] << 8 | data[at + 3])
-    if not kind:
-        return None
-    at_once = at < end and data[at + 4] == channels
-    return Frame(precision, precision == 8 and kind in _COMMON, kind in _PROGRESSIVE or not at_once)
 
 
 def has_more_scans(data: bytes, limit: int) -> bool:

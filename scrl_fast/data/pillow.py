@@ -14,6 +14,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may hold
 _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 0x0100, 0x0101
 _BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}  # others take 4 bytes a pixel
 _BYTES_OF_WEBP = 16  # its decoder holds the canvas twice, and hands over copies
+_MOST_CHUNKS = 100_000  # 8 kB each, as libpng writes them, are 800 MB
 _BAND = 1 << 20  # pixels that are converted at a time
 
 
@@ -33,6 +34,16 @@ def open_picture(data: bytes) -> Image.Image:
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this kind after all
                 return read_header(io.BytesIO(data), "")
     raise Image.UnidentifiedImageError
+
+
+def has_endless_chunks(data: bytes) -> bool:
+    """Whether a PNG has more chunks than any program writes: Pillow takes each by itself, in Python."""
+    at = 8
+    for _ in range(_MOST_CHUNKS):
+        if not data.startswith(b"\x89PNG") or at >= len(data):
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return True
 
 
 def orientation_of(picture: Image.Image) -> int:
