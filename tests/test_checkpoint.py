@@ -292,3 +292,9 @@ def test_write_text_replaces_at_once(tmp_path, monkeypatch):
         durable.write_text(path, "new\n")
     assert path.read_text() == "old\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_pipe_named_as_the_checksum_is_none(tmp_path):
+    (tmp_path / "x.pt").touch()
+    os.mkfifo(tmp_path / "x.pt.sha256")
+    assert durable.expected_digest(tmp_path / "x.pt") is None
