@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,12 +44,23 @@ class HashingWriter:
         self.file.flush()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError inside the block the path: those of writing and fsync have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_synced(path: Path, write: Callable[[HashingWriter], object]) -> str:
     """Let ``write`` fill the new file, fsync it, and return the SHA-256 of what was written.
 
-    Raises the operating system's own OSError when the disk refuses.
+    Raises the operating system's own OSError, which names the path, when the disk refuses.
     """
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         writer = HashingWriter(file)
         try:
             write(writer)
@@ -63,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace the text file at once and durably: readers see the old content or the new, never a part."""
     temporary = temporary_name(path)
     try:
-        write_synced(temporary, lambda file: file.write(text.encode()))
+        write_synced(temporary, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -116,10 +128,7 @@ def sidecar_of(path: Path) -> Path:
 def expected_digest(path: Path) -> str | None:
     """The checksum beside the file; None when there is none that can be read."""
     try:
-        if not sidecar_of(path).is_file():  # a pipe of that name would be waited for
-            return None
-        with open(sidecar_of(path), "rb") as file:
-            words = file.read(1 << 12).decode(errors="replace").split()
+        words = sidecar_of(path).read_text(encoding="utf-8", errors="replace").split()
     except OSError:
         return None
     return words[0] if words and re.fullmatch(r"[0-9a-f]{64}", words[0]) else None

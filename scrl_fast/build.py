@@ -9,7 +9,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL
 from scrl_fast.ops import backends
 from scrl_fast.optim import LARS, lars_param_groups
-from scrl_fast.run.log import import_wandb
+from scrl_fast.run.trackers import check_wandb
 
 
 def check_run(config: Config, *, images: int, world_size: int = 1, device_type: str = "cpu") -> None:
@@ -20,7 +20,7 @@ def check_run(config: Config, *, images: int, world_size: int = 1, device_type: 
     """
     config.check_ready()
     if config.run.wandb:
-        import_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
+        check_wandb(config.run.wandb)  # not only when the log is opened, after the networks are built
     check_enough(images, config, world_size)
     check_compiled(config.train, world_size, device_type)
     backends.check_forced(device_type)

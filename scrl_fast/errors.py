@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,7 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
     Raises SystemExit with code 2 (wrong usage or input) or 1 (anything else); SystemExit itself passes through.
     """
     report = Report()
+    _replace_closed_streams()
     try:
         yield report
     except BrokenPipeError:
@@ -112,7 +113,7 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
+        _tell(f"{command}: interrupted")
         raise SystemExit(EXIT_FAILURE) from None
     except Exception as error:
         code = exit_code(error)
@@ -120,15 +121,35 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
         if debug:
             traceback.print_exc()
         if not report.quiet:
-            print(f"{command}: {one_line(error)}{where}", file=sys.stderr)
+            _tell(f"{command}: {one_line(error)}{where}")
         raise SystemExit(code) from None
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError, ValueError):  # nothing reads it any more: the exit code remains
+        print(line, file=sys.stderr)
+
+
+def _replace_closed_streams() -> None:
+    """Puts the null device where a process was started without stdin, stdout or stderr (``2>&-``).
+
+    The next file that is opened would take the place, and get what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
 
 
 def _traceback_place(log: Path | None) -> str:
     """Append the traceback to the log where there is one; say where it can be seen."""
     if log is not None:
         try:
-            with open(log, "a", encoding="utf-8") as file:
+            with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(traceback.format_exc())
             return f" (traceback in {log})"
         except OSError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,3 +72,46 @@ class StepMeter:
         rows, self.rows = self.rows, []
         read = torch.stack([values for values, _ in rows]).tolist() if rows else []
         return [values + list(numbers) for values, (_, numbers) in zip(read, rows, strict=True)]
+
+
+class LogWindow:
+    """The finished steps' numbers since the last row of the log, and the probe's accuracies since the last checkpoint.
+
+    A row of ``rows`` holds one step's loss, probe loss, right answers, labelled views, skipped updates and box pairs.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+        self.scores: list[float] = []  # probe accuracies at the logging points since the last checkpoint
+        self.best = -math.inf  # the probe's accuracy at best.pt
+        self.pairs = 0  # box pairs of all windows so far
+
+    def take(self, images: int) -> dict[str, float]:
+        """The means of the window, which is then empty. images: of a step, in all processes."""
+        rows, self.rows = self.rows, []
+        loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
+        self.pairs += int(sum(pairs))
+        row = {"loss": fmean(loss), "pairs_per_image": sum(pairs) / (images * len(rows))}
+        if sum(count):
+            row |= {"probe_loss": fmean(probe_loss), "probe_accuracy": sum(correct) / sum(count)}
+            self.scores.append(row["probe_accuracy"])
+        return row
+
+    def is_best(self) -> bool:
+        """Whether the probe has never been more accurate than since the last checkpoint; False without a score."""
+        if not self.scores:
+            return False
+        score, self.scores = fmean(self.scores), []
+        better, self.best = score > self.best, max(score, self.best)
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self.rows, "scores": self.scores, "best": self.best, "pairs": self.pairs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows = [[float(number) for number in row] for row in state.get("pending", [])]
+        if any(len(row) != 6 for row in self.rows):
+            raise ValueError("pending: rows hold six numbers")
+        self.scores = [float(score) for score in state.get("scores", [])]
+        self.best = float(state.get("best", self.best))
+        self.pairs = int(state.get("pairs", 1))  # an earlier release did not count them

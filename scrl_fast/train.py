@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _checkpoint_config(path: str) -> dict[str, Any]:
     """The options in a checkpoint file."""
-    from scrl_fast.weights import checkpoint_files  # torch
+    from scrl_fast.run.checkpoint import load_training_state  # torch
 
-    return checkpoint_files.load(path, expect=checkpoint_files.CHECKPOINT_KEYS)["config"]
+    return load_training_state(path)["config"]
 
 
 def _tell_native_crashes() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
-from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -16,20 +16,24 @@ from scrl_fast import info, weights
 from scrl_fast.build import build, check_run
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import validated
-from scrl_fast.data import Batch, Loader, make_source, on_device, views_on_gpu
+from scrl_fast.data import Batch, Loader, identity_of, make_source, on_device, views_on_gpu
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.demo import compare_with_untrained
-from scrl_fast.metrics import StepMeter, as_rows, feature_std, rankme
+from scrl_fast.metrics import LogWindow, StepMeter, as_rows, feature_std, rankme
 from scrl_fast.run import plots
+from scrl_fast.run.agreement import check_same_everywhere
+from scrl_fast.run.checkpoint import load_optimizer_state, using
 from scrl_fast.run.folder import place_run
-from scrl_fast.run.loop import TrainingLoop, TrainingTask
+from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import keep_memory, set_numerics, set_threads, step_seed
 from scrl_fast.run.paths import BOXES
+from scrl_fast.run.task import TrainingTask
 from scrl_fast.schedules import ema_momentum, learning_rate
 
 MONITOR_ROWS = 2048  # projections that the collapse monitors look at: an SVD of more takes longer and says the same
+HOPELESS = 64  # images without a single box pair: by chance a few may have none
 
 
 class NonFiniteError(RuntimeError):
@@ -59,6 +63,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         patience = rendezvous.exchange_timeout(config.data.timeout)
         self.world = rendezvous.join(self.device, timeout=patience) if world is None else world
         self.source: Any = make_source(config) if source is None else source
+        self.identity: dict[str, Any] | None = None
+        check_same_everywhere(self.world, config.to_dict(), {"device": self.device.type, **self.data_identity()})
         check_run(config, images=len(self.source), world_size=self.world.size, device_type=self.device.type)
         self.config = config = place_run(config, self.world, f"{config.data.source}-{config.model.method}")
         self.threads_asked = train.threads
@@ -79,11 +85,9 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         )
         self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
         self.meter = StepMeter()
-        self.pending: list[list[float]] = []  # what the meter gave since the last logging point
+        self.window = LogWindow()  # what the meter gave since the last logging point
         self.projections: Tensor | None = None  # of the last batch
         self.momentum = config.optim.ema_momentum  # of the last update
-        self.best = -math.inf  # probe accuracy of best.pt
-        self.scores: list[float] = []  # probe accuracies at the logging points since the last checkpoint
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the plan, to ``train.max_steps``, or to a signal, and says what came out.
@@ -141,13 +145,14 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     def batch_weight(self, batch: list[Batch]) -> int:
         """Box pairs."""
-        return sum(map(count_pairs, batch))
+        return sum(each.pairs for each in batch)
 
     def first_batch(self, batch: list[Batch]) -> None:
         """boxes.png: what the network is asked to match."""
         if self.world.rank == 0:
-            first, views = batch[0], self.config.views
-            plots.draw_boxes(self.folder / BOXES, first.views, first.boxes, mean=views.mean, std=views.std)
+            first, views, path = batch[0], self.config.views, self.folder / BOXES
+            draw = functools.partial(plots.draw_boxes, path, first.views, first.boxes, mean=views.mean, std=views.std)
+            self.loop.log.optional(BOXES, "pillow", draw)
 
     # ---- one update ----
 
@@ -163,14 +168,14 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the step before returned may be overwritten
         if self.network is None:
             self.network = self.world.wrap_ddp(self.model, self.device, static=len(batch) == 1)
-        own_pairs = sum(map(count_pairs, batch))
-        shares = loss_shares(batch, self.world.all_reduce_ints([own_pairs])[0] if pairs is None else pairs)
+        own_pairs = sum(each.pairs for each in batch)
+        total = max(self.world.all_reduce_ints([own_pairs])[0] if pairs is None else pairs, 1)
         batches = [each.to(self.device, self.config.train.channels_last) for each in batch]
         labelled = self.count_labelled(batches)
         rows = []
-        for each, share in zip(batches, shares, strict=True):
+        for each in batches:
             with self.reducing_after(each is batches[-1]):
-                rows.append(self.accumulate(each, share, labelled))
+                rows.append(self.accumulate(each, each.pairs / total, labelled))
         self.optimizer.step(ema_momentum=momentum)
         self.optimizer.zero_grad(set_to_none=True)
         self.loop.advance(self.global_batch)
@@ -236,27 +241,35 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
                     f"step {step}: {what}; the update was not made, and {self.loop.last_good()}. Try a lower "
                     "--optim.lr, a longer --optim.warmup_epochs, or --train.precision=fp32"
                 )
-        self.pending += rows
+        self.window.rows += rows
 
     def log_row(self) -> dict[str, Any]:
         """The means since the last row, and the collapse monitors of this step's last batch."""
         self.read_meter()
-        rows, self.pending = self.pending, []
-        loss, probe_loss, correct, count, _, pairs = (list(column) for column in zip(*rows, strict=True))
+        steps, means = len(self.window.rows), self.window.take(self.global_batch)
+        if not means["pairs_per_image"]:
+            self.tell_missing_pairs(steps)
         assert self.projections is not None
         monitored = self.world.all_gather_rows(as_rows(self.projections), MONITOR_ROWS)
-        row: dict[str, Any] = {
-            "loss": fmean(loss),
+        return {
+            **means,
             "lr": self.optimizer.param_groups[0]["lr"],
             "ema_momentum": self.momentum,
             "feature_std": feature_std(monitored).item(),
             "rankme": rankme(monitored).item(),
-            "pairs_per_image": sum(pairs) / (self.global_batch * len(rows)),
         }
-        if sum(count):
-            row |= {"probe_loss": fmean(probe_loss), "probe_accuracy": sum(correct) / sum(count)}
-            self.scores.append(row["probe_accuracy"])
-        return row
+
+    def tell_missing_pairs(self, steps: int) -> None:
+        """Says that so many steps had no box pair. Raises UsageError when the run has had none at all.
+
+        Without pairs the loss is 0 and nothing is learned. The first few images alone may lack them by chance.
+        """
+        size, least = self.config.views.size, self.config.boxes.min_size
+        what = f"no box pair in the last {steps} steps: boxes of boxes.min_size={least} pixels hardly fit into the "
+        what += f"overlap of two views of views.size={size}"
+        if not self.window.pairs and (self.step * self.global_batch >= HOPELESS or self.step == self.last_step):
+            raise UsageError(f"{what}, and nothing can be learned; lower --boxes.min_size or raise --views.size")
+        self.loop.log.say(what)
 
     @property
     def command(self) -> list[str]:
@@ -270,8 +283,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             lines.append(f"{self.world.size} processes with {train.batch_size} images each")
         plan = f"{self.steps_per_epoch} steps x {train.epochs} epochs"
         peak = self.optimizer.param_groups[0]["peak_lr"]
-        if classes := getattr(self.source, "summary", ""):  # a source may say what it found
-            lines.append(classes)
         return [*lines, f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}"]
 
     def summary(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +318,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             "optimizer": self.optimizer.state_dict(),
             "rng": {"torch": torch.get_rng_state()},  # every step seeds it anew; here for what else may go on from it
             "loader": {**place, "processes": loaders},
-            "log": {"pending": self.pending, "scores": self.scores, "best": self.best},
+            "log": self.window.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -317,19 +328,20 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         of process 0 alone, and several processes share them as if they were all.
         Raises UsageError when the global batch is another one: step numbers and schedules would mean something else.
         """
-        self.check_global_batch(state)
+        with using("config"):
+            self.check_global_batch(state)
         if not self.threads_asked and state["loader"].get("world_size", 1) == self.world.size:
             self.set_threads(before=state["config"]["train"].get("threads", 0))
-        self.model.load_state(state["model"])
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, mine in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(mine)
-        torch.set_rng_state(state["rng"]["torch"])
-        self.loader.load_state_dict(state["loader"].get("processes", [state["loader"]]))
-        log = state.get("log", {})
-        self.pending = [list(row) for row in log.get("pending", [])]
-        self.scores, self.best = list(log.get("scores", [])), log.get("best", self.best)
+        with using("model"):
+            self.model.load_state(state["model"])
+        with using("optimizer"):
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        with using("rng"):
+            torch.set_rng_state(state["rng"]["torch"])
+        with using("loader"):
+            self.loader.load_state_dict(state["loader"].get("processes", [state["loader"]]))
+        with using("log"):
+            self.window.load_state_dict(state.get("log", {}))
 
     def check_global_batch(self, state: Mapping[str, Any]) -> None:
         """Raises UsageError unless the checkpoint's images per step are those of now, in any number of processes."""
@@ -342,6 +354,11 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
                 f"{' x '.join(map(str, before))} = {math.prod(before)}: choose them so that the product stays, or "
                 "start a new run from the weights with --init"
             )
+
+    def data_identity(self) -> dict[str, Any]:
+        if self.identity is None:
+            self.identity = identity_of(self.source)
+        return self.identity
 
     def initialise(self) -> list[str]:
         """Fills the networks (and with ``init_momentum`` the optimizer's buffers) from a file of any known layout."""
@@ -363,11 +380,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         Without labels the newest counts as the best: the loss is lowest in a collapsed network, and RankMe highest
         in an untrained one.
         """
-        if not self.scores:
-            return not self.source.num_classes
-        score, self.scores = fmean(self.scores), []
-        better, self.best = score > self.best, max(score, self.best)
-        return better
+        return self.window.is_best() if self.window.scores else not self.source.num_classes
 
     # ---- evaluation ----
 
@@ -383,13 +396,3 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         """RoI linear accuracy of the encoder as it was before training and as it is now, measured the same way."""
         encoder, say = self.model.online.encoder, self.loop.log.say
         return compare_with_untrained(self.config, encoder, self.source, steps=self.step, say=say)
-
-
-def loss_shares(batches: Sequence[Batch], total: int) -> list[float]:
-    """Each batch's share of ``total`` box pairs, so that the weighted losses add up to the mean over all of them."""
-    return [count_pairs(batch) / max(total, 1) for batch in batches]
-
-
-def count_pairs(batch: Batch) -> int:
-    """Box pairs of a batch; without boxes (BYOL) its images."""
-    return batch.views.shape[0] // 2 if batch.boxes is None else batch.boxes[0].shape[0]

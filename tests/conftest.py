@@ -164,7 +164,7 @@ def no_curves() -> Iterator[None]:
     from scrl_fast.run import plots
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_curves", lambda *_, **__: True)
+        patch.setattr(plots, "draw_curves", lambda *_, **__: None)
         yield
 
 

@@ -294,7 +294,13 @@ def test_write_text_replaces_at_once(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_a_pipe_named_as_the_checksum_is_none(tmp_path):
-    (tmp_path / "x.pt").touch()
-    os.mkfifo(tmp_path / "x.pt.sha256")
-    assert durable.expected_digest(tmp_path / "x.pt") is None
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file_is_named_and_passed_over(tmp_path, make):
+    manager = CheckpointManager(tmp_path)
+    good = manager.save({"step": 1}, step=1)
+    make(tmp_path / "step_00000002.pt")
+    with pytest.warns(RuntimeWarning, match=r"step_00000002\.pt.*; trying the one before"):
+        assert manager.newest_good().samefile(good)
+    for step in (3, 4, 5):  # it is in nobody's way
+        manager.save({"step": step}, step=step)
+    assert manager.newest_good() == tmp_path / "step_00000005.pt"

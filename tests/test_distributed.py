@@ -178,9 +178,9 @@ def test_each_process_goes_on_counting_bad_images_from_its_own(gloo, tmp_path):
     assert torch.load(path, weights_only=True)["loader"]["processes"] == [first, second]
     alone = cases.trainer_of(tmp_path, World(), cases.SomeBad, batch_size=8, epochs=1, resume=str(path))
     alone.loop.restore()
-    assert alone.loader.state()["bad"] == {0: sorted({*first["bad"][0], *second["bad"][0]})}
+    assert alone.loader.state_dict()["bad"] == {0: sorted({*first["bad"][0], *second["bad"][0]})}
     alone.fit()  # from the same file: nothing is counted twice, and nothing is left out
-    assert alone.loader.state()["bad"] == {0: sorted(f"picture {index}" for index in range(0, 24, 3))}
+    assert alone.loader.state_dict()["bad"] == {0: sorted(f"picture {index}" for index in range(0, 24, 3))}
 
 
 def test_another_global_batch_is_refused_on_resume(gloo):

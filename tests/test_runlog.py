@@ -22,8 +22,9 @@ from PIL import Image
 from scrl_fast.run import log as run_log
 from scrl_fast.run import plots
 from scrl_fast.run.folder import prepare_folder
-from scrl_fast.run.log import Clock, RunLog, format_seconds, is_terminal, progress_line
+from scrl_fast.run.log import Clock, RunLog, format_seconds, progress_line
 from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.run.terminal import is_terminal
 
 ROW = {"epoch": 0.5, "loss": 1.5, "images_per_s": 100.0, "data_wait": 0.25, "feature_std": 0.1, "rankme": 9.0}
 
@@ -47,7 +48,7 @@ def hide(monkeypatch):
 
         def refuse(wanted, *args, **kwargs):
             if wanted == name or wanted.startswith(name + "."):
-                raise ImportError(f"no {name}")
+                raise ModuleNotFoundError(f"no {name}", name=name)
             return real(wanted, *args, **kwargs)
 
         for module in [module for module in sys.modules if module == name or module.startswith(name + ".")]:
@@ -162,7 +163,7 @@ def test_clock_counts_images_and_waiting(monkeypatch):
 def test_folder_is_made_and_a_run_in_it_is_not_overwritten(tmp_path):
     folder = prepare_folder(tmp_path / "a" / "b", resume=False)
     assert folder.is_dir()
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     (folder / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"run\.dir .* already holds a run .*--resume=auto"):
         prepare_folder(folder, resume=False)
@@ -190,8 +191,10 @@ def test_tensorboard_gets_events_where_it_is_installed(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_missing_tensorboard_is_said_once_and_changes_nothing(tmp_path, hide):
-    hide("torch.utils.tensorboard")
+def test_missing_tensorboard_is_said_once_and_changes_nothing(tmp_path, hide, monkeypatch):
+    for module in [module for module in sys.modules if module.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    hide("tensorboard")
     stream = io.StringIO()
     with RunLog(tmp_path, total_steps=9, stream=stream) as log:
         log.metrics(ROW | {"step": 1})
@@ -242,12 +245,15 @@ def test_pictures_without_boxes_and_of_one_image(tmp_path, boxes):
 def test_curves_of_what_there_is(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     rows = [{"step": step, "loss": 1.0 / step, "rankme": None if step == 2 else 5.0} for step in (1, 2, 3)]
-    assert plots.draw_curves(tmp_path / "curves.png", rows)
+    plots.draw_curves(tmp_path / "curves.png", rows)
     assert Image.open(tmp_path / "curves.png").size[0] > 500
-    assert plots.draw_curves(tmp_path / "none.png", [])
+    plots.draw_curves(tmp_path / "none.png", [])
     assert not (tmp_path / "none.png").exists()
 
 
 def test_missing_matplotlib_is_told(tmp_path, hide):
     hide("matplotlib")
-    assert plots.draw_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}]) is False
+    rows = [{"step": 1, "loss": 1.0}]
+    with open_log(tmp_path) as log:
+        log.optional("curves.png", "matplotlib", lambda: plots.draw_curves(tmp_path / "curves.png", rows))
+    assert "matplotlib is not installed: no curves.png (pip install" in (tmp_path / "log.txt").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_trainer import Pictures, make_config, make_trainer, state_of
+from tiny_trainer import Pictures, make_config, make_trainer, state_of, with_boxes
 
 from scrl_fast.config.schema import Config
+from scrl_fast.distributed.world import World
+from scrl_fast.errors import UsageError
 from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.schedules import ema_momentum, learning_rate
 from scrl_fast.trainer import NonFiniteError, SCRLTrainer
@@ -71,7 +74,7 @@ def test_best_is_the_most_accurate_probe_or_without_labels_the_newest(tmp_path):
 
         def log_row(trainer=trainer, plain=plain):
             row = plain()
-            trainer.scores = trainer.scores and [1 / trainer.step]  # the first is the best
+            trainer.window.scores = trainer.window.scores and [1 / trainer.step]  # the first is the best
             return row
 
         trainer.log_row = log_row
@@ -163,3 +166,52 @@ def test_demo_is_compared_with_its_random_initialisation(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "random initialisation" in said
     assert str(tmp_path) in said.splitlines()[-1]
+
+
+def without_boxes(trainer, steps):
+    """Batches without a single box pair in these steps."""
+    plain = trainer.batches
+
+    def batches():
+        for group in plain():
+            yield [with_boxes(batch, 0) for batch in group] if trainer.step in steps else group
+
+    trainer.batches = batches
+    return trainer
+
+
+def test_a_run_without_a_box_pair_ends_with_an_error_and_a_window_without_one_is_told(tmp_path):
+    trainer = without_boxes(make_trainer(tmp_path / "none", batch_size=4, max_steps=3), range(99))
+    with pytest.raises(
+        UsageError, match=r"no box pair .*boxes\.min_size=8 .*views\.size=32, and nothing can be learned"
+    ):
+        trainer.fit()
+    many = without_boxes(make_trainer(tmp_path / "many", Pictures(130), batch_size=64, epochs=9), range(99))
+    with pytest.raises(UsageError, match="no box pair in the last 1 steps"):
+        many.fit()
+    assert many.step == 1
+    some = without_boxes(make_trainer(tmp_path / "some", batch_size=4, epochs=2), {2, 3})
+    some.fit()
+    assert (tmp_path / "some" / "log.txt").read_text().count("no box pair in the last 2 steps") == 1
+
+
+def test_processes_that_disagree_are_told_before_anything_is_made(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Two(World):
+        """Another process with these differences."""
+
+        differences: tuple = ()
+
+        def all_gather_objects(self, item):
+            return [item, item | dict(self.differences)]
+
+    for differences, said in (
+        ({"optim.lr": 0.4}, r"optim\.lr is 0\.45 in process 0, 0\.4 in process 1"),
+        ({"train.seed": 3, "images": 9}, r"train\.seed is 0 .*; images is 12 in process 0, 9 in process 1"),
+        ({"names": "x"}, "names is "),
+        ({"SCRL_FAST_BACKEND": "triton"}, "SCRL_FAST_BACKEND is "),
+    ):
+        world = Two(size=2, differences=tuple(differences.items()))
+        with pytest.raises(UsageError, match=f"the processes of this run disagree: {said}"):
+            SCRLTrainer(make_config(tmp_path / "run"), source=Pictures(), world=world)
+    assert not (tmp_path / "run").exists()

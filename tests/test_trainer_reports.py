@@ -27,7 +27,8 @@ def watched(tmp_path_factory):
     state_dict = trainer.state_dict
 
     def state_and_look():
-        scores.append(list(trainer.scores))
+        if trainer.step:
+            scores.append(list(trainer.window.scores))
         return state_dict()
 
     trainer.state_dict = state_and_look

@@ -30,6 +30,11 @@ class Batch:
     labels: Tensor
     keys: Tensor
 
+    @property
+    def pairs(self) -> int:
+        """Box pairs; without boxes (BYOL) images."""
+        return self.views.shape[0] // 2 if self.boxes is None else self.boxes[0].shape[0]
+
     def to(self, device: torch.device | str, channels_last: bool = True) -> Batch:
         """The batch on a device; copies from pinned memory do not wait. crops and keys stay where they are."""
         layout = torch.channels_last if channels_last else torch.contiguous_format

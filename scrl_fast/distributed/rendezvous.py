@@ -5,6 +5,7 @@ One process a GPU (nccl), or a few on the CPU (gloo), started by ``torchrun``.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -126,11 +127,11 @@ def get_or_set_in_store(key: str, decide: Callable[[], str]) -> tuple[str, bool]
         return decide(), False
     store = dist.PrefixStore("scrl_fast", _open_store(rank=0, size=announced_size()))
     if store.check([key]):
-        author, _, value = store.get(key).decode().partition(" ")
+        author, value = json.loads(store.get(key))
         if author != _ME:
             return value, True
     value = decide()
-    store.set(key, f"{_ME} {value}")
+    store.set(key, json.dumps([_ME, value]))  # as JSON, since a path may be no UTF-8
     return value, False
 
 

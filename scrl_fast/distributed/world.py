@@ -90,6 +90,14 @@ class World:
         dist.gather_object(list(items), found, group=self.group, group_dst=0)
         return list(items) if found is None else [item for each in found for item in each]
 
+    def all_gather_objects(self, item: T) -> list[T]:
+        """The item of every process, by rank, in every process."""
+        if not self.is_distributed:
+            return [item]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item, group=self.group)
+        return found
+
     def broadcast_from_rank0(self, decide: Callable[[], T]) -> T:
         """What ``decide`` returns in process 0, in every process; its error is raised in every process."""
         if not self.is_distributed:

@@ -10,12 +10,15 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
 from scrl_fast import atomic_files
+from scrl_fast.errors import UsageError
 from scrl_fast.weights.checkpoint_files import (
     CHECKPOINT_KEYS,
     CheckpointError,
@@ -25,6 +28,7 @@ from scrl_fast.weights.checkpoint_files import (
     step_files,
     verify,
 )
+from scrl_fast.weights.training_state import check_training_state
 
 __all__ = [
     "CHECKPOINT_KEYS",
@@ -33,6 +37,7 @@ __all__ = [
     "CheckpointWriteError",
     "find",
     "load",
+    "load_training_state",
     "newest_good",
     "verify",
 ]
@@ -73,7 +78,7 @@ class CheckpointManager:
         if step < 0:
             raise ValueError(f"step={step}: must not be negative")
         _check_plain(state)
-        path = self.folder / f"step_{step:08d}.pt"
+        path = step_path(self.folder, step)
         temporary = atomic_files.temporary_name(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +98,27 @@ class CheckpointManager:
         """`scrl_fast.weights.checkpoint_files.newest_good` of this run's folder."""
         return newest_good(self.folder)
 
+    def check_room(self, state: dict[str, Any], files: int) -> None:
+        """Raises UsageError unless the disk has room for so many checkpoints like this state, as it says itself."""
+        size = _size(state)
+        if not state["optimizer"].get("state"):  # before the first step: momentum comes
+            size += _size(state["model"])
+        folder, needed = existing(self.folder), files * size
+        disk = shutil.disk_usage(folder)
+        if disk.free < needed and disk.total:  # some file systems tell nothing
+            raise UsageError(
+                f"{folder}: {disk.free} bytes are free, and the checkpoints of this run need {needed}: make room, or "
+                "choose another folder with --run.dir"
+            )
+
     def holds(self, path: str | os.PathLike[str]) -> bool:
         """Whether a checkpoint is one of this run and not another's."""
         return Path(path).resolve().parent == self.folder.resolve()
 
     def _prune(self) -> None:
         for path in step_files(self.folder)[self.keep :]:
+            if path.is_dir():  # nothing that a run wrote
+                continue
             path.unlink(missing_ok=True)
             atomic_files.sidecar_of(path).unlink(missing_ok=True)
 
@@ -106,6 +126,55 @@ class CheckpointManager:
         """Remove what a full disk, or an earlier process that was killed while writing, left behind."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state in a training checkpoint, once its structure is that of one.
+
+    Raises CheckpointError naming the file and the part.
+    """
+    path = find(path)
+    state = load(path, expect=CHECKPOINT_KEYS)
+    check_training_state(path, state)
+    if path.name.startswith("step_") and path != step_path(path.parent, state["step"]):
+        raise CheckpointError(
+            f"{path} holds step {state['step']}, not what its name says: an older file must have come back under the "
+            "newest name. Remove it to go on from the checkpoint before"
+        )
+    return state
+
+
+@contextmanager
+def using(part: str) -> Iterator[None]:
+    """Turns an error of the block, which puts a part of a checkpoint to use, into a CheckpointError that names it."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"the checkpoint's {part} cannot be used ({cause})") from error
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Momentum and the like from a checkpoint; rates and other options of the groups stay as they are.
+
+    Raises CheckpointError where a tensor does not have the shape of its parameter.
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    for parameter, buffers in optimizer.state.items():
+        for name, value in buffers.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{list(value.shape)} for a parameter of {list(parameter.shape)}"
+                raise CheckpointError(f"the checkpoint's optimizer cannot be used ({name} is {shapes})")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint."""
+    return folder / f"step_{step:08d}.pt"
 
 
 def _check_plain(value: Any, place: str = "state") -> None:
@@ -125,10 +194,14 @@ def _check_plain(value: Any, place: str = "state") -> None:
 def _write_error(path: Path, state: dict[str, Any], error: OSError) -> CheckpointWriteError:
     reason = error.strerror or str(error)
     if error.errno in _NO_SPACE:
-        folder = next(parent for parent in path.parents if parent.exists())
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(existing(path.parent)).free
         reason += f" (disk full? {free} bytes free, about {_size(state)} needed)"
     return CheckpointWriteError(f"cannot write {path}: {reason}; the checkpoints before it are untouched")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _size(value: Any) -> int:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 from scrl_fast.distributed.rendezvous import get_or_set_in_store
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
-from scrl_fast.run.paths import CHECKPOINTS, METRICS, folder_of
+from scrl_fast.run.lock import hold_folder, release_folder
+from scrl_fast.run.paths import CHECKPOINTS, CONFIG, ENVIRONMENT, LOG, METRICS, folder_of
 
 Options = TypeVar("Options", bound=Any)
+RESTART_PATIENCE = 60.0  # seconds after a restart by torchrun in which the process before this one may still end
 
 
 def choose_folder(config: Any, kind: str, known: Sequence[str] = ("random",)) -> str:
@@ -58,7 +60,7 @@ def place_run(config: Options, world: World, kind: str, known: Sequence[str] = (
         decided, again = get_or_set_in_store("run.dir", begin)
         found, _, folder = decided.partition("/")
         if again:
-            prepare_folder(folder, resume=True)
+            prepare_folder(folder, resume=True, patience=RESTART_PATIENCE)
             if newest_checkpoint(folder) != found:
                 return folder, "auto", ""
         return folder, config.resume, config.init
@@ -73,11 +75,12 @@ def newest_checkpoint(folder: str) -> str:
     return f"{newest.name} {newest.stat().st_mtime_ns}" if newest else ""
 
 
-def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
-    """Makes the run folder and proves that it can be written to, before anything expensive happens.
+def prepare_folder(path: str | os.PathLike[str], *, resume: bool, patience: float = 0.0) -> Path:
+    """Makes the run folder, proves that it can be written to, and takes it for this process, before anything expensive.
 
     resume: whether this run continues the one that the folder holds; without it a folder that already holds
         checkpoints or metrics is refused, so that no run silently overwrites another.
+    patience: seconds to wait for another process that holds the folder.
     Raises UsageError naming ``run.dir`` and the reason.
     """
     folder = Path(path)
@@ -87,13 +90,25 @@ def prepare_folder(path: str | os.PathLike[str], *, resume: bool) -> Path:
             pass
     except OSError as error:
         raise UsageError(f"run.dir {str(folder)!r} cannot be written to: {error.strerror or error}") from error
+    lock = hold_folder(folder, patience)
+    try:
+        _check_content(folder, resume)
+    except UsageError:
+        release_folder(lock)
+        raise
+    return folder
+
+
+def _check_content(folder: Path, resume: bool) -> None:
+    for name in (METRICS, LOG, CONFIG, ENVIRONMENT):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UsageError(f"run.dir {str(folder)!r}: {name} there is no regular file")
     used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
     if used and not resume:
         raise UsageError(
             f"run.dir {str(folder)!r} already holds a run ({', '.join(used)}): continue it with --resume=auto, "
             "or choose another folder with --run.dir=NEW"
         )
-    return folder
 
 
 def _holds_something(path: Path) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from scrl_fast.errors import UsageError
-from scrl_fast.run.metrics_file import json_line, keep_metrics_until, read_metrics, replace_metrics
+from scrl_fast.atomic_files import naming
+from scrl_fast.run.metrics_file import MetricsFile
 from scrl_fast.run.paths import LOG, METRICS
+from scrl_fast.run.terminal import Terminal
+from scrl_fast.run.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
 
 LOGGER = logging.getLogger("scrl_fast")
+OUTPUTS = {"tensorboard": "event files", "wandb": "W&B"}
+R = TypeVar("R")
 
 
 class Clock:
@@ -63,7 +67,8 @@ class RunLog:
 
     folder: an existing run folder. total_steps: for the progress and the ETA. step: updates already made; rows of
     later steps in metrics.jsonl are dropped. active: False for every process but the first, which then writes nothing.
-    Raises UsageError when ``run.wandb`` is set and wandb is missing.
+    Raises UsageError when ``run.wandb`` is set and wandb is missing. What else goes wrong with TensorBoard, W&B or the
+    terminal is said once and costs no step.
     """
 
     def __init__(
@@ -79,56 +84,67 @@ class RunLog:
         stream: TextIO | None = None,
     ) -> None:
         self.folder, self.total_steps, self.active = folder, total_steps, active
-        self.stream = stream or sys.stderr
-        self.bar = self.events = self.tracker = None
         self.said: set[str] = set()
+        self.trackers: dict[str, Tracker] = {}
         self.handler = LogHandler(self)
         if not active:
             return
-        self.tracker = open_wandb(wandb, folder, settings) if wandb else None
-        self.text = open(folder / LOG, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        if wandb:
+            check_wandb(wandb)
+        self.terminal = Terminal(stream or sys.stderr, total=total_steps, done=step)
+        # names and messages may hold bytes that are no UTF-8
+        self.text = open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
         LOGGER.addHandler(self.handler)
-        keep_metrics_until(folder / METRICS, step)
-        self.rows = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if is_terminal(self.stream):  # into a file tqdm writes ten lines a second; log lines serve better there
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total_steps, initial=step, file=self.stream, unit="step", dynamic_ncols=True)
+        self.rows = MetricsFile(folder / METRICS, step)
+        if self.rows.skipped:
+            self.say(f"{METRICS}: {self.rows.skipped} lines hold no row of numbers and were left out")
         if tensorboard:
-            self.events = open_tensorboard(folder, purge_step=step + 1)
-            if self.events is None:
-                self.say("tensorboard is not installed: no event files (pip install tensorboard brings them)")
+            self.open_tracker("tensorboard", lambda: TensorBoard(folder, step))
+        if wandb:
+            self.open_tracker("wandb", lambda: WeightsAndBiases(wandb, folder, settings))
+
+    def open_tracker(self, package: str, make: Callable[[], Tracker]) -> None:
+        """Adds the tracker that a package makes."""
+        tracker = self.optional(OUTPUTS[package], package, make)
+        if tracker is not None:
+            self.trackers[package] = tracker
+
+    def track(self, row: Mapping[str, Any]) -> None:
+        """Hands the numbers of a row to the trackers; one that fails gets no more."""
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        for package, tracker in list(self.trackers.items()):
+            log = functools.partial(tracker.log, numbers, row["step"])
+            if self.optional(f"more {OUTPUTS[package]}", package, log) is None:
+                del self.trackers[package]
+
+    def optional(self, what: str, package: str, action: Callable[[], R]) -> R | None:
+        """What ``action`` returns; where it fails, one line says so, since no run ends for want of ``what``."""
+        try:
+            return action()
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == package:
+                self.say_once(f"{package} is not installed: no {what} (pip install {package} brings it)")
+            else:
+                self.say_once(f"no {what}: {package} does not load: {error}")
+        except Exception as error:
+            self.say_once(f"no {what}: {package} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return None
 
     def say(self, message: str) -> None:
         """One message to the terminal and to log.txt."""
         if not self.active:
             return
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-        if self.bar is not None:
-            self.bar.write(message, file=self.stream)
-        else:
-            print(message, file=self.stream, flush=True)
+        message = message.encode("utf-8", "backslashreplace").decode()
+        self.note(message)
+        self.terminal.write(message)
+        if self.terminal.lost:
+            self.note(f"nothing reads stderr any more ({self.terminal.lost}): what is said stands here alone")
+            self.terminal.lost = ""
 
-    def metrics(self, row: Mapping[str, Any], *, seconds_per_step: float = 0.0) -> None:
-        """One row of numbers with at least ``step``: to metrics.jsonl, the progress line and the trackers."""
-        if not self.active:
-            return
-        self.rows.write(json_line(row))
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-        for name, value in numbers.items():
-            if self.events is not None:
-                self.events.add_scalar(name, value, row["step"])
-        if self.tracker is not None:
-            self.tracker.log(numbers, step=row["step"])
-        if "loss" not in row:
-            return
-        line = progress_line(row)
-        left = format_seconds(seconds_per_step * (self.total_steps - row["step"]))
-        if self.bar is not None:
-            self.bar.set_postfix_str(line)
-            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {row['step']}  {line}\n")
-        else:
-            self.say(f"step {row['step']}/{self.total_steps}  {line}  ETA {left}")
+    def note(self, message: str) -> None:
+        """One message to log.txt alone."""
+        with naming(self.folder / LOG):
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def say_once(self, message: str) -> None:
         """`say`, but only the first time that this message comes."""
@@ -136,54 +152,54 @@ class RunLog:
             self.said.add(message)
             self.say(message)
 
+    def metrics(self, row: Mapping[str, Any], *, seconds_per_step: float = 0.0) -> None:
+        """One row of numbers with at least ``step``: to metrics.jsonl, the progress line and the trackers."""
+        if not self.active:
+            return
+        self.rows.write(row)
+        self.track(row)
+        if "loss" not in row:
+            return
+        line = progress_line(row)
+        left = format_seconds(seconds_per_step * (self.total_steps - row["step"]))
+        if self.terminal.bar is not None:
+            self.terminal.show(line)
+            self.note(f"step {row['step']}  {line}")
+        else:
+            self.say(f"step {row['step']}/{self.total_steps}  {line}  ETA {left}")
+
     def amend(self, extra: Mapping[str, Any]) -> None:
         """Adds results that came after the last step to its row in metrics.jsonl, so that each step has one row."""
-        rows = read_metrics(self.folder / METRICS) if self.active else []
-        if rows:
-            rows[-1] |= extra
-            self.rows.close()
-            replace_metrics(self.folder / METRICS, rows)
-            self.rows = open(self.folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if self.active and extra:
+            self.rows.amend(extra)
 
     def tick(self) -> None:
         """One step is done."""
-        if self.bar is not None:
-            self.bar.update(1)
+        if self.active:
+            self.terminal.advance()
 
     def end_progress(self) -> None:
         """Ends the bar: what is said from here on comes below it."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        if self.active:
+            self.terminal.end_progress()
 
     def close(self) -> None:
         """Ends the bar and closes files and trackers; safe to call twice."""
         if not self.active:
             return
         self.end_progress()
+        for package, tracker in self.trackers.items():
+            self.optional(OUTPUTS[package], package, tracker.close)
         self.active = False
         LOGGER.removeHandler(self.handler)
-        for output in (self.events, self.rows, self.text):
-            if output is not None:
-                output.close()
-        if self.tracker is not None:
-            self.tracker.finish()
+        self.rows.close()
+        self.text.close()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Whether a progress bar can be drawn: on a terminal, unless it says that it has no columns."""
-    if not stream.isatty():
-        return False
-    try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
-    except (OSError, ValueError):  # no file behind the stream
-        return True
 
 
 def progress_line(row: Mapping[str, Any]) -> str:
@@ -209,28 +225,3 @@ def format_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def open_tensorboard(folder: Path, purge_step: int) -> Any | None:
-    """A TensorBoard writer into the run folder, or None where it is not installed. Its import takes 0.8 s."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def import_wandb(project: str) -> Any:
-    """The module. Raises UsageError where it is missing."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UsageError(f"run.wandb is {project!r}, but wandb is not installed: pip install wandb") from error
-    return wandb
-
-
-def open_wandb(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
-    """A W&B run named after the run folder; the same folder continues the same run."""
-    wandb = import_wandb(project)
-    name = folder.resolve().name
-    return wandb.init(project=project, name=name, id=name, dir=str(folder), config=dict(settings or {}), resume="allow")

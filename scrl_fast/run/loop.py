@@ -1,19 +1,18 @@
 """The life of a run, the same for every trainer: steps, signals, agreement between processes, saving, last words.
 
-A trainer derives from `TrainingTask` and gives its `TrainingLoop` what is its own: batches, a step, a row of the log,
-its state. The loop knows no error of the data and no model by name.
+What is a trainer's own (batches, a step, a row of the log, its state) it gives as a `scrl_fast.run.task.TrainingTask`.
+The loop knows no error of the data and no model by name.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -22,114 +21,20 @@ from scrl_fast.atomic_files import write_text
 from scrl_fast.config.files import under_present_names
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.distributed.rendezvous import launcher
-from scrl_fast.distributed.world import PeerFailed, World
+from scrl_fast.distributed.world import PeerFailed
 from scrl_fast.run import plots
-from scrl_fast.run.checkpoint import CheckpointManager
+from scrl_fast.run.checkpoint import CheckpointError, CheckpointManager
+from scrl_fast.run.lock import FolderLock, RunFolderLost, hold_folder, release_folder
 from scrl_fast.run.log import Clock, RunLog
 from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.run.paths import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, METRICS
-from scrl_fast.run.resume import Found, changed_options, find_checkpoint, read_checkpoint
+from scrl_fast.run.resume import Found, changed_data, changed_options, find_checkpoint, read_checkpoint
 from scrl_fast.run.signals import SIGNAL_OF_PEER, SignalHandler
+from scrl_fast.run.task import TrainingTask
 
 CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class TrainingTask(ABC, Generic[T]):
-    """What a trainer tells its loop. T is what one step trains on: a batch, or several.
-
-    config: the checked options, with ``run``, ``resume`` and a `to_dict`. steps_per_epoch, last_step: of the plan.
-    trains: False to measure only. evaluate_every: steps between evaluations, 0 for the end alone.
-    start_options: options that belong to the start of a run, with the value that config.yaml keeps instead.
-    process_options: options that change with the number of processes, for the same training.
-    """
-
-    config: Any
-    world: World
-    device: torch.device
-    steps_per_epoch: int
-    last_step: int
-    loop: TrainingLoop[T]
-    """Made by the trainer once the run folder is known."""
-    trains: bool = True
-    evaluate_every: int = 0
-    start_options: ClassVar[Mapping[str, Any]] = {"resume": ""}
-    process_options: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def step(self) -> int:
-        """Updates made so far."""
-        return self.loop.step
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.loop.folder
-
-    @property
-    @abstractmethod
-    def command(self) -> list[str]:
-        """The words after ``python -m scrl_fast.`` that start this command."""
-
-    @abstractmethod
-    def describe(self) -> list[str]:
-        """Lines for the head of the log: what is trained, on what, how long."""
-
-    @abstractmethod
-    def batches(self) -> Generator[T, None, None]:
-        """What each step trains on, from the step after the last one made to the last one planned."""
-
-    @abstractmethod
-    def batch_weight(self, batch: T) -> int:
-        """The weight of a batch in the mean over all processes."""
-
-    def first_batch(self, batch: T) -> None:
-        """Shows what the first step trains on."""
-
-    @abstractmethod
-    def train_step(self, batch: T, weight: int | None = None, /) -> None:
-        """One update, told to the loop by `TrainingLoop.advance`. weight: of this step in all processes, if known."""
-
-    @abstractmethod
-    def log_row(self) -> dict[str, Any]:
-        """The means since the last row, in every process; step, epoch and speed are the loop's."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """``{model, optimizer, rng, loader, log}`` of a checkpoint; every process calls it."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint. Raises UsageError where it does not fit; the options stay those of the config."""
-
-    @abstractmethod
-    def initialise(self) -> list[str]:
-        """Loads what ``init`` asks for into a run without a checkpoint; returns what there is to say about it."""
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, Any]:
-        """Measures, logs and returns results for the summary; every process calls it. Empty if a signal ended it."""
-
-    def is_best(self) -> bool:
-        """Whether the checkpoint of this step, a planned one, becomes best.pt."""
-        return self.step == self.last_step
-
-    def summary(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What `TrainingLoop.run` returns of the last row; every process calls it."""
-        return {"loss": row.get("loss")}
-
-    def last_words(self) -> list[str]:
-        """Lines before the last one of a run that came to its end."""
-        return []
-
-    def resume_arguments(self) -> list[str]:
-        """Arguments that go on from the run's newest checkpoint, after its ``--config``."""
-        return ["--resume=auto"]
-
-    def data_error(self, error: Exception, where: str) -> Exception:
-        """The error that ends the run, of one that the data raised. where: ``step 3``, ``the measurement``."""
-        return error
 
 
 class TrainingLoop(Generic[T]):
@@ -143,11 +48,12 @@ class TrainingLoop(Generic[T]):
     def __init__(self, task: TrainingTask[T], *, write_environment: Callable[[Path], None]) -> None:
         self.task, self.world, self.write_environment = task, task.world, write_environment
         run = task.config.run
-        self.folder = Path(run.dir)
+        self.folder = Path(run.dir).absolute()  # the process may change its working directory
         self.checkpoints = CheckpointManager(self.folder / CHECKPOINTS, keep=run.keep)
         self.found: Found = self.world.broadcast_from_rank0(
             lambda: find_checkpoint(task.config.resume, self.checkpoints)
         )
+        self.lock: FolderLock | None = None
         self.step = self.saved = 0  # updates made so far, and at the last checkpoint
         self.stop = SignalHandler()
         self.stopped_together = False  # all processes know of a signal to one of them
@@ -164,12 +70,14 @@ class TrainingLoop(Generic[T]):
         Raises what the data raise, once the steps before are saved.
         """
         started = time.perf_counter()
-        notes = self.restore()
-        with self.open_log() as self.log, self.stop:
-            self.log_run_header(notes)
-            if self.task.trains:
-                self.train()
-            return self.finish() | {"seconds": time.perf_counter() - started}
+        with self.hold_folder():
+            notes = self.restore()
+            with self.open_log() as self.log, self.stop:
+                self.log_run_header(notes)
+                if self.task.trains:
+                    self.check_room()
+                    self.train()
+                return self.finish() | {"seconds": time.perf_counter() - started}
 
     def train(self) -> None:
         """The steps that are left."""
@@ -189,6 +97,24 @@ class TrainingLoop(Generic[T]):
                 if task.evaluate_every and self.step % task.evaluate_every == 0 and self.step < task.last_step:
                     task.evaluate()
         self.save_unsaved(planned=not self.stop)  # a signal, or another run's checkpoint and no step left to make
+
+    @contextmanager
+    def hold_folder(self) -> Iterator[None]:
+        """No other run may use the folder meanwhile; process 0 holds it for all."""
+        if self.world.rank == 0:
+            self.lock = hold_folder(self.folder)
+        try:
+            yield
+        finally:
+            if self.lock is not None:
+                release_folder(self.lock)
+                self.lock = None
+
+    def check_room(self) -> None:
+        """Raises UsageError where the disk has no room for the checkpoints that are to come."""
+        state = self.state_dict()
+        files = 1 if self.found.own else self.task.config.run.keep + 1  # the oldest goes when the newest is whole
+        self.world.broadcast_from_rank0(lambda: self.checkpoints.check_room(state, files))
 
     def synchronized_batches(self, stream: Iterator[T]) -> Generator[tuple[T, int], None, None]:
         """Batches with their weight in all processes, as long as every process has one and none was told to stop."""
@@ -226,7 +152,7 @@ class TrainingLoop(Generic[T]):
     def end_with_failed_data(self, failure: Exception | None, where: str) -> NoReturn:
         """Saves, says so and raises. failure: of this process, None where another one's data failed."""
         if self.save_unsaved():
-            saved = f"the data failed, all {self.step} steps are saved"
+            saved = f"the data failed; all {self.step} steps are saved"
             self.log.say(f"{where}: {saved}. To continue: {self.resume_command()}")
         if failure is None:
             raise PeerFailed("stopped because the data of another process failed")
@@ -252,12 +178,16 @@ class TrainingLoop(Generic[T]):
             "epoch": self.step // self.task.steps_per_epoch,
             "config": self.task.config.to_dict(),
             "version": __version__,
+            "data": self.task.data_identity(),
             **self.task.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a training checkpoint."""
-        self.task.load_state_dict(state)
+        try:
+            self.task.load_state_dict(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.found.path}: {error}") from error
         self.step = state["step"]
 
     def restore(self) -> list[str]:
@@ -281,6 +211,7 @@ class TrainingLoop(Generic[T]):
         if before != now:
             notes.append(f"{now} processes instead of {before}: the same images, views and boxes in every step")
         besides = self.task.process_options if before != now else ()
+        notes += changed_data(state.get("data", {}), self.task.data_identity())
         config = self.task.config
         saved, defaults = under_present_names(type(config), state["config"]), type(config)().to_dict()
         if changed := changed_options(saved, config.to_dict(), besides, defaults=defaults):
@@ -292,10 +223,26 @@ class TrainingLoop(Generic[T]):
         best = planned and self.task.is_best()
         state = self.state_dict()
         if self.world.rank == 0:
+            self.check_folder(state)
             self.checkpoints.save(state, self.step, best=best)
             if time.monotonic() - self.drawn > CURVES_EVERY:
                 self.draw_curves()
         self.saved = self.step
+
+    def check_folder(self, state: dict[str, Any] | None = None) -> None:
+        """Raises RunFolderLost where the folder was moved or removed; what is to be saved is saved where it can be."""
+        if self.lock is None or self.lock.present():
+            return
+        moved = self.lock.moved_to()
+        folder, saved = moved or self.folder, ""
+        if not moved and folder.exists():  # something else lies there now
+            folder = folder.with_name(f"{folder.name}-kept")
+        if state is not None:
+            path = CheckpointManager(folder / CHECKPOINTS, keep=self.task.config.run.keep).save(state, self.step)
+            self.write_config(folder)
+            saved = f"; step {self.step} is saved in {path}"
+        what = f"was moved to {moved}" if moved else "was removed"
+        raise RunFolderLost(f"the run folder {self.folder} {what} while the run was on{saved}")
 
     def save_unsaved(self, planned: bool = False) -> bool:
         """Saves the steps since the last checkpoint, if there are any; whether there were."""
@@ -329,9 +276,13 @@ class TrainingLoop(Generic[T]):
         for line in (*notes, *self.task.describe(), f"run folder: {self.folder}"):
             self.log.say(line)
         if self.world.rank == 0:
-            kept = replace(self.task.config, **self.task.start_options)
-            write_text(self.folder / CONFIG, dump(kept.to_dict()))
+            self.write_config(self.folder)
             self.write_environment(self.folder / ENVIRONMENT)
+
+    def write_config(self, folder: Path) -> None:
+        """config.yaml, which starts the run again; at once, so that a full disk leaves the one before."""
+        kept = replace(self.task.config, **self.task.start_options)
+        write_text(folder / CONFIG, dump(kept.to_dict()))
 
     def log_step(self) -> None:
         """One logging point."""
@@ -352,6 +303,7 @@ class TrainingLoop(Generic[T]):
         summary = {"run_dir": str(self.folder), "step": self.step} | self.task.summary(row)
         self.draw_curves()
         summary |= self.task.evaluate()
+        self.check_folder(self.state_dict() if self.task.trains else None)
         last = self.checkpoints.folder / "last.pt"
         summary["interrupted"] = self.stop.signal_name
         summary["checkpoint"] = str(last if last.exists() else self.found.path or "")
@@ -381,5 +333,5 @@ class TrainingLoop(Generic[T]):
         """curves.png from metrics.jsonl."""
         self.drawn = time.monotonic()
         rows = read_metrics(self.folder / METRICS) if self.world.rank == 0 else []
-        if rows and not plots.draw_curves(self.folder / CURVES, rows):
-            self.log.say_once("matplotlib is not installed: no curves.png (pip install matplotlib brings it)")
+        if rows:
+            self.log.optional(CURVES, "matplotlib", lambda: plots.draw_curves(self.folder / CURVES, rows))

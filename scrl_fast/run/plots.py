@@ -71,16 +71,14 @@ def outline(picture: Image.Image, boxes: Tensor, index: int, scale: int) -> None
         draw.rectangle(corners, outline=tuple(round(255 * c) for c in colour), width=2)
 
 
-def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> bool:
-    """Writes the run's curves over steps, one panel a metric. Returns False where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the run's curves over steps, one panel a metric. Raises what the import of matplotlib raises."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     present = [name for name in CURVES if any(row.get(name) is not None for row in rows)]
     if not present:
-        return True
+        return
     columns = 2
     rows_of_panels = -(-len(present) // columns)
     height = 2.2 * rows_of_panels
@@ -100,4 +98,3 @@ def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) ->
     temporary = Path(path).with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=110)
     os.replace(temporary, path)
-    return True

@@ -53,13 +53,22 @@ def read_checkpoint(found: Found, asked: str, folder: Path) -> tuple[dict[str, A
     assert found.path is not None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = checkpoint.load(found.path, expect=checkpoint.CHECKPOINT_KEYS)
+        state = checkpoint.load_training_state(found.path)
     if found.newest is not None and step_in_name(found.newest) > state["step"]:
         raise UsageError(
             f"resume={asked}: run.dir {str(folder)!r} holds a newer checkpoint, {found.newest.name}; to "
             "branch off from an older one, give the new run its own --run.dir"
         )
     return state, [str(warning.message) for warning in caught]
+
+
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line where the images are not those of the checkpoint. before, now: counts and a hash of names, or empty."""
+    if not before or not now or dict(before) == dict(now):
+        return []
+    was, count = before.get("images"), now["images"]
+    what = f"{count} images, the checkpoint was made with {was}" if was != count else f"{count} images with other names"
+    return [f"not the same data any more: {what}; batches, views and the length of an epoch follow the present ones"]
 
 
 def changed_options(

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop reads, not as an exception in the middle of a step."""
+"""Ctrl-C, SIGTERM and their like as a request that the loop reads, not as an exception in the middle of a step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")  # the last four are not known everywhere
+STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+HANGUP = getattr(signal, "SIGHUP", None)
 SIGNAL_OF_PEER = "a signal to another process"
 """In place of a signal's name."""
 
 
 class SignalHandler:
-    """While active, SIGINT, SIGTERM and SIGUSR1 (some schedulers' warning) set ``signal_name`` and end nothing.
+    """While active, the signals that ask a run to stop set ``signal_name`` and end nothing.
 
+    They are SIGINT, SIGTERM, SIGUSR1 (some schedulers' warning), SIGHUP (a lost session; one that is ignored, as under
+    nohup, stays so) and SIGXCPU (a limit of processor time).
     A second SIGINT raises KeyboardInterrupt at once, without waiting for the step. Inside `interruptible` any of them
     ends the block. Outside the main thread, where Python allows no handlers, nothing is installed.
     """
@@ -32,7 +36,9 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                if not (number == HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+                    self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from scrl_fast._lazy import loader_of
 
 if TYPE_CHECKING:
     from scrl_fast.transfer.detector import build_detector as build_detector
-    from scrl_fast.transfer.fine_tune import fine_tune as fine_tune
+    from scrl_fast.transfer.fine_tuning import fine_tune as fine_tune
     from scrl_fast.transfer.predict import average_precision as average_precision
     from scrl_fast.transfer.predict import detect as detect
 
@@ -27,7 +27,7 @@ _ATTRIBUTES = {
     "average_precision": "scrl_fast.transfer.predict",
     "build_detector": "scrl_fast.transfer.detector",
     "detect": "scrl_fast.transfer.predict",
-    "fine_tune": "scrl_fast.transfer.fine_tune",
+    "fine_tune": "scrl_fast.transfer.fine_tuning",
 }
 
 __all__ = ["average_precision", "build_detector", "detect", "fine_tune"]

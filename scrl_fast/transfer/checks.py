@@ -35,6 +35,23 @@ def check_data(config: TransferConfig, train: Any, val: Any, indices: Sequence[i
     return list(dict.fromkeys([*notes, *check_metric(config.task, val, count)]))
 
 
+def check_splits(train: Any, val: Any, *, keypoints: bool) -> None:
+    """Raise UsageError where the splits do not suit each other or, for keypoints, the detector. train may be None."""
+    if train is not None:
+        check_categories(train, val)
+    for split in (val, train) if keypoints else ():
+        if split is not None:
+            check_keypoints(split)
+
+
+def check_batch_size(batch_size: int, images: int, processes: int) -> None:
+    """Raise UsageError unless so many images fill a batch, and the batch can be shared out evenly."""
+    if batch_size > images:
+        raise UsageError(f"train.batch_size={batch_size}: the data set has {images} images to train on")
+    if batch_size % processes:
+        raise UsageError(f"train.batch_size={batch_size}: must be a multiple of the {processes} processes")
+
+
 def check_categories(train: Any, val: Any) -> None:
     """Raise UsageError naming the files when the two splits have different classes."""
     if list(train.classes) != list(val.classes) or list(train.category_ids) != list(val.category_ids):

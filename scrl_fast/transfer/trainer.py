@@ -12,16 +12,20 @@ from torch import nn
 
 from scrl_fast import info
 from scrl_fast.config.validation import validated
+from scrl_fast.data import identity_of
 from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
+from scrl_fast.run.agreement import check_same_everywhere
+from scrl_fast.run.checkpoint import load_optimizer_state, using
 from scrl_fast.run.folder import place_run
-from scrl_fast.run.loop import TrainingLoop, TrainingTask
+from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import set_numerics, step_seed
-from scrl_fast.transfer.checks import check_categories, check_data, check_keypoints
+from scrl_fast.run.task import TrainingTask
+from scrl_fast.transfer.checks import check_batch_size, check_data, check_splits
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import (
     KEYPOINTS,
@@ -33,7 +37,7 @@ from scrl_fast.transfer.dataset import (
 )
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.detector import build_detector, check_same_detector
-from scrl_fast.transfer.fine_tune import DetectionLossError, build_sgd, train_step, training_batches
+from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_step, training_batches
 from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.pyramid import SUPERVISED
@@ -66,8 +70,12 @@ class Transfer(TrainingTask[list[Example]]):
         self.trains = not config.eval.only
         self.val = read_split(config, config.data.val) if val is None else val
         self.train = None if not self.trains else read_split(config, config.data.train) if train is None else train
-        self.check_splits()
-        self.indices = self.training_images(config)
+        check_same_everywhere(self.world, config.to_dict(), {"device": self.device.type, **self.data_identity()})
+        check_splits(self.train, self.val, keypoints=self.keypoints > 0)
+        self.indices: list[int] = []
+        if self.train is not None:
+            self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
+            check_batch_size(config.train.batch_size, len(self.indices), self.world.size)
         self.data_notes = check_data(config, self.train, self.val, self.indices)
         self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
@@ -98,26 +106,6 @@ class Transfer(TrainingTask[list[Example]]):
         Raises what the data raise, once the steps before are saved.
         """
         return self.loop.run()
-
-    def check_splits(self) -> None:
-        """Raises UsageError where the splits do not suit each other or the detector."""
-        if self.train is not None:
-            check_categories(self.train, self.val)
-        for split in (self.val, self.train) if self.keypoints else ():
-            if split is not None:
-                check_keypoints(split)
-
-    def training_images(self, config: TransferConfig) -> list[int]:
-        """Indices of the images to train on. Raises UsageError where they are fewer than a batch."""
-        if self.train is None:
-            return []
-        indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
-        batch = f"train.batch_size={config.train.batch_size}"
-        if config.train.batch_size > len(indices):
-            raise UsageError(f"{batch}: the data set has {len(indices)} images to train on")
-        if config.train.batch_size % self.world.size:
-            raise UsageError(f"{batch}: must be a multiple of the {self.world.size} processes")
-        return indices
 
     def build(self) -> nn.Module:
         """The detector with the weights of ``init``; a resumed run has its own and reads none."""
@@ -251,11 +239,19 @@ class Transfer(TrainingTask[list[Example]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint. Raises UsageError for one of another detector."""
-        check_same_detector(self.network, dict(state), str(self.loop.found.path))
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["rng"]["scaler"])
-        self.pending = list(state.get("log", {}).get("pending", []))
+        with using("model"):
+            check_same_detector(self.network, dict(state), str(self.loop.found.path))
+            self.network.load_state_dict(state["model"])
+        with using("optimizer"):
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        with using("rng"):
+            self.scaler.load_state_dict(state["rng"]["scaler"])
+        with using("log"):
+            pending = state.get("log", {}).get("pending", [])
+            self.pending = [{str(name): float(value) for name, value in row.items()} for row in pending]
+
+    def data_identity(self) -> dict[str, Any]:
+        return {} if self.train is None else identity_of(self.train)
 
     def initialise(self) -> list[str]:
         """What `build` took from ``init``."""

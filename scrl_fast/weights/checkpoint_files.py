@@ -55,8 +55,8 @@ def _candidates(folder: Path) -> list[Path]:
     steps = step_files(folder)
     order = [*steps[:1], folder / "last.pt", *steps[1:], folder / "best.pt"]
     files: dict[tuple[int, int], Path] = {}
-    for path in filter(Path.is_file, order):
-        status = path.stat()
+    for path in filter(os.path.lexists, order):  # a pipe, a folder or a dead link under such a name is told, too
+        status = path.stat() if path.exists() else path.lstat()
         files.setdefault((status.st_dev, status.st_ino), path)
     return list(files.values())
 

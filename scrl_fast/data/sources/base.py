@@ -90,7 +90,8 @@ def identity_of(source: Any) -> dict[str, Any]:
     """
     if hasattr(source, "identity"):
         return source.identity()
-    return identity_of_names([source.name_of(index) for index in range(len(source))])
+    name_of = getattr(source, "name_of", str)
+    return identity_of_names([name_of(index) for index in range(len(source))])
 
 
 def identity_of_names(names: Sequence[str]) -> dict[str, Any]:

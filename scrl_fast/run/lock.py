@@ -1,0 +1,103 @@
+"""One run, one folder: a lock that the operating system takes back when its process ends, however it ends.
+
+It reaches across machines where the file system's locks do, as NFS version 4 and most cluster file systems.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+
+from scrl_fast.atomic_files import naming
+from scrl_fast.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # no locks of this kind on this system
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_locks: dict[tuple[int, int], FolderLock] = {}  # of this process, by what `identity_of` says of the folder
+
+
+class RunFolderLost(OSError):
+    """The run folder is no longer where it was when the run began."""
+
+
+class FolderLock:
+    """The hold of this process on one run folder; made by `hold_folder`."""
+
+    def __init__(self, folder: Path, handle: int) -> None:
+        self.folder, self.handle, self.identity = folder, handle, identity_of(folder)
+
+    def present(self) -> bool:
+        """Whether the folder is still where it was."""
+        return identity_of(self.folder) == self.identity
+
+    def moved_to(self) -> Path | None:
+        """Where the folder was moved, as Linux tells of an open file; None where it was removed or that is not told."""
+        try:
+            found = Path(os.readlink(f"/proc/self/fd/{self.handle}")).parent
+        except OSError:
+            return None
+        return found if identity_of(found) == self.identity else None
+
+
+def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
+    """Takes the folder for this process, which may take it again. patience: seconds to wait for another process.
+
+    Raises UsageError naming the process that holds it.
+    """
+    folder = folder.absolute()
+    identity = identity_of(folder)
+    if identity is not None and identity in _locks:
+        return _locks[identity]
+    path = folder / NAME
+    with naming(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    end = time.monotonic() + patience
+    while not _lock(handle):
+        if time.monotonic() >= end:
+            holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(handle)
+            raise UsageError(
+                f"run.dir {str(folder)!r} is in use by {holder}: wait until that run has ended, or choose another "
+                "folder with --run.dir=NEW"
+            )
+        time.sleep(0.2)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    lock = FolderLock(folder, handle)
+    if lock.identity is not None:
+        _locks[lock.identity] = lock
+    return lock
+
+
+def release_folder(lock: FolderLock) -> None:
+    """Gives the folder up."""
+    if lock.identity is not None and _locks.pop(lock.identity, None) is not None:
+        os.close(lock.handle)
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """(device, inode) of a folder; None where there is none."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _lock(handle: int) -> bool:
+    """False where another process holds it; True also where the file system knows no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _HELD
+    return True
