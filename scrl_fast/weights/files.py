@@ -41,11 +41,13 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     start = start_of(path)
     if kind := other_kind(start):
         raise WeightsError(f"cannot load {path}: {kind}")
-    if path.suffix == ".safetensors":
-        return path, read_safetensors(path)
+    if is_zip(start):  # also under the suffix of another format
+        return path, checkpoint_files.load(path)
     if path.suffix == ".onnx":
         return path, read_onnx(path)
-    if not is_zip(start) and (path.suffix == ".pkl" or _is_plain_pickle(start)):
+    if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[3:8] == bytes(5)):
+        return path, read_safetensors(path)
+    if path.suffix == ".pkl" or _is_plain_pickle(start):
         return path, read_pickle(path)
     return path, checkpoint_files.load(path)
 

@@ -45,7 +45,7 @@ def storage_dtype(kind: Any) -> torch.dtype:
 def _view(reader: PickleReader, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     """The tensor at ``offset`` of a flat tensor ``storage``. Raises PickleError for one that leaves it."""
     if type(storage) is not Tensor or type(dtype) is not torch.dtype or type(offset) is not int or offset < 0:
-        raise PickleError("a tensor without storage")
+        raise PickleError("a tensor without a storage, or before its start")
     sizes = checked_shape(tuple(shape) if type(shape) is torch.Size else shape)
     steps = checked_shape(strides)
     if len(steps) != len(sizes):

@@ -144,6 +144,8 @@ class PickleReader:
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise PickleError(f"memo entry {index} is missing")
         self.stack.append(self.memo[index])
 
     def take(self, count: int) -> list[Any]:

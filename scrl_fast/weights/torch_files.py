@@ -65,6 +65,8 @@ def _read_zip(path: Path) -> Any:
 
         def storage(identity: Any) -> Tensor:
             dtype, key, count = _storage_of(identity, 5)
+            if f"{root}data/{key}" not in archive.entries:
+                raise PickleError(f"storage {key!r:.80} is missing")
             if key not in storages:
                 storages[key] = archive.read(f"{root}data/{key}")
             if storages[key].numel() != count * dtype.itemsize:

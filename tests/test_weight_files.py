@@ -1,0 +1,241 @@
+"""Files of weights from elsewhere are data: read right, or refused by name; never slow, never large, nothing runs."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tarfile
+from collections import OrderedDict, defaultdict
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import weight_file_sweep as sweep
+
+from scrl_fast import weights
+from scrl_fast.weights.checkpoint_files import load
+from scrl_fast.weights.files import read_file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder with everything beside it that external data could be led to."""
+    place = tmp_path / "model"
+    (place / "folder").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (place / "data.bin").write_bytes(np.arange(2, dtype=np.float32).tobytes())
+    for secret in (tmp_path / "secret.bin", tmp_path / "outside" / "secret.bin"):
+        secret.write_bytes(b"12345678")
+    (place / "link.bin").symlink_to("../secret.bin")
+    (place / "out").symlink_to("../outside")
+    os.link(tmp_path / "secret.bin", place / "hard.bin")
+    os.mkfifo(place / "pipe")
+    return place
+
+
+def test_no_file_is_slow_large_or_a_raw_error(folder):
+    """Some 160 files made by hand and 240 mutated ones, in a process whose memory is limited."""
+    script = pathlib.Path(sweep.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(folder), "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["faults"]
+    assert found["slowest"][0] < 30, found["slowest"]  # seconds of the processor; about one
+    assert found["grown_mb"] < 500
+    kinds = (".pkl", ".pt", ".safetensors", ".onnx")
+    assert all(found["outcomes"][f"{kind} by hand"]["refused"] >= 20 for kind in kinds)
+    assert any("read" in outcomes for kind, outcomes in found["outcomes"].items() if kind.endswith("mutated"))
+
+
+# ---- right values ----
+
+
+def document():
+    grid = torch.arange(24.0).reshape(2, 3, 4)
+    return {
+        "dense": grid,
+        "transposed": grid.permute(2, 0, 1),
+        "part": grid[1, 1:],
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(7),
+        **{str(kind): torch.ones(3).to(kind) for kind in (torch.bfloat16, torch.float16, torch.int8, torch.bool)},
+        "wide": torch.tensor([1, 2], dtype=torch.uint16),
+        "complex": torch.tensor([1 + 2j]),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "module": torch.nn.BatchNorm1d(2).state_dict(),
+        "plain": [None, True, 3, -(1 << 70), 1.5, "ä\ud800", b"\xff", (1, (2,)), {1, "a"}, 1 + 2j],
+        "torch": [torch.Size([2, 3]), torch.float32, torch.device("cpu"), torch.device("cuda", 1)],
+        "ordered": OrderedDict(b=1, a=2),
+    }
+
+
+def assert_same(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert (ours.dtype, ours.stride(), ours.requires_grad) == (theirs.dtype, theirs.stride(), theirs.requires_grad)
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert_same(ours[name], theirs[name])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+def test_torch_files_are_read_as_torch_reads_them(tmp_path, as_zip):
+    path = tmp_path / "a.pt"
+    written = document()
+    if not as_zip:
+        del written["wide"]  # torch cannot read its own uint16 back from the older format
+    torch.save(written, path, _use_new_zipfile_serialization=as_zip)
+    ours = load(path)
+    assert_same(ours, torch.load(path, weights_only=True))
+    assert ours["dense"].untyped_storage().data_ptr() == ours["part"].untyped_storage().data_ptr()
+    ours["dense"].zero_()
+    assert not ours["part"].any()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_every_protocol(tmp_path, protocol):
+    grid = np.arange(6, dtype=np.float32).reshape(2, 3)
+    arrays = {"a": grid, "big": grid.astype(">f8"), "fortran": np.asfortranarray(grid), "half": grid.astype("f2")}
+    arrays |= {"empty": np.zeros((0, 2), "i2"), "bool": grid > 2, "number": np.float64(0.5), "strided": grid[:, ::2]}
+    content = {**arrays, "text": np.str_("ä"), "name": "x", "inner": {"b": grid}, "set": {1}, "bytes": b"\xff"}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    _, found = read_file(tmp_path / "a.pkl")
+    for name, array in arrays.items():
+        expected = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+        assert torch.equal(found[name], expected) and found[name].dtype == expected.dtype, name
+        assert found[name].is_contiguous()
+    assert found["text"] == "ä" and found["name"] == "x" and found["bytes"] == b"\xff"
+    assert torch.equal(found["inner"]["b"], found["a"])
+
+
+def test_text_of_python_2_is_read_as_bytes(tmp_path):
+    data = np.array([1.5, -2.0], np.float32).tobytes()
+    raw = b"U" + bytes([len(data)]) + data  # SHORT_BINSTRING, as protocol 2 of Python 2 writes bytes
+    content = sweep.in_dict(sweep.array((2,), sweep.dtype("f4"), raw)).replace(b"C\x01b", b"U\x01b", 1)
+    (tmp_path / "a.pkl").write_bytes(content)
+    assert read_file(tmp_path / "a.pkl")[1]["model"]["stem.conv1.weight"].tolist() == [1.5, -2.0]
+
+
+def test_options_beside_the_weights_are_left_out(tmp_path):
+    beside = {"args": argparse.Namespace(lr=1), "best": np.float64(0.5), "where": pathlib.Path("x")}
+    beside |= {"counts": defaultdict(list), "arrays": [np.arange(3)]}
+    state = {"conv1.weight": torch.ones(2, 3)}
+    torch.save({"state_dict": state, **beside}, tmp_path / "a.pth")
+    assert torch.equal(weights.read(tmp_path / "a.pth").encoder()["conv1.weight"], torch.ones(2, 3))
+    torch.save({"conv1.weight": np.ones((2, 3), np.float32)}, tmp_path / "b.pth")
+    assert torch.equal(weights.read(tmp_path / "b.pth").encoder()["conv1.weight"], torch.ones(2, 3))
+    torch.save({"teacher": {"module.backbone.conv1.weight": torch.ones(2, 3)}, "student": state}, tmp_path / "c.pth")
+    assert weights.read(tmp_path / "c.pth").encoder()["conv1.weight"].sum() == 6
+
+
+def test_an_object_of_another_class_is_named_with_the_way_round(tmp_path):
+    torch.save({"state_dict": {}, "ratio": Fraction(1, 2)}, tmp_path / "a.pth")
+    with pytest.raises(weights.WeightsError, match=r"a\.pth.*: fractions\.Fraction\. .*python -c .*weights_only=False"):
+        weights.read(tmp_path / "a.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "b.pth")
+    with pytest.raises(weights.WeightsError, match=r"b\.pth.*: torch\.nn\.modules\.linear\.Linear\. .*state_dict"):
+        weights.read(tmp_path / "b.pth")
+
+
+def test_onnx_reads_every_type_and_data_beside_the_graph(folder):
+    onnx = pytest.importorskip("onnx", reason="onnx is in the extra 'export'")
+    kinds = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "uint32", "uint64", "bool")
+    expected, tensors = {}, []
+    for kind in kinds:
+        array = np.array([[0, 1, 5], [-3, 2, 1]]).astype(kind)
+        number = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensors += [onnx.numpy_helper.from_array(array, kind)]
+        tensors += [onnx.helper.make_tensor(f"{kind} unpacked", number, array.shape, array.flatten().tolist())]
+        expected |= {kind: array, f"{kind} unpacked": array}
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors))
+    for name, beside in (("a.onnx", False), ("b.onnx", True)):
+        onnx.save(model, str(folder / name), save_as_external_data=beside, size_threshold=0, location="w.bin")
+        _, found = read_file(folder / name)
+        assert all(np.array_equal(found[kind].numpy(), array) for kind, array in expected.items())
+    (folder / "c.onnx").write_bytes(sweep.external("data.bin"))
+    assert read_file(folder / "c.onnx")[1]["conv1.weight"].tolist() == [0, 1]
+
+
+def test_safetensors_are_read_as_the_library_reads_them(tmp_path):
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is an extra")
+    state = {"a": torch.randn(3, 4), "b": torch.zeros(0, 2), "c": torch.randn(4).bfloat16(), "d": torch.tensor(3)}
+    library.save_file(state, tmp_path / "a.safetensors", metadata={"epoch": "3"})
+    _, found = read_file(tmp_path / "a.safetensors")
+    assert found.pop("__metadata__") == {"epoch": 3}
+    assert_same(dict(sorted(found.items())), state)
+    torch.save(state, tmp_path / "b.safetensors")  # a name that lies
+    (tmp_path / "a.safetensors").rename(tmp_path / "c.pth")
+    for name in ("b.safetensors", "c.pth"):
+        assert torch.equal(read_file(tmp_path / name)[1]["a"], state["a"])
+
+
+# ---- files in the place of weights ----
+
+
+def tar_of(*names):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    return buffer.getvalue()
+
+
+OTHER_KINDS = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
+    "page": (b"\n<!DOCTYPE html><html>404</html>", "HTML page.*download the file itself"),
+    "server's error": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "XML.*AccessDenied"),
+    "answer": (b'{"error": "Invalid username or password."}', "JSON text.*Invalid username"),
+    "text": ("Datei nicht gefunden, später\n".encode(), "text file.*Datei nicht gefunden"),
+    "gzip": (gzip.compress(b"a"), "compressed by gzip.*gunzip"),
+    "xz": (b"\xfd7zXZ\0" + bytes(20), "compressed by xz"),
+    "tar": (tar_of("weights.pth"), "tar archive: unpack"),
+    "old torch": (tar_of("sys_info", "pickle"), "torch's tar format of before 0.1.10"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5 file"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(20), "an image"),
+    "zeros": (bytes(4096), "nothing but zeros"),
+    "empty": (b"", "is damaged: it is empty"),
+    "archive": (sweep.stored({"word/document.xml": b"x"}), "zip archive that torch did not write"),
+    "arrays": (sweep.stored({"a.npy": b"x"}), "NumPy archive"),
+    "script": (sweep.torch_file(b"\x80\x02}.", **{"a/constants.pkl": b"\x80\x02)."}), "TorchScript.*jit.load"),
+    "half": (sweep.whole_files()[".pt"][:300], "cut off"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_other_files_are_called_what_they_are(tmp_path, name, suffix):
+    content, message = OTHER_KINDS[name]
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    with pytest.raises(weights.WeightsError, match=rf"a{suffix}.*{message}"):
+        weights.read(tmp_path / f"a{suffix}")
+
+
+def test_what_is_no_regular_file_is_not_opened(folder):
+    with open(folder / "sparse.pkl", "wb") as file:
+        file.truncate(1 << 40)
+    devices = [(path, "a device") for path in ("/dev/zero", "/dev/urandom") if os.path.exists(path)]
+    for path, message in [(folder / "pipe", "a named pipe"), (folder / "sparse.pkl", "a sparse file"), *devices]:
+        for reader in (weights.read, load):
+            with pytest.raises(weights.WeightsError, match=rf"{path}.*{message}"):
+                reader(path)
+    with pytest.raises(weights.WeightsError, match=r"no checkpoint in .*folder"):
+        weights.read(folder / "folder")
