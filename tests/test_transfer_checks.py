@@ -10,6 +10,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_data import HEIGHT, WIDTH, write_coco
 from tiny_transfer import edited, transfer
 
@@ -160,8 +161,8 @@ def test_images_that_are_not_measured_are_not_compared(data_root, tmp_path):
 def test_a_large_set_is_compared_by_a_sample(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "SIZES_CHECKED", 2)
     source = read_coco(str(data_root), "val2017")
-    seen = []
-    monkeypatch.setattr(source, "open", seen.append)
+    seen, open_image = [], source.open
+    monkeypatch.setattr(source, "open", lambda index: seen.append(index) or open_image(index))
     checks.check_sizes(source, range(5), 1)
     assert seen == [0, 3]
 
@@ -170,6 +171,23 @@ def test_an_image_that_cannot_be_read_is_left_to_its_step(data_root, tmp_path):
     source = read_coco(str(data_root), "val2017")
     source.folder = str(tmp_path)
     checks.check_sizes(source, range(5), 1)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "said"), [(3, (64, 48), True), (6, (48, 48), True), (6, (48, 64), False)]
+)
+def test_exif_that_no_size_tells_is_said(tmp_path, orientation, size, said):
+    path = write_coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(tmp_path / "val2017/000000001000.jpg", exif=exif)
+    document = json.loads(path.read_text())
+    document["images"][0].update(
+        width=size[0] if orientation < 5 else size[1], height=size[1] if orientation < 5 else size[0]
+    )
+    path.write_text(json.dumps(document))
+    notes = checks.check_sizes(read_coco(str(tmp_path)), range(6), 1)
+    assert len(notes) == said and (not said or "EXIF turns 1 of 6 images" in notes[0])
 
 
 def forbid(monkeypatch, *names):

@@ -117,6 +117,11 @@ class Encoded:
         self.decoding_bytes = self.height * self.width * (per_pixel + (_BYTES_OF_COEFFICIENTS if several_scans else 0))
         self._check(limits, several_scans)
 
+    @property
+    def orientation(self) -> int:
+        """EXIF's number, 1 to 8, of how the stored pixels are turned; 1 is upright."""
+        return self._orientation
+
     def _check(self, limits: ImageLimits, several_scans: bool) -> None:
         if self.width * self.height > limits.max_pixels:
             cause = f"{self.width} x {self.height} pixels are more than data.max_pixels={limits.max_pixels}"

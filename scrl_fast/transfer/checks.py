@@ -28,10 +28,10 @@ def check_data(config: TransferConfig, train: Any, val: Any, indices: Sequence[i
     if config.model.detector == "mask_rcnn":
         mask_tools()
     count = min(config.eval.images or len(val), len(val))
+    notes: list[str] = []
     for source, chosen in ((train, indices), (val, range(count))):
-        if source is not None:
-            check_sizes(source, chosen, config.data.workers)
-    notes = [note for source in (train, val) for note in getattr(source, "notes", ())]
+        notes += getattr(source, "notes", [])
+        notes += check_sizes(source, chosen, config.data.workers)
     return list(dict.fromkeys([*notes, *check_metric(config.task, val, count)]))
 
 
@@ -72,28 +72,34 @@ def check_keypoints(source: Any) -> None:
         raise UsageError(f"{source.annotation_file}: {said}, and COCO's metric is defined for a person's {KEYPOINTS}")
 
 
-def check_sizes(source: Any, indices: Sequence[int], workers: int) -> None:
+def check_sizes(source: Any, indices: Sequence[int], workers: int) -> list[str]:
     """Compare the annotated sizes of up to `SIZES_CHECKED` of the images, evenly spread, with the images themselves.
 
     Raises UsageError naming the first that differs; the others are compared as they are read. An image that cannot be
-    read is left to the reading, which names it.
+    read is left to the reading, which names it. Returns a note where EXIF turns images without changing their size:
+    whether boxes were drawn before or after that, no size tells.
     """
     if getattr(source, "objects", None) is None:
-        return
+        return []
     every = max(1, -(-len(indices) // SIZES_CHECKED))
 
-    def mismatch(index: int) -> SizeMismatch | None:
+    def turned(index: int) -> bool | SizeMismatch:
         try:
-            source.open(index)
-        except SizeMismatch as error:
-            return error
-        except BadImage:
-            pass
-        return None
+            image = source.open(index)
+        except BadImage as error:
+            return error if isinstance(error, SizeMismatch) else False
+        return image.orientation in (2, 3, 4) or (image.orientation > 4 and image.height == image.width)
 
-    for error in prefetched(mismatch, indices[::every], workers):
-        if error is not None:
+    looked = list(prefetched(turned, indices[::every], workers))
+    for error in looked:
+        if isinstance(error, SizeMismatch):
             raise UsageError(str(error)) from error
+    if not any(looked):
+        return []
+    return [
+        f"{source.annotation_file}: EXIF turns {sum(map(bool, looked))} of {len(looked)} images without changing their "
+        "size; their boxes are taken to be those of the upright images"
+    ]
 
 
 def check_metric(task: str, source: Any, images: int = 0) -> list[str]:
