@@ -109,7 +109,7 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
     try:
         yield report
     except BrokenPipeError:
-        # whoever read our output has gone (`... | head`): nothing left to say, and no second error at shutdown
+        # the reader of our output has ended (`... | head`): nothing left to say, and no second error at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILURE) from None
     except KeyboardInterrupt:

@@ -63,6 +63,16 @@ def test_one_process_may_take_its_folder_again_and_gives_it_up_after_the_run(tmp
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout == "held\n"
 
 
+def test_a_folder_that_was_moved_is_taken_anew_where_it_lies(tmp_path):
+    (tmp_path / "a").mkdir()
+    before = hold_folder(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert not before.present() and before.moved_to() == tmp_path / "b"
+    after = hold_folder(tmp_path / "b")
+    assert after is not before and after.present()
+    release_folder(after)
+
+
 def test_what_is_refused_is_not_held(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match="already holds a run"):

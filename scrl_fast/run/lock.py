@@ -54,8 +54,10 @@ def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
     """
     folder = folder.absolute()
     identity = identity_of(folder)
-    if identity is not None and identity in _locks:
-        return _locks[identity]
+    if identity is not None and (held := _locks.get(identity)) is not None:
+        if held.present():
+            return held
+        release_folder(held)  # of a folder that was moved here, or of one that is gone and whose inode this one has
     path = folder / NAME
     with naming(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -40,7 +40,7 @@ def set_numerics(deterministic: bool, device: torch.device) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, read at its first call
         torch.use_deterministic_algorithms(True)
-        # the switch also fills fresh memory, for debugging: a write of every output that nobody reads
+        # the switch also fills fresh memory, for debugging: a write of every output, to no use
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
