@@ -29,9 +29,8 @@ from scrl_fast.data.pillow import (
     has_endless_chunks,
     is_turned_by_exif,
     open_picture,
-    orientation_of,
+    orientation_and_size,
     to_rgb,
-    upright_size,
 )
 
 Pixels = NDArray[np.uint8]
@@ -108,8 +107,8 @@ class Encoded:
                 raise BadImage(name, "its header has more parts than any program writes")
             with _bad_image(name, data):
                 self._picture = picture = open_picture(data)
-                self.height, self.width = upright_size(picture)
-                self._orientation, per_pixel = orientation_of(picture), bytes_per_pixel(picture)
+                self._orientation, self.height, self.width = orientation_and_size(picture)
+                per_pixel = bytes_per_pixel(picture)
             frame = frame_of(data) if picture.format in ("JPEG", "MPO") else None
             several_scans = frame is not None and frame.several_scans
             self._plain_jpeg = frame is not None and frame.is_common and picture.mode in ("RGB", "L")

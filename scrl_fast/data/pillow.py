@@ -46,19 +46,14 @@ def has_endless_chunks(data: bytes) -> bool:
     return True
 
 
-def orientation_of(picture: Image.Image) -> int:
-    """EXIF's number of how to turn the picture upright; 1 for a TIFF, which Pillow turns when it loads it."""
-    if picture.format == "TIFF":
-        return 1
-    return _tag(picture)
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of the picture once it is turned."""
-    width, height = picture.size
-    if picture.format == "TIFF":  # some releases of Pillow have turned the size already, some have not
+def orientation_and_size(picture: Image.Image) -> tuple[int, int, int]:
+    """EXIF's number of how to turn the loaded picture (1 for a TIFF: Pillow turns it), and its upright size."""
+    orientation, (width, height) = _tag(picture), picture.size
+    is_tiff = picture.format == "TIFF"
+    if is_tiff:  # some releases of Pillow have turned the size already, some have not
         width, height = picture.tag_v2[_WIDTH], picture.tag_v2[_HEIGHT]  # type: ignore[attr-defined]
-    return (width, height) if _tag(picture) in (5, 6, 7, 8) else (height, width)
+    height, width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    return 1 if is_tiff else orientation, height, width
 
 
 def is_turned_by_exif(picture: Image.Image) -> bool:
