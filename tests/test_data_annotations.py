@@ -137,7 +137,7 @@ def test_voc_files_that_are_wrong_say_how(tmp_path):
     folder = write_voc(tmp_path, "test")
     path = folder / "Annotations/000000.xml"
     write_voc_object(path, "catt", (9, 12, 20, 31))
-    with pytest.raises(UsageError, match=r"000000\.xml .*'catt' is none of the 20 classes; did you mean 'cat'"):
+    with pytest.raises(UsageError, match=r"000000\.xml: 'catt' is none of the 20 classes; did you mean 'cat'"):
         read_voc(str(tmp_path))
     assert read_voc(str(tmp_path), classes=["catt", *CLASSES]).objects[0].labels.tolist() == [0]
     path.write_text(path.read_text().replace("xmin", "left"))

@@ -154,6 +154,8 @@ def _read_xml(path: Path, label_of: Mapping[str, int]) -> _Annotation:
         raise UsageError(f"{path} is {other}, not an annotation in XML")
     try:
         return _annotation(_parsed(data), label_of)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UsageError(f"{path} is not in VOC's format: {error}") from error
 
@@ -174,7 +176,7 @@ def _annotation(root: ElementTree.Element, label_of: Mapping[str, int]) -> _Anno
         boxes.append([_number(node, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")])
         category = _text(node, "name")
         if category not in label_of:
-            raise ValueError(
+            raise UsageError(
                 f"{shown(category)} is none of the {len(label_of)} classes{did_you_mean(category[:99], label_of)}"
             )
         labels.append(label_of[category])
