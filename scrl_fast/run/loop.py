@@ -121,7 +121,8 @@ class TrainingLoop(Generic[T]):
         fetch: Callable[[], T] = lambda: next(stream)  # noqa: E731
         while self.step < self.task.last_step:
             with self.clock.waiting():
-                batch, weight = self.agree(fetch, f"step {self.step + 1}", self.task.batch_weight)
+                agreed = self.agree(fetch, f"step {self.step + 1}", self.task.batch_weight)
+            batch, weight = agreed
             if batch is None:
                 return
             yield batch, weight
