@@ -1,7 +1,7 @@
 """Hostile and damaged files of weights, and a process of limited memory that reads them all.
 
 Run by test_weight_files.py; ``python tests/weight_file_sweep.py FOLDER COUNT`` reads COUNT mutated files of each
-format, as many as one likes, and prints one JSON object.
+format, as many as one likes, and prints one JSON object. The length of this file is that of its lists.
 """
 
 from __future__ import annotations
