@@ -1,4 +1,4 @@
-// What operations over lists of tensors share: flat memory, chunks, and numbers that may be tensors.
+// What operations over lists of tensors share: flat memory, and numbers that may be tensors.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -46,6 +46,11 @@ inline ScalarType floating_dtype(int32_t dtype) {
   if (dtype == f64) return ScalarType::Double;
   if (dtype == bf16) return ScalarType::BFloat16;
   return dtype == f16 ? ScalarType::Half : ScalarType::Undefined;
+}
+
+inline int64_t floating_bytes(int32_t dtype) {
+  const ScalarType type = floating_dtype(dtype);
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
 inline ScalarType floating_dtype(const Tensor& tensor) {
@@ -128,6 +133,40 @@ inline const void* const_data(AtenTensorHandle tensor) {
   return data;
 }
 
+// The memory of the dense tensors of a call. A tensor that is written shares none of it with any other: threads go
+// through the lists in no order. Python finds out which two they are (check_memory in scrl_fast/ops/_tensor_lists.py).
+class Memory {
+ public:
+  explicit Memory(size_t tensors) { ranges_.reserve(tensors); }
+
+  void add(const void* data, int64_t bytes, bool written) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    if (bytes > 0) ranges_.push_back({begin, begin + static_cast<uintptr_t>(bytes), written});
+  }
+  void add(const std::optional<Tensor>& tensor, bool written) {
+    if (tensor) add(tensor->const_data_ptr(), tensor->numel() * static_cast<int64_t>(tensor->element_size()), written);
+  }
+
+  void check(const char* what) {
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    uintptr_t written_end = 0, any_end = 0;
+    for (const Range& range : ranges_) {
+      STD_TORCH_CHECK(range.begin >= (range.written ? any_end : written_end), what,
+                      ": a tensor that is written shares memory with another");
+      any_end = std::max(any_end, range.end);
+      if (range.written) written_end = std::max(written_end, range.end);
+    }
+  }
+
+ private:
+  struct Range {
+    uintptr_t begin, end;
+    bool written;
+  };
+
+  std::vector<Range> ranges_;
+};
+
 // Tensors of each list lie like the leader at their place, which is floating and dense, on the first one's device:
 // visit(facts of the leader, leader, others...) for each place in turn, up to the first that does not fit.
 // Python knows the lists' names and says what is wrong (call_on_flat in scrl_fast/ops/_tensor_lists.py).
@@ -148,32 +187,24 @@ void visit_alike(const char* what, const Visit& visit, const Leaders& leaders, c
   for (size_t i = 0; i < leaders.size(); ++i) check(i, handle_at(leaders, i), handle_at(others, i)...);
 }
 
-// The lists of lars_step_; ema_targets[k] belongs to params[ema_places[k]]. visit(facts, parameter, buffer, gradient)
-// for each parameter, then visit_target(place, target) for each target.
-template <class List, class Visit, class VisitTarget>
-void visit_lars_lists(const List& params, const List& momentum_buffers, const List& ema_targets, const List& grads,
-                      const std::vector<int64_t>& ema_places, const std::vector<double>& settings,
-                      const std::vector<int64_t>& setting_of, const Visit& visit, const VisitTarget& visit_target) {
-  const char* what = "lars_step_";
-  STD_TORCH_CHECK(setting_of.size() == params.size(), what, ": settings for each parameter are needed");
-  const auto count = static_cast<int64_t>(params.size()), rows = static_cast<int64_t>(settings.size()) / 7;
-  for (int64_t row : setting_of) STD_TORCH_CHECK(row >= 0 && row < rows, what, ": no settings at ", row);
-  std::vector<Facts> leaders;
-  leaders.reserve(params.size());
+// The lists of ema_update_: targets, sources [P]; a source may be its own target. visit(facts, target, source) for
+// each.
+template <class List, class Visit>
+void visit_ema_lists(const List& targets, const List& sources, const std::optional<Tensor>& momentum,
+                     const Visit& visit) {
+  Memory memory(2 * targets.size() + 1);
+  memory.add(momentum, false);
   visit_alike(
-      what,
-      [&](const Facts& facts, const auto... tensors) {
-        leaders.push_back(facts);
-        visit(facts, tensors...);
+      "ema_update_",
+      [&](const Facts& facts, AtenTensorHandle target, AtenTensorHandle source) {
+        const void *written = const_data(target), *read = const_data(source);
+        const int64_t bytes = facts.count * floating_bytes(facts.dtype);
+        memory.add(written, bytes, true);
+        if (read != written) memory.add(read, bytes, false);
+        visit(facts, target, source);
       },
-      params, momentum_buffers, grads);
-  STD_TORCH_CHECK(ema_places.size() == ema_targets.size(), what, ": a place for each of ema_targets is needed");
-  for (size_t k = 0; k < ema_targets.size(); ++k) {
-    STD_TORCH_CHECK(ema_places[k] >= 0 && ema_places[k] < count, what, ": no parameter at ", ema_places[k]);
-    const AtenTensorHandle target = handle_at(ema_targets, k);
-    STD_TORCH_CHECK(lie_alike(leaders[ema_places[k]], facts_of(target)), what, ": EMA target ", k, " lies differently");
-    visit_target(ema_places[k], target);
-  }
+      targets, sources);
+  memory.check("ema_update_");
 }
 
 // Numbers given as factors of a float32 or float64 tensor, if there is one: it has one element for all or one for each.

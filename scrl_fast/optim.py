@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import compress
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._tensor_lists import check_lists, check_number, check_scalar
+from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
+from scrl_fast.ops._tensor_lists import DTYPES, check_lists, check_memory
 from scrl_fast.ops.lars_step import Settings, make_settings, step_by
 
 NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
@@ -34,7 +35,8 @@ class _Matched(NamedTuple):
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling over SGD with momentum (arXiv 1708.03888), one fused update for all parameters.
 
-    The formula is that of `scrl_fast.ops.lars_step_`. Parameters whose gradient is None are left out.
+    The formula is that of `scrl_fast.ops.lars_step_`. Parameters whose gradient is None are left out; sparse gradients
+    and complex parameters raise TypeError.
 
     params: parameters, or groups. A group may set any of the numbers below for itself, and ``adapt=False`` for plain
         SGD with momentum (biases, norm layers: see `lars_param_groups`), with ``grad_scale`` as in `lars_step_`.
@@ -76,6 +78,10 @@ class LARS(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            for i, parameter in enumerate(self.param_groups[-1]["params"]):
+                if parameter.is_complex():
+                    known = ", ".join(str(dtype) for dtype in DTYPES)
+                    raise TypeError(f"params[{i}] has dtype {parameter.dtype}: LARS takes {known}")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -91,19 +97,52 @@ class LARS(Optimizer):
         if group["grad_scale"] != "lr":
             check_number("grad_scale", group["grad_scale"])
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of another LARS over the same parameters.
+
+        Raises ValueError naming what is missing, or foreign, in the state of another optimizer, and the first momentum
+        buffer of another shape; nothing is changed then.
+        """
+        saved = state_dict["param_groups"]
+        for k, group in enumerate(saved):
+            if missing := [name for name in NUMBERS if name not in group]:
+                raise ValueError(f"state_dict is not a state of LARS: param_groups[{k}] lacks {', '.join(missing)}")
+            self._check_group(group)
+        own = [p for group in self.param_groups for p in group["params"]]
+        places = [place for group in saved for place in group["params"]]
+        for place, parameter in zip(places, own, strict=False):  # another number of them is refused by the base class
+            self._check_state(place, state_dict["state"].get(place), parameter)
+        super().load_state_dict(state_dict)
+
+    @staticmethod
+    def _check_state(place: int, state: dict[str, Any] | None, parameter: Tensor) -> None:
+        if not state:  # no step yet
+            return
+        if set(state) != {"momentum_buffer"}:
+            raise ValueError(f"state_dict is not a state of LARS: state[{place}] holds {', '.join(map(str, state))}")
+        buffer = state["momentum_buffer"]
+        if not isinstance(buffer, Tensor) or buffer.shape != parameter.shape:
+            got = list(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+            raise ValueError(
+                f"state_dict does not fit: state[{place}]['momentum_buffer'] is {got}, "
+                f"the parameter {list(parameter.shape)}"
+            )
+
     @property
     def skipped(self) -> Tensor:
         """How many steps were skipped for a gradient that was not finite: int64, on the parameters' device."""
         return self._skipped
 
-    def attach_ema(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def attach_ema(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         """``step(ema_momentum=m)`` then also moves each target towards its source, after the source's own update.
 
         sources: usually parameters of this optimizer, whose targets are updated in the same pass over memory; other
         tensors are averaged as they are. Replaces what was attached before. Raises as `ema_update_` does, and
         ValueError where a source is listed with two targets.
         """
+        targets, sources = check_sequence("targets", targets), check_sequence("sources", sources)
         check_lists(targets=targets, sources=sources)
+        check_memory({"targets": list(dict.fromkeys(targets))}, {"sources": sources})
         average: dict[Tensor, Tensor] = {}
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
             if average.setdefault(source, target) is not target:

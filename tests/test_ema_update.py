@@ -262,7 +262,7 @@ WRONG = [
     (([ONE], [ONE], 1.5), ValueError, "momentum must be in [0, 1], got 1.5"),
     (([ONE], [ONE], -0.1), ValueError, "momentum must be in [0, 1], got -0.1"),
     (([ONE], [ONE], float("nan")), ValueError, "momentum must be in [0, 1], got nan"),
-    (([ONE], [ONE], "0.5"), TypeError, "momentum must be a number, got str"),
+    (([ONE], [ONE], "0.5"), TypeError, "momentum must be a number, got '0.5'"),
     (([ONE], [ONE], torch.ones(2)), ValueError, "momentum must have one element, got shape [2]"),
     (([ONE], [ONE], torch.tensor(1)), TypeError, "momentum must be a float tensor, got torch.int64"),
 ]

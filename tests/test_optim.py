@@ -352,10 +352,10 @@ def test_without_skipping_the_counter_stays() -> None:
 ONE = nn.Parameter(torch.ones(3))
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -1.0}, ValueError, "lr must be in [0, inf], got -1.0"),
-    ({"lr": "fast"}, TypeError, "lr must be a number, got str"),
+    ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
     ({"momentum": float("nan")}, ValueError, "momentum must be in [0, inf], got nan"),
     ({"weight_decay": -1e-6}, ValueError, "weight_decay must be in [0, inf], got -1e-06"),
-    ({"trust_coefficient": None}, TypeError, "trust_coefficient must be a number, got NoneType"),
+    ({"trust_coefficient": None}, TypeError, "trust_coefficient must be a number, got None"),
     ({"eps": -1e-8}, ValueError, "eps must be in [0, inf], got -1e-08"),
     ({"weight_decay": torch.ones(())}, TypeError, "weight_decay must be a number, got Tensor"),
     ({"trust_coefficient": torch.ones(())}, TypeError, "trust_coefficient must be a number, got Tensor"),
@@ -366,7 +366,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "grad_scale must be a number, got Tensor",
     ),
     ({"params": [{"params": [ONE], "adapt": 1}]}, TypeError, "adapt must be True or False, got 1"),
-    ({"params": [{"params": [ONE], "grad_scale": "lr2"}]}, TypeError, "grad_scale must be a number, got str"),
+    ({"params": [{"params": [ONE], "grad_scale": "lr2"}]}, TypeError, "grad_scale must be a number, got 'lr2'"),
     ({"params": []}, ValueError, "optimizer got an empty parameter list"),
 ]
 

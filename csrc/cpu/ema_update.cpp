@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/chunks.h"
-#include "cpu/lanes.h"
+#include "cpu/simd.h"
 
 namespace {
 using namespace scrl;
@@ -23,7 +23,8 @@ struct Item {
 
 template <class Storage>
 SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, int64_t count, double momentum) {
-  constexpr int64_t L = lane_count<Storage>;
+  using Lanes = FixedSimd<Storage>;
+  constexpr int64_t L = Lanes::lanes;
   const auto factors = ema_factors<accumulate_t<Storage>>(momentum);
   Storage* t = static_cast<Storage*>(targets) + begin;
   const Storage* s = static_cast<const Storage*>(sources) + begin;
@@ -31,14 +32,14 @@ SCRL_INLINE void ema_chunk(void* targets, const void* sources, int64_t begin, in
   for (; i + L <= count; i += L) {
     prefetch_page_ahead(t + i);
     prefetch_page_ahead(s + i);
-    auto target = load(t + i);
-    ema(target, load(s + i), factors);
-    store(t + i, target);
+    auto target = Lanes::load(t + i);
+    ema(target, Lanes::load(s + i), factors);
+    Lanes::store(t + i, target);
   }
   if (const int64_t rest = count - i; rest) {
-    auto target = load_tail(t + i, rest);
-    ema(target, load_tail(s + i, rest), factors);
-    store_tail(t + i, target, rest);
+    auto target = Lanes::load_tail(t + i, rest);
+    ema(target, Lanes::load_tail(s + i, rest), factors);
+    Lanes::store_tail(t + i, target, rest);
   }
 }
 
@@ -60,7 +61,7 @@ void ema_update_(StableListHandle target_list, StableListHandle source_list, dou
   const auto add = [&](const Facts& facts, AtenTensorHandle target, AtenTensorHandle source) {
     items.push_back({mutable_data(target), const_data(source), floating_dtype(facts.dtype), facts.count});
   };
-  visit_alike("ema_update_", add, targets, sources);
+  visit_ema_lists(targets, sources, momentum_tensor, add);
   check_numbers(momentum_tensor, 1, "ema_update_");
   momentum *= number_on_host(momentum_tensor, 0);
   if (momentum == 1) return;

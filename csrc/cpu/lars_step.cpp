@@ -1,5 +1,3 @@
-#include "lars_step.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,11 +8,15 @@
 #include <vector>
 
 #include "cpu/chunks.h"
-#include "cpu/lanes.h"
+#include "cpu/simd.h"
 #include "ema_update.h"
+#include "lars_lists.h"
 
 namespace {
 using namespace scrl;
+
+using Floats = FixedSimd<float>::Vector;
+using Doubles = FixedSimd<double>::Vector;
 
 constexpr int64_t kGroup = 1 << 17;  // elements of a thread in a group: 1 MB of parameters and gradients in float32
 
@@ -33,40 +35,42 @@ struct Item {
 };
 
 // The products of two float32 are exact in float64: sums agree to the bit on every instruction set.
-SCRL_INLINE void add_squares(f64x8 (&sum)[2], f32x16 value) {
+SCRL_INLINE void add_squares(Doubles (&sum)[2], Floats value) {
   using f32x8 = float __attribute__((vector_size(32)));
   f32x8 half[2];
   std::memcpy(half, &value, sizeof(value));
   for (int k = 0; k < 2; ++k) {
-    const f64x8 wide = __builtin_convertvector(half[k], f64x8);
+    const Doubles wide = __builtin_convertvector(half[k], Doubles);
     sum[k] += wide * wide;
   }
 }
-SCRL_INLINE void add_squares(f64x8 (&sum)[2], f64x8 value) { sum[0] += value * value; }
+SCRL_INLINE void add_squares(Doubles (&sum)[2], Doubles value) { sum[0] += value * value; }
 
 template <class Storage>
 SCRL_INLINE Squares squares_of_chunk(const Item& item, int64_t begin, int64_t count) {
-  constexpr int64_t L = lane_count<Storage>;
+  using Lanes = FixedSimd<Storage>;
+  constexpr int64_t L = Lanes::lanes;
   const Storage* p = static_cast<const Storage*>(item.param) + begin;
   const Storage* g = static_cast<const Storage*>(item.gradient) + begin;
-  f64x8 params[2] = {}, gradients[2] = {};
+  Doubles params[2] = {}, gradients[2] = {};
   int64_t i = 0;
   for (; i + L <= count; i += L) {
     prefetch_page_ahead(p + i);
     prefetch_page_ahead(g + i);
-    add_squares(params, load(p + i));
-    add_squares(gradients, load(g + i));
+    add_squares(params, Lanes::load(p + i));
+    add_squares(gradients, Lanes::load(g + i));
   }
   if (i < count) {
-    add_squares(params, load_tail(p + i, count - i));
-    add_squares(gradients, load_tail(g + i, count - i));
+    add_squares(params, Lanes::load_tail(p + i, count - i));
+    add_squares(gradients, Lanes::load_tail(g + i, count - i));
   }
   return {horizontal_sum(params[0] + params[1]), horizontal_sum(gradients[0] + gradients[1])};
 }
 
 template <class Storage, bool with_target>
 SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, double ema_momentum) {
-  constexpr int64_t L = lane_count<Storage>;
+  using Lanes = FixedSimd<Storage>;
+  constexpr int64_t L = Lanes::lanes;
   using A = accumulate_t<Storage>;
   const auto factors = lars_factors<A>(*item.settings, item.squares.param, item.squares.gradient);
   const auto toward = ema_factors<A>(ema_momentum);
@@ -80,25 +84,25 @@ SCRL_INLINE void update_chunk(const Item& item, int64_t begin, int64_t count, do
     prefetch_page_ahead(g + i);
     prefetch_page_ahead(b + i);
     if constexpr (with_target) prefetch_page_ahead(t + i);
-    auto param = load(p + i), buffer = load(b + i);
-    lars_update(param, load(g + i), buffer, factors);
-    store(b + i, buffer);
-    store(p + i, param);
+    auto param = Lanes::load(p + i), buffer = Lanes::load(b + i);
+    lars_update(param, Lanes::load(g + i), buffer, factors);
+    Lanes::store(b + i, buffer);
+    Lanes::store(p + i, param);
     if constexpr (with_target) {
-      auto target = load(t + i);
-      ema(target, load(p + i), toward);  // the parameter as it was rounded
-      store(t + i, target);
+      auto target = Lanes::load(t + i);
+      ema(target, Lanes::load(p + i), toward);  // the parameter as it was rounded
+      Lanes::store(t + i, target);
     }
   }
   if (const int64_t rest = count - i; rest) {
-    auto param = load_tail(p + i, rest), buffer = load_tail(b + i, rest);
-    lars_update(param, load_tail(g + i, rest), buffer, factors);
-    store_tail(b + i, buffer, rest);
-    store_tail(p + i, param, rest);
+    auto param = Lanes::load_tail(p + i, rest), buffer = Lanes::load_tail(b + i, rest);
+    lars_update(param, Lanes::load_tail(g + i, rest), buffer, factors);
+    Lanes::store_tail(b + i, buffer, rest);
+    Lanes::store_tail(p + i, param, rest);
     if constexpr (with_target) {
-      auto target = load_tail(t + i, rest);
-      ema(target, load_tail(p + i, rest), toward);
-      store_tail(t + i, target, rest);
+      auto target = Lanes::load_tail(t + i, rest);
+      ema(target, Lanes::load_tail(p + i, rest), toward);
+      Lanes::store_tail(t + i, target, rest);
     }
   }
 }
@@ -186,7 +190,8 @@ void lars_step_(StableListHandle param_list, StableListHandle buffer_list, Stabl
                      {}});
   };
   const auto add_target = [&](int64_t place, AtenTensorHandle target) { items[place].target = mutable_data(target); };
-  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of, add, add_target);
+  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of,
+                   {lr, momentum, ema_momentum_tensor, skip_counter}, add, add_target);
   check_numbers(lr, row_count, "lars_step_");
   check_numbers(momentum, row_count, "lars_step_");
   check_numbers(ema_momentum_tensor, 1, "lars_step_");

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/lanes.h"
+#include "cpu/simd.h"
 
 namespace {
 using torch::headeronly::ScalarType;
@@ -22,10 +22,10 @@ using namespace scrl;
 constexpr int64_t kBlock = 8;
 
 struct Rows {
-  const void *input, *target;      // row i of input pairs with row (i + shift) % rows of target
-  void *grad_input, *grad_target;  // null where unwanted; dense
-  void* losses;                    // one a row, or null
-  double* partial_sums;            // one a block, or null
+  const void *input, *target;      // [rows, columns]; row i of input pairs with row (i + shift) % rows of target
+  void *grad_input, *grad_target;  // [rows, columns], dense; null where unwanted
+  void* losses;                    // [rows], or null
+  double* partial_sums;            // [blocks], or null
   int64_t rows, columns, input_stride, target_stride, shift;
   double gradient_scale;
 };
@@ -37,20 +37,21 @@ struct Dots {
 
 template <class Storage>
 SCRL_INLINE void row_dots(const Storage* x, const Storage* t, int64_t columns, Dots<Storage>& dots, int64_t row) {
-  constexpr int64_t L = lane_count<Storage>;
-  lanes_t<Storage> xx[2] = {}, tt[2] = {}, xt[2] = {};  // two chains of additions each, or latency is what counts
-  auto add = [&](int k, lanes_t<Storage> a, lanes_t<Storage> b) {
+  using Lanes = FixedSimd<Storage>;
+  constexpr int64_t L = Lanes::lanes;
+  typename Lanes::Vector xx[2] = {}, tt[2] = {}, xt[2] = {};  // two chains of additions each, or latency is what counts
+  auto add = [&](int k, typename Lanes::Vector a, typename Lanes::Vector b) {
     xx[k] += a * a;
     tt[k] += b * b;
     xt[k] += a * b;
   };
   int64_t i = 0;
   for (; i + 2 * L <= columns; i += 2 * L) {
-    add(0, load(x + i), load(t + i));
-    add(1, load(x + i + L), load(t + i + L));
+    add(0, Lanes::load(x + i), Lanes::load(t + i));
+    add(1, Lanes::load(x + i + L), Lanes::load(t + i + L));
   }
-  if (i + L <= columns) add(0, load(x + i), load(t + i)), i += L;
-  if (i < columns) add(1, load_tail(x + i, columns - i), load_tail(t + i, columns - i));
+  if (i + L <= columns) add(0, Lanes::load(x + i), Lanes::load(t + i)), i += L;
+  if (i < columns) add(1, Lanes::load_tail(x + i, columns - i), Lanes::load_tail(t + i, columns - i));
   dots.input[row] = horizontal_sum(xx[0] + xx[1]);
   dots.target[row] = horizontal_sum(tt[0] + tt[1]);
   dots.cross[row] = horizontal_sum(xt[0] + xt[1]);
@@ -60,11 +61,12 @@ SCRL_INLINE void row_dots(const Storage* x, const Storage* t, int64_t columns, D
 template <class Storage>
 SCRL_INLINE void combine(Storage* SCRL_RESTRICT out, const Storage* a, const Storage* b, int64_t columns,
                          accumulate_t<Storage> p, accumulate_t<Storage> q) {
-  constexpr int64_t L = lane_count<Storage>;
+  using Lanes = FixedSimd<Storage>;
+  constexpr int64_t L = Lanes::lanes;
   int64_t i = 0;
-  for (; i + L <= columns; i += L) store(out + i, p * load(a + i) + q * load(b + i));
+  for (; i + L <= columns; i += L) Lanes::store(out + i, p * Lanes::load(a + i) + q * Lanes::load(b + i));
   const int64_t rest = columns - i;
-  if (rest) store_tail(out + i, p * load_tail(a + i, rest) + q * load_tail(b + i, rest), rest);
+  if (rest) Lanes::store_tail(out + i, p * Lanes::load_tail(a + i, rest) + q * Lanes::load_tail(b + i, rest), rest);
 }
 
 template <class Storage>
@@ -131,12 +133,13 @@ void check_rows(const Tensor& input, const Tensor& target, bool two_views, int64
   check_same(input, target, "normalized_mse_loss");
   STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 2 && input.size(0) == target.size(0),
                   "normalized_mse_loss: input and target must be [rows, columns]");
-  STD_TORCH_CHECK(input.size(1) < 2 || (input.stride(1) == 1 && target.stride(1) == 1),
+  STD_TORCH_CHECK(input.numel() == 0 || input.size(1) < 2 || (input.stride(1) == 1 && target.stride(1) == 1),
                   "normalized_mse_loss: elements of a row must be adjacent");
   STD_TORCH_CHECK(!two_views || input.size(0) % 2 == 0, "normalized_mse_loss: two views need an even number of rows");
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "normalized_mse_loss: reduction out of range, got ", reduction);
 }
 
+// input, target [rows, columns] -> loss [] or [rows], gradients [rows, columns] or [0] where unwanted.
 // two_views: row i of input meets row (i + rows / 2) % rows of target, and a mean is over rows / 2 pairs.
 // reduction: 0 the loss of every row, 1 their sum, 2 their mean, of no rows 0; the gradient of that sum to input and
 // target where wanted. float16 gradients leave the mean's division to backward: it would make them subnormal.
@@ -170,8 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> normalized_mse_loss(Tensor input, Tensor targ
                   shift,
                   input.scalar_type() == ScalarType::Half ? 1.0 : scale};
   const Blocks run = blocks_of(input.scalar_type());
-  const int64_t grain =
-      std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, kBlock * columns));  // 32 k elements a task
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / kBlock / std::max<int64_t>(1, columns));  // 32 k elements
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { run(work, begin, end); });
   if (reduce) {
     double sum = 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 #include "cpu/pages.h"
@@ -25,14 +26,13 @@ constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on are writ
 template <class T>
 void group_by_image(Problem& p) {
   const T* boxes = static_cast<const T*>(p.boxes);
+  for (int64_t k = 0; k < p.count; ++k)
+    STD_TORCH_CHECK(image_of(boxes[5 * k], p.images) >= 0, "roi_align: boxes row ", k, " has image index ",
+                    boxes[5 * k], ", outside 0..", p.images - 1);
+  if (p.nothing()) return;  // without channels there may be more images than memory could list
   p.first.assign(p.images + 1, 0);
   p.order.resize(p.count);
-  for (int64_t k = 0; k < p.count; ++k) {
-    const int64_t image = image_of(boxes[5 * k], p.images);
-    STD_TORCH_CHECK(image >= 0, "roi_align: boxes row ", k, " has image index ", boxes[5 * k], ", outside 0..",
-                    p.images - 1);
-    ++p.first[image];
-  }
+  for (int64_t k = 0; k < p.count; ++k) ++p.first[static_cast<int64_t>(boxes[5 * k])];
   int32_t total = 0;
   for (int32_t& first : p.first) total += first, first = total;
   for (int64_t k = p.count - 1; k >= 0; --k)
@@ -42,7 +42,7 @@ void group_by_image(Problem& p) {
 Problem make_problem(const Tensor& map, const Tensor& pooled, const Tensor& boxes, double scale, int64_t sampling_ratio,
                      bool aligned) {
   const ScalarType box_dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(map.dim() == 4, "roi_align: the map must be [N, C, H, W]");
+  STD_TORCH_CHECK(map.dim() == 4 && pooled.dim() == 4, "roi_align: the map must be [N, C, H, W], bins [K, C, h, w]");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, "roi_align: boxes must be [K, 5]");
   STD_TORCH_CHECK(map.is_cpu() && pooled.is_cpu(), "roi_align: map, boxes and pooled gradient must be on the CPU");
   STD_TORCH_CHECK(sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most ", kMostSamples);
@@ -59,9 +59,10 @@ Problem make_problem(const Tensor& map, const Tensor& pooled, const Tensor& boxe
   p.scale = scale, p.sampling_ratio = sampling_ratio, p.aligned = aligned;
   p.image_stride = map.stride(0), p.channel_stride = map.stride(1), p.row_stride = map.stride(2),
   p.column_stride = map.stride(3);
-  constexpr int64_t largest = (1LL << 31) - 1;
-  STD_TORCH_CHECK(p.count <= largest && p.height <= largest && p.width <= largest,
-                  "roi_align: too many boxes or cells");
+  for (int64_t size : {p.count, p.images, p.channels, p.height, p.width})
+    STD_TORCH_CHECK(size < kLargestInt, "roi_align: too many boxes, images, channels or cells");
+  STD_TORCH_CHECK(p.pooled_height > 0 && p.pooled_width > 0, "roi_align: a box must have bins");
+  checked_product("roi_align: bins of a box", kLargestInt, {p.pooled_height, p.pooled_width});
   STD_TORCH_CHECK(p.count == 0 || p.cells() > 0, "roi_align: the map has no cells");
   box_dtype == ScalarType::Double ? group_by_image<double>(p) : group_by_image<float>(p);
   return p;
@@ -70,7 +71,7 @@ Problem make_problem(const Tensor& map, const Tensor& pooled, const Tensor& boxe
 // Enough pieces of similar size for every thread to take several, cut along channels only where there are few.
 template <class Run>
 void run_pieces(const Problem& p, int64_t pieces, const Run& run) {
-  if (pieces == 0 || p.channels == 0) return;
+  if (pieces == 0) return;
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t blocks = (p.channels + kChannelsAtOnce - 1) / kChannelsAtOnce;
   const int64_t ranges = std::clamp<int64_t>((wanted + pieces - 1) / pieces, 1, blocks);
@@ -108,6 +109,7 @@ Run choose(ScalarType dtype, Run f32, Run f64, Run bf16, Run f16) {
 // A call through the dispatcher less where there is nothing to do.
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// input [N, C, H, W], boxes [K, 5] -> [K, C, pooled_height, pooled_width]
 Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int64_t pooled_height, int64_t pooled_width,
                  int64_t sampling_ratio, bool aligned) {
   const Tensor boxes = dense(boxes_in);
@@ -115,6 +117,7 @@ Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int6
   const Tensor map = in_place ? input : dense(input);
   Tensor pooled = torch::stable::new_empty(input, {boxes.size(0), input.size(1), pooled_height, pooled_width});
   Problem p = make_problem(map, pooled, boxes, scale, sampling_ratio, aligned);
+  if (pooled.numel() == 0) return pooled;
   p.source = map.const_data_ptr(), p.result = pooled.mutable_data_ptr();
   scrl::advise_large_pages(p.result, pooled.numel() * pooled.element_size());
   for (int32_t image = 0; image < p.images; ++image)
@@ -124,13 +127,31 @@ Tensor roi_align(const Tensor& input, const Tensor& boxes_in, double scale, int6
   return pooled;
 }
 
+// Elements lie apart. Says no of some tensors of which that is true, none of which PyTorch makes by itself.
+bool without_overlap(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size), innermost first
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (tensor.size(i) > 1) axes.emplace_back(tensor.stride(i), tensor.size(i));
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return false;
+    extent += (size - 1) * stride;
+  }
+  return true;
+}
+
+// grad [K, C, h, w], boxes [K, 5] -> out [N, C, H, W], every element of which is written
 void roi_align_backward_out(const Tensor& grad_in, const Tensor& boxes_in, double scale, int64_t sampling_ratio,
                             bool aligned, Tensor out) {
+  STD_TORCH_CHECK(out.dim() == 4 && (out.numel() == 0 || without_overlap(out)),
+                  "roi_align: out must be [N, C, H, W], without overlap");
   const Tensor boxes = dense(boxes_in), grad = dense(grad_in);
   const bool side_by_side = out.stride(1) == 1;
   const bool planes = out.stride(3) == 1 && out.stride(2) == out.size(3);
   Tensor map = side_by_side || planes ? out : torch::stable::new_empty(out, out.sizes());
   Problem p = make_problem(map, grad, boxes, scale, sampling_ratio, aligned);
+  if (p.nothing()) return;
   p.source = grad.const_data_ptr(), p.result = map.mutable_data_ptr();
   const auto on_lines = [&](int64_t stride) { return stride * out.element_size() % 64 == 0; };
   p.stream = out.numel() * static_cast<int64_t>(out.element_size()) >= kStreamBytes &&

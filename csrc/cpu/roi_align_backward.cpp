@@ -186,7 +186,7 @@ struct Gathering {
       const int64_t rows_end = std::min(p.height, row + rows);
       std::fill(tile, tile + (rows_end - row) * p.width * width, T(0));
       for (int64_t r = row; r < rows_end; ++r)
-        for (int32_t v = row_lists.first[r]; v < row_lists.first[r + 1]; ++v)
+        for (int64_t v = row_lists.first[r]; v < row_lists.first[r + 1]; ++v)
           add_visit<V>(row_lists.visits[v], gradient + row_lists.visits[v].box * gradient_size,
                        tile + (r - row) * p.width * width);
       write_rows<V>(tile, row, rows_end, channel, count);

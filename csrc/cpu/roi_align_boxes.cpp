@@ -63,10 +63,10 @@ void Weights<T>::assign(const Problem& p, int64_t begin, int64_t end) {
       const size_t bin_begin = columns_.size();
       if (fine)
         for_each_tap(x, bin, p.width, [&](int64_t cell, T weight) { add_tap(columns_, bin_begin, cell, weight); });
-      column_ends_.push_back(static_cast<int32_t>(columns_.size()));
+      column_ends_.push_back(static_cast<int64_t>(columns_.size()));
     }
     if (columns_.size() > box_begin) append_rows(y, p.pooled_height, p.height, taps, rows_);
-    row_ends_.push_back(static_cast<int32_t>(rows_.size()));
+    row_ends_.push_back(static_cast<int64_t>(rows_.size()));
     sampled_.push_back(fine);
   }
 }

@@ -29,6 +29,7 @@ struct Problem {
 
   int64_t bins() const { return pooled_height * pooled_width; }
   int64_t cells() const { return height * width; }
+  bool nothing() const { return images == 0 || channels == 0 || cells() == 0; }  // of the map
 };
 
 template <class T>
@@ -65,7 +66,7 @@ class Weights {
   int64_t bins_ = 0;
   std::vector<RowTap<T>> rows_;
   std::vector<Tap<T>> columns_;
-  std::vector<int32_t> row_ends_, column_ends_;
+  std::vector<int64_t> row_ends_, column_ends_;  // many large boxes of one image have more taps than fit 32 bits
   std::vector<char> sampled_;
 };
 

@@ -70,7 +70,7 @@ struct RowLists {
     int32_t box;
     const RowTap<T>*begin, *end;
   };
-  std::vector<int32_t> first;  // [height + 1]
+  std::vector<int64_t> first;  // [height + 1]
   std::vector<Visit> visits;
 };
 
@@ -85,8 +85,8 @@ void assign_lists(RowLists<T>& lists, const Problem& p, const Weights<T>& weight
   lists.first.assign(p.height + 1, 0);
   for (int64_t box = 0; box < boxes; ++box)
     for_each(box, [&](const RowTap<T>* row, const RowTap<T>*) { ++lists.first[row->row]; });
-  int32_t total = 0;
-  for (int32_t& first : lists.first) total += first, first = total;
+  int64_t total = 0;
+  for (int64_t& first : lists.first) total += first, first = total;
   lists.visits.resize(total);
   for (int64_t box = boxes - 1; box >= 0; --box)
     for_each(box, [&](const RowTap<T>* row, const RowTap<T>* next) {

@@ -31,11 +31,12 @@ void launch_any(ScalarType dtype, Table& table, const Number& momentum, const Te
 
 void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                  std::optional<Tensor> momentum_tensor) {
-  visit_alike("ema_update_", [](const auto&...) {}, targets, sources);
+  visit_ema_lists(targets, sources, momentum_tensor, [](const auto&...) {});
   check_on_gpu(targets, "ema_update_");
   check_on_gpu(sources, "ema_update_");
-  const Number number = number_of(momentum, momentum_tensor, 1, 0, "ema_update_");
-  if (targets.empty() || (!number.tensor && number.factor == 1)) return;
+  if (targets.empty()) return;
+  const Number number = number_of(momentum, momentum_tensor, 1, 0, device_of(targets[0]), "ema_update_");
+  if (!number.tensor && number.factor == 1) return;
   const torch::stable::accelerator::DeviceGuard guard(targets[0].get_device_index());
 
   Table table;

@@ -9,6 +9,7 @@
 #include "cuda/lars_step_kernels.h"
 #include "cuda/launch.h"
 #include "cuda/numbers.h"
+#include "lars_lists.h"
 
 namespace {
 using namespace scrl;
@@ -112,7 +113,8 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
                 std::optional<Tensor> momentum, std::optional<Tensor> ema_momentum_tensor,
                 std::optional<Tensor> skip_counter) {
   const auto nothing = [](const auto&...) {};
-  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of, nothing, nothing);
+  visit_lars_lists(params, momentum_buffers, ema_targets, grads, ema_places, settings, setting_of,
+                   {lr, momentum, ema_momentum_tensor, skip_counter}, nothing, nothing);
   for (const auto* list : {&params, &momentum_buffers, &ema_targets, &grads}) check_on_gpu(*list, "lars_step_");
   if (skip_counter) check_on_gpu({*skip_counter}, "lars_step_");
   if (params.empty()) return;
@@ -121,14 +123,15 @@ void lars_step_(std::vector<Tensor> params, std::vector<Tensor> momentum_buffers
   const auto* given = reinterpret_cast<const LarsSettings*>(settings.data());
   std::vector<LarsSettings> rows(given, given + settings.size() / kLarsSettings);
   const auto count = static_cast<int64_t>(rows.size());
+  const int device = device_of(params[0]);
   Numbers numbers;
   for (int64_t row = 0; row < count; ++row) {  // numbers on the host go into the rows
-    numbers.lr = number_of(1, lr, count, row, "lars_step_");
-    numbers.momentum = number_of(1, momentum, count, row, "lars_step_");
+    numbers.lr = number_of(1, lr, count, row, device, "lars_step_");
+    numbers.momentum = number_of(1, momentum, count, row, device, "lars_step_");
     if (!numbers.lr.tensor) rows[row].lr *= std::exchange(numbers.lr.factor, 1);
     if (!numbers.momentum.tensor) rows[row].momentum *= std::exchange(numbers.momentum.factor, 1);
   }
-  numbers.ema_momentum = number_of(ema_momentum, ema_momentum_tensor, 1, 0, "lars_step_");
+  numbers.ema_momentum = number_of(ema_momentum, ema_momentum_tensor, 1, 0, device, "lars_step_");
   std::vector<void*> targets(params.size(), nullptr);
   if (numbers.ema_momentum.tensor || numbers.ema_momentum.factor != 1)
     for (size_t k = 0; k < ema_targets.size(); ++k) targets[ema_places[k]] = ema_targets[k].mutable_data_ptr();

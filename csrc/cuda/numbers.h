@@ -15,11 +15,15 @@ inline bool on_gpu(const Tensor& tensor) {
   return type == aoti_torch_device_type_cuda();
 }
 
-// Of a list of `places` numbers; a tensor on the host is read for place `place`.
-inline Number number_of(double factor, const std::optional<Tensor>& tensor, int64_t places, int64_t place,
+inline int device_of(const Tensor& tensor) { return static_cast<int>(tensor.get_device_index()); }
+
+// Of a list of `places` numbers; a tensor on the host is read for place `place`, one on GPU `device` by the kernel.
+inline Number number_of(double factor, const std::optional<Tensor>& tensor, int64_t places, int64_t place, int device,
                         const char* what) {
   check_numbers(tensor, places, what);
   if (!tensor || !on_gpu(*tensor)) return {factor * number_on_host(tensor, place)};
+  STD_TORCH_CHECK(device_of(*tensor) == device, what, ": numbers are on GPU ", device_of(*tensor), ", tensors on GPU ",
+                  device);
   return {factor, tensor->const_data_ptr(), tensor->scalar_type() == ScalarType::Double, tensor->numel() > 1};
 }
 

@@ -41,7 +41,9 @@ Sizes sizes_of(const Tensor& map, const Tensor& pooled, const Tensor& boxes) {
   STD_TORCH_CHECK(pooled.scalar_type() == map.scalar_type(), "roi_align: dtypes of map and pooled gradient differ");
   STD_TORCH_CHECK(pooled.size(0) == boxes.size(0) && pooled.size(1) == map.size(1),
                   "roi_align: the pooled gradient must be [K, C, h, w]");
-  as_int(boxes.size(0) * pooled.size(2) * pooled.size(3));
+  STD_TORCH_CHECK(pooled.size(2) > 0 && pooled.size(3) > 0, "roi_align: a box must have bins");
+  checked_product("roi_align: boxes and bins", kLargestInt, {boxes.size(0), pooled.size(2), pooled.size(3)});
+  checked_product("roi_align: channels and bins", kLargestInt, {map.size(1), pooled.size(2), pooled.size(3)});
   return {as_int(boxes.size(0)), as_int(map.size(0)),    as_int(map.size(1)),   as_int(map.size(2)),
           as_int(map.size(3)),   as_int(pooled.size(2)), as_int(pooled.size(3))};
 }
@@ -59,9 +61,14 @@ Tensor make_weights(const Tensor& boxes, const Sizes& s, double scale, int64_t s
     return begin;
   };
   const int64_t rows = int64_t{s.count} * s.pooled_height, columns = int64_t{s.count} * s.pooled_width;
+  constexpr int64_t most = int64_t{1} << 50, real = sizeof(R);
   const int64_t at[] = {
-      reserve(rows * s.height * sizeof(R)),  reserve(columns * s.width * sizeof(R)), reserve(rows * sizeof(Range)),
-      reserve(columns * sizeof(Range)),      reserve(s.count * sizeof(int)),         reserve(s.count * sizeof(int)),
+      reserve(checked_product("roi_align: weights", most, {rows, s.height, real})),
+      reserve(checked_product("roi_align: weights", most, {columns, s.width, real})),
+      reserve(rows * sizeof(Range)),
+      reserve(columns * sizeof(Range)),
+      reserve(s.count * sizeof(int)),
+      reserve(s.count * sizeof(int)),
       reserve((s.images + 1) * sizeof(int)),
   };
   STD_TORCH_CHECK(sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most ", kMostSamples);
@@ -121,7 +128,6 @@ void launch_pool(const T* map, const Strides& stride, const Workspace<accumulate
 template <class T>
 void launch_pool_planes(const T* map, const Strides& stride, const Workspace<accumulate_t<T>>& w, T* out,
                         const Sizes& s, cudaStream_t stream) {
-  as_int(int64_t{s.channels} * s.pooled_height * s.pooled_width);
   const unsigned blocks = as_grid(pool_planes_blocks(s));
   pool_planes<T><<<blocks, kWarp * kWarps, 0, stream>>>(map, stride, w, out, s);
 }
@@ -209,6 +215,7 @@ void dispatch(ScalarType dtype, const Run& run) {
   }
 }
 
+// input [N, C, H, W], boxes [K, 5] -> [K, C, pooled_height, pooled_width]
 Tensor roi_align(const Tensor& input, const Tensor& boxes, double scale, int64_t pooled_height, int64_t pooled_width,
                  int64_t sampling_ratio, bool aligned) {
   check_devices(input, input, boxes);
@@ -229,6 +236,7 @@ Tensor with_channels_side_by_side(const Tensor& grad) {
   return copy;
 }
 
+// grad [K, C, h, w], boxes [K, 5] -> out [N, C, H, W], every element of which is written
 void roi_align_backward_out(const Tensor& grad, const Tensor& boxes, double scale, int64_t sampling_ratio, bool aligned,
                             Tensor out) {
   check_devices(out, grad, boxes);

@@ -5,7 +5,7 @@
 
 namespace scrl::roi {
 
-constexpr int kTileWarps = 4;   // a block; 25 KB for 7 x 7 cells: nine of them on an H100
+constexpr int kTileWarps = 4;   // a block; 25 KB for 7 x 7 cells: eight of them on an H100
 constexpr int kTileCells = 95;  // at most 48 KB a block
 
 extern __shared__ uint4 tile_memory[];  // dynamic, 16 bytes aligned

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "host/parallel.h"
@@ -20,11 +21,11 @@ namespace scrl_fast::host {
 namespace {
 
 struct Job {
-  const uint8_t* buffer;
-  const int64_t *offsets, *widths;
-  const ViewRow* rows;
-  uint8_t* out;
-  int64_t out_step;  // bytes from one view to the next
+  const uint8_t* buffer;            // [bytes]
+  const int64_t *offsets, *widths;  // [images]
+  const ViewRow* rows;              // [views]
+  uint8_t* out;                     // [views, 3, size, size], views out_step bytes apart
+  int64_t out_step;                 // bytes from one view to the next
   int size;
   Format format;
   bool channels_last;
@@ -147,6 +148,17 @@ struct Views {
 };
 SCRL_WIDEST(make_view, (const Job& job, int64_t view, Scratch& s), (job, view, s), Views)
 
+constexpr int kLargestSize = 1 << 14;  // of a view: its pixels are counted in 32 bits
+constexpr int kLargestCrop = 1 << 24;  // a side: so are the places of its pixels in lanes (host/resample.h)
+
+// Whether the crop's last pixel lies in the buffer, with sizes that no product of them overflows.
+bool inside(const ViewRow& row, int64_t offset, int64_t width, int64_t bytes) {
+  if (row.y < 0 || row.x < 0 || row.h < 1 || row.w < 1 || row.h > kLargestCrop || row.w > kLargestCrop) return false;
+  if (offset < 0 || offset > bytes || width > bytes / 3 || int64_t{row.x} + row.w > width) return false;
+  const int64_t before = (bytes - offset) / 3 - row.x - row.w;  // pixels before the crop's last row, at most
+  return before >= 0 && int64_t{row.y} + row.h - 1 <= before / width;
+}
+
 void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<int64_t, py::array::c_style> offsets,
                    py::array_t<int64_t, py::array::c_style> widths, py::buffer rows, uintptr_t out, int64_t out_step,
                    int size, int format, bool channels_last, std::array<float, 3> scale, std::array<float, 3> shift,
@@ -154,6 +166,21 @@ void augment_views(py::array_t<uint8_t, py::array::c_style> buffer, py::array_t<
   const py::buffer_info table = rows.request();
   if (table.itemsize != sizeof(ViewRow) || table.ndim != 1 || (table.size > 1 && table.strides[0] != table.itemsize)) {
     throw py::type_error("rows must be a contiguous array of VIEW_DTYPE");
+  }
+  if (size < 1 || size > kLargestSize) throw py::value_error("size must lie in 1.." + std::to_string(kLargestSize));
+  if (format < kFloat32 || format > kUint8) throw py::value_error("format is none of the four");
+  if (offsets.ndim() != 1 || widths.ndim() != 1 || offsets.size() != widths.size()) {
+    throw py::value_error("offsets and widths must be of one length");
+  }
+  for (int64_t view = 0; view < table.size; ++view) {
+    const ViewRow& row = static_cast<const ViewRow*>(table.ptr)[view];
+    if (row.image < 0 || row.image >= offsets.size() ||
+        !inside(row, offsets.data()[row.image], widths.data()[row.image], buffer.size())) {
+      throw py::value_error("table row " + std::to_string(view) + ": the crop lies outside its image");
+    }
+    if (row.blur == kResizeBlur ? !(row.blur_amount >= 1) : row.blur == kGaussianBlur && !(row.blur_amount > 0)) {
+      throw py::value_error("table row " + std::to_string(view) + ": blur_amount is out of range");
+    }
   }
   const Job job{buffer.data(),
                 offsets.data(),

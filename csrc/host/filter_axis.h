@@ -41,7 +41,7 @@ SCRL_INLINE float bicubic(float x) {  // a = -0.5; x >= 0
 // Pillow's rule: the filter widens with the reduction, taps stop at the edges, weights sum to one.
 SCRL_INLINE void bicubic_axis(int from, int to, Axis& axis) {
   const double scale = static_cast<double>(from) / to, stretch = std::max(scale, 1.0), support = 2.0 * stretch;
-  axis.reset(to, std::min(from, static_cast<int>(std::ceil(2.0 * support))));
+  axis.reset(to, static_cast<int>(std::min<double>(from, std::ceil(2.0 * support))));
   axis.offset.resize(axis.pitch);
   axis.sum.assign(axis.pitch, 0.0f);
   float* SCRL_RESTRICT offset = axis.offset.data();  // from the centre of the filter to that of the first pixel

@@ -7,42 +7,72 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
-# bound once: each look-up would show in a small call
-_modes = torch._C._len_torch_dispatch_stack
-_transformed = torch._C._are_functorch_transforms_active
-_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+# torch keeps these to itself. They are bound once, because each look-up would show in a small call. A release may move
+# or drop them: then every function below takes its public, slower path.
+try:
+    from torch._C import _are_functorch_transforms_active as _transformed
+    from torch._C import _AutoDispatchBelowAutograd
+    from torch._C import _len_torch_dispatch_stack as _modes
+    from torch._C._autograd import _get_current_graph_task_keep_graph as _keeps_graph
+    from torch._C._functorch import TransformType, get_interpreter_stack
+    from torch._C._functorch import is_legacy_batchedtensor as _legacy_batched
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    _ = forward_ad._current_level
+    PRIVATE = True
+except (ImportError, AttributeError):
+    PRIVATE = False
+below_autograd: Any = _AutoDispatchBelowAutograd if PRIVATE else torch.no_grad
+"""A context in which an operator's own autograd formula is passed over, or finds that nothing is wanted."""
 
 
-def differentiated_otherwise() -> bool:
+def transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func is at work, be it torch.func.vmap alone."""
+    return _transformed() if PRIVATE else not all(map(_has_memory, tensors))
+
+
+def differentiated_otherwise(*tensors: Tensor) -> bool:
     """Whether torch.func.grad, vjp, jvp or forward mode is at work: a backward formula cannot serve these.
 
-    torch.library's formulas raise below torch.func's transforms and lose the tangent of forward mode in silence, in a
-    graph that is compiled, too; who asks takes the reference implementation instead. torch.func.vmap alone needs none
-    of this.
+    tensors: those that may be differentiated. torch.library's formulas raise below torch.func's transforms and lose the
+    tangent of forward mode in silence, in a graph that is compiled, too; callers take the reference implementation
+    instead. torch.func.vmap alone needs none of this.
     """
+    if not PRIVATE:
+        return not all(forward_ad.unpack_dual(tensor).tangent is None and _has_memory(tensor) for tensor in tensors)
     if forward_ad._current_level >= 0:
         return True
     if not _transformed():
         return False
-    vmap = torch._C._functorch.TransformType.Vmap
+    vmap = TransformType.Vmap
     if torch.compiler.is_compiling():  # which can ask for the innermost transform only; the outermost has level 1
         innermost = retrieve_current_functorch_interpreter()
         return innermost.key() != vmap or innermost.level() > 1
-    return any(each.key() != vmap for each in torch._C._functorch.get_interpreter_stack() or ())
+    return any(each.key() != vmap for each in get_interpreter_stack() or ())
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for the tensors that torch.func's transforms hand out."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        tensor.data_ptr()
+        return True
+    except RuntimeError:
+        return False
 
 
 def is_plain_one(factor: Tensor) -> bool:
     """Whether what comes in is the 1 of a plain ``loss.backward()``, so that gradients at hand can be handed out.
 
-    False wherever looking would synchronise or the value is traced or batched; and where the graph stays: who writes
-    into the gradient handed out would spoil the next pass over it.
+    False wherever looking would synchronise or the value is traced or batched; and where the graph stays, because a
+    write into the gradient handed out would spoil the next pass over it.
     """
     return (
-        type(factor) is Tensor
+        PRIVATE
+        and type(factor) is Tensor
         and factor.is_cpu
         and not factor.dim()
         and not _keeps_graph()

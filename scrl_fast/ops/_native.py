@@ -67,7 +67,8 @@ def op_failure(name: str, device_type: str) -> str:
     library, key = _KEYS[device_type]
     if failure := load_failure(library):
         return f"library {library} {failure}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"scrl_fast::{name}", key):
+    has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    if not has_kernel(f"scrl_fast::{name}", key):
         return f"not part of library {library}"
     return ""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def check_lists(**lists: Sequence[Tensor | None]) -> None:
     """The lists are of one length, and in each place shape, dtype and device agree with the first list's tensor.
 
-    The first list holds tensors of DTYPES; where ``ema_targets`` holds None, nothing is compared. Raises TypeError or
-    ValueError naming the first place that does not fit.
+    The first list holds strided tensors of DTYPES; where ``ema_targets`` holds None, nothing is compared. Raises
+    TypeError or ValueError naming the first place that does not fit.
     """
     (first, tensors), *others = lists.items()
     for name, other in others:
@@ -28,10 +27,16 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
             raise TypeError(f"{first}[{i}] must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{first}[{i}] has dtype {tensor.dtype}: float32, float64, bfloat16 and float16 are known")
+        _check_layout(first, i, tensor)
         if tensor.device != tensors[0].device:  # type: ignore[union-attr]
             raise ValueError(f"{first}[{i}] is on {tensor.device}, {first}[0] on {tensors[0].device}")  # type: ignore[union-attr]
         for name, other in others:
             _check_pair(i, first, tensor, name, other[i])
+
+
+def _check_layout(name: str, i: int, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}[{i}] is sparse ({tensor.layout}): only strided tensors are taken")
 
 
 def _check_pair(i: int, first: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
@@ -39,6 +44,7 @@ def _check_pair(i: int, first: str, tensor: Tensor, name: str, other: Tensor | N
         return
     if not isinstance(other, Tensor):
         raise TypeError(f"{name}[{i}] must be a tensor, got {type(other).__name__}")
+    _check_layout(name, i, other)
     if other.shape != tensor.shape:
         raise ValueError(f"{name}[{i}] has shape {list(other.shape)}, {first}[{i}] has {list(tensor.shape)}")
     if other.dtype != tensor.dtype:
@@ -47,26 +53,113 @@ def _check_pair(i: int, first: str, tensor: Tensor, name: str, other: Tensor | N
         raise ValueError(f"{name}[{i}] is on {other.device}, {first}[{i}] on {tensor.device}")
 
 
-def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """value as a float. Raises TypeError for what is no number, ValueError outside [low, high] and for NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-    return float(value)
+def check_number_device(name: str, number: Any, first: str, device: torch.device | None) -> None:
+    """Raises ValueError for a number in a tensor that is neither on the CPU nor on the device of the lists."""
+    if isinstance(number, Tensor) and number.device != device and number.device.type != "cpu":
+        raise ValueError(f"{name} is on {number.device}, {first} on {device}")
 
 
-def check_scalar(
-    name: str, value: float | Tensor, low: float = -math.inf, high: float = math.inf
-) -> tuple[float, Tensor | None]:
-    """A number as (number, None), a tensor of one element as (1.0, tensor). Tensors are not read: no range check."""
-    if not isinstance(value, Tensor):
-        return check_number(name, value, low, high), None
-    if value.numel() != 1:
-        raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
-    return 1.0, value if value.dtype in (torch.float32, torch.float64) else value.float()
+# ---- memory ----
+
+
+class _Range(NamedTuple):
+    """Addresses of a tensor's elements, and which tensor of which list it is."""
+
+    begin: int
+    end: int
+    written: bool
+    name: str
+    place: int
+    tensor: Tensor
+
+
+def check_memory(
+    written: Mapping[str, Sequence[Tensor | None]],
+    read: Mapping[str, Sequence[Tensor | None]],
+    *,
+    in_place: bool = False,
+) -> None:
+    """No tensor that is written shares memory with itself or with another: threads write in no order.
+
+    in_place: a tensor that is read may be the very tensor that is written at its place. Raises ValueError naming the
+    first two.
+    """
+    if torch.compiler.is_compiling():
+        return
+    found = _ranges(written, True) + _ranges(read, False)
+    ranges = sorted((each.begin, order) for order, each in enumerate(found))
+    reach: list[int] = []  # those that may still overlap what comes
+    for begin, current in ranges:
+        reach = [each for each in reach if found[each].end > begin]
+        for other in reach:
+            first, second = found[min(current, other)], found[max(current, other)]  # written ones come first
+            if first.written and not (in_place and _same(first, second)):
+                _refuse_shared(first, second)
+        reach.append(current)
+
+
+def _ranges(lists: Mapping[str, Sequence[Tensor | None]], written: bool) -> list[_Range]:
+    found = []
+    for name, tensors in lists.items():
+        for place, tensor in enumerate(tensors):
+            if tensor is None or tensor.numel() == 0 or not (begin := _address(tensor)):
+                continue
+            if written and not tensor.is_contiguous() and _overlaps_itself(tensor):
+                raise ValueError(f"{name}[{place}] overlaps itself: several of its elements lie at one place in memory")
+            end = begin + _extent(tensor) * tensor.element_size()
+            found.append(_Range(begin, end, written, name, place, tensor))
+    return found
+
+
+def _address(tensor: Tensor) -> int:
+    """0 for a tensor without memory: of device meta, or fake."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _extent(tensor: Tensor) -> int:
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    axes = sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    extent = 1
+    for stride, n in axes:
+        if stride < extent:  # mostly an overlap: only a count can tell
+            marks = torch.arange(_extent(tensor)).as_strided(tensor.shape, tensor.stride())
+            return stride == 0 or marks.unique().numel() < tensor.numel()
+        extent += (n - 1) * stride
+    return False
+
+
+def _same(a: _Range, b: _Range) -> bool:
+    return a.place == b.place and a.begin == b.begin and a.tensor.stride() == b.tensor.stride()
+
+
+def _refuse_shared(a: _Range, b: _Range) -> None:
+    """Raises unless the elements lie between one another, as columns of one matrix do."""
+    if not (a.tensor.is_contiguous() and b.tensor.is_contiguous()):
+        low = min(a.begin, b.begin)
+        marks = torch.zeros(max(a.end, b.end) - low, dtype=torch.bool)
+        _bytes_of(a, marks, low).fill_(True)
+        if not _bytes_of(b, marks, low).any():
+            return
+    raise ValueError(
+        f"{b.name}[{b.place}] shares memory with {a.name}[{a.place}], which is written: each tensor must lie by itself"
+    )
+
+
+def _bytes_of(each: _Range, marks: Tensor, low: int) -> Tensor:
+    size = each.tensor.element_size()
+    strides = [size * stride for stride in each.tensor.stride()]
+    return marks.as_strided([*each.tensor.shape, size], [*strides, 1], each.begin - low)
+
+
+# ---- layout ----
 
 
 @contextmanager
@@ -118,6 +211,8 @@ def call_on_flat(
     written: Mapping[str, Sequence[Tensor | None]],
     read: Mapping[str, Sequence[Tensor]],
     checks_itself: bool,
+    *,
+    in_place: bool = False,
 ) -> None:
     """Runs ``call(*written, *read)``, a compiled operation that treats tensors as flat memory, whatever their layout.
 
@@ -125,6 +220,7 @@ def call_on_flat(
         a step, in C++ 20 us: then only when it fails are the lists looked at here, to say what is wrong or to copy
         what lies differently. Lists that fit and lie alike were not refused: it may have failed after it wrote, so it
         is never run again, and its error is raised as it is.
+    in_place: as in `check_memory`.
     """
     failure = None
     if checks_itself and not torch.compiler.is_compiling():
@@ -134,6 +230,7 @@ def call_on_flat(
         except RuntimeError as error:
             failure = error
     check_lists(**written, **read)
+    check_memory(written, read, in_place=in_place)
     flat_written: list[list[Any]] = [list(t) for t in written.values()]
     flat_read: list[list[Any]] = [list(t) for t in read.values()]
     with one_layout(flat_written, flat_read) as differed:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 from scrl_fast.ops import _native
+from scrl_fast.ops._arguments import check_integer, check_number
 from scrl_fast.ops.augment_views_triton import triton_augment_views
 from scrl_fast.ops.backends import Backend, Operation, register, triton_failure
 from scrl_fast.ops.view_table import (
@@ -35,6 +36,7 @@ from scrl_fast.ops.view_table import (
 )
 
 _LARGEST_SIZE = 1 << 14  # a view's pixels are counted in 32 bits
+_LARGEST_CROP = 1 << 24  # and so are the pixels of a crop's row in vectors
 _JITTERS = ("brightness", "contrast", "saturation", "hue")
 _NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the compiled form
@@ -72,11 +74,9 @@ def augment_views(
     Source: SCRL section 4, BYOL appendix B; semantics of torchvision's transforms on Pillow images.
     """
     rows = table.reshape(-1) if checked else check_views(table, images)
+    size, threads = check_integer("size", size, 1, _LARGEST_SIZE), check_integer("threads", threads, 1, 1 << 16)
+    solarize_threshold = _check_numbers(mean, std, solarize_threshold)
     shape, device = (len(rows), 3, size, size), images.device
-    if not 0 < size <= _LARGEST_SIZE:
-        raise ValueError(f"size must lie in 1..{_LARGEST_SIZE}, got {size}")
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
@@ -161,6 +161,7 @@ def check_views(table: np.ndarray, images: PackedImages) -> np.ndarray:
     y, x, h, w = (rows[name].astype(np.int64) for name in "yxhw")
     inside = (y >= 0) & (x >= 0) & (h > 0) & (w > 0) & (y + h <= heights) & (x + w <= widths)
     _refuse(rows, ~inside, ["y", "x", "h", "w"], "a crop inside its image")
+    _refuse(rows, (h > _LARGEST_CROP) | (w > _LARGEST_CROP), ["h", "w"], f"at most {_LARGEST_CROP}")
     _refuse(rows, (np.sort(rows["order"]) != np.arange(4)).any(axis=1), "order", "a permutation of 0, 1, 2, 3")
     for name in ("brightness", "contrast", "saturation"):
         _refuse(rows, ~((rows[name] >= 0) & np.isfinite(rows[name])), name, "a factor >= 0")
@@ -180,16 +181,28 @@ def _refuse(rows: np.ndarray, bad: np.ndarray, names: str | list[str], wanted: s
         raise ValueError(f"table row {row}: {names} must be {wanted}, got {rows[names][row]}")
 
 
+def _check_numbers(mean: Sequence[float], std: Sequence[float], threshold: float) -> int:
+    """The least level that is solarised."""
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
+    return math.ceil(min(max(check_number("solarize_threshold", threshold), 0), 256))
+
+
 def _check_images(images: PackedImages) -> None:
     count = len(images.offsets)
     buffer = images.buffer
     dense = buffer.is_contiguous() if isinstance(buffer, Tensor) else buffer.flags.c_contiguous
     if buffer.dtype not in (np.uint8, torch.uint8) or buffer.ndim != 1 or not dense:
         raise TypeError(f"images.buffer must be contiguous uint8 [bytes], got {buffer.dtype} {list(buffer.shape)}")
-    if images.heights.shape != (count,) or images.widths.shape != (count,):
-        raise ValueError("images.offsets, heights and widths must be of one length")
-    ends = images.offsets + images.heights * images.widths * 3
-    bad = (images.offsets < 0) | (images.heights <= 0) | (images.widths <= 0) | (ends > len(images.buffer))
+    for name, values in (("offsets", images.offsets), ("heights", images.heights), ("widths", images.widths)):
+        if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.shape != (count,):
+            got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+            raise TypeError(f"images.{name} must be an int64 array [{count}], as offsets is, got {got}")
+    bytes = len(images.buffer)  # by division: a product of sizes that no image has would wrap
+    fine = (images.offsets >= 0) & (images.offsets <= bytes) & (images.heights > 0)
+    fine &= (images.widths > 0) & (images.widths <= bytes)
+    rows = (bytes - np.where(fine, images.offsets, 0)) // (3 * np.where(fine, images.widths, 1))
+    bad = ~fine | (images.heights > rows)
     if bad.any():
         raise ValueError(f"images: image {int(bad.argmax())} is empty or reaches outside the buffer")
 
@@ -228,11 +241,10 @@ def _native_augment_views(
 ) -> None:
     buffer = images.buffer if isinstance(images.buffer, np.ndarray) else images.numpy().buffer
     scale, shift = ((1.0,) * 3, (0.0,) * 3) if out.dtype == torch.uint8 else _scale_and_shift((*mean,), (*std,))
-    threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     _native.host().augment_views(
         buffer, images.offsets, images.widths, rows if rows.flags.c_contiguous else rows.copy(), out.data_ptr(),
         out.stride(0) * out.element_size(), out.shape[-1], DTYPES.index(out.dtype), not _is_nchw(out), scale, shift,
-        threshold, GAUSSIAN_TAPS, threads,
+        solarize_threshold, GAUSSIAN_TAPS, threads,
     )  # fmt: skip
 
 

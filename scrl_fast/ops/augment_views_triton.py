@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from scrl_fast.ops.view_table import GAUSSIAN_TAPS, RESIZE_BLUR, PackedImages, b
 _TO_GREY = 4
 _CONTRAST = 1
 _MOST_BYTES = 2**31 - 1
+_MOST_ROWS = 65535 * 32  # of a launch: tiles of 32 rows along the grid's second axis
 _STEPS = 5  # four colours and grey
 _NEUTRAL = np.array([1, 1, 1, 0], np.float32)  # brightness, contrast, saturation, hue that change nothing
 
@@ -36,12 +36,11 @@ def triton_augment_views(
     buffer = images.buffer if isinstance(images.buffer, Tensor) else torch.from_numpy(images.buffer)
     plan, amounts = make_plan(images, rows, size)
     scale, shift = normalization(mean, std)
-    threshold = math.ceil(min(max(solarize_threshold, 0), 256))
     half = min(GAUSSIAN_TAPS, 2 * size - 1) // 2
     spaced = not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last))
     views = torch.empty(out.shape, dtype=out.dtype, device=out.device) if spaced else out
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        make_views(buffer, plan, amounts, views, [*scale.tolist(), *shift.tolist()], threshold, half)
+        make_views(buffer, plan, amounts, views, [*scale.tolist(), *shift.tolist()], solarize_threshold, half)
     if spaced:
         out.copy_(views)
 
@@ -57,6 +56,8 @@ def make_plan(images: PackedImages, rows: np.ndarray, size: int) -> tuple[NDArra
     narrow = 3 * size * rows["h"].astype(np.int64)
     if len(rows) and max((rows["h"] * stride).max(), narrow.max()) > _MOST_BYTES:  # the kernels' places are 32 bits
         raise ValueError(f"views of regions over {_MOST_BYTES} bytes are not made by the triton form; use native")
+    if len(rows) and rows["h"].max() > _MOST_ROWS:
+        raise ValueError(f"views of regions over {_MOST_ROWS} rows are not made by the triton form; use native")
     factors = np.where(rows["blur"] == RESIZE_BLUR, rows["blur_amount"], 1.0)
     columns = {
         "corner": images.offsets[rows["image"]] + rows["y"] * stride + rows["x"] * 3,

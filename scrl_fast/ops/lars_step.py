@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_number, check_scalar
+from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
+from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_memory, check_number_device
+from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
 
 PLAIN, ADAPT, PLAIN_BY_LR = 0.0, 1.0, 2.0
@@ -33,9 +35,9 @@ class Settings(NamedTuple):
 
 @torch.no_grad()
 def lars_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    momentum_buffers: Iterable[Tensor],
     *,
     lr: float | Tensor | Sequence[float | Tensor],
     momentum: float | Tensor | Sequence[float | Tensor] = 0.9,
@@ -44,7 +46,7 @@ def lars_step_(
     eps: float | Sequence[float] = 1e-8,
     adapt: bool | Sequence[bool] = True,
     grad_scale: float | Literal["lr"] | Sequence[float | Literal["lr"]] = 1.0,
-    ema_targets: Sequence[Tensor | None] | None = None,
+    ema_targets: Iterable[Tensor | None] | None = None,
     ema_momentum: float | Tensor | None = None,
     skip_counter: Tensor | None = None,
     backend: Backend | None = None,
@@ -56,9 +58,9 @@ def lars_step_(
         a = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps), 1 where a norm is 0
         b = momentum * b + a * (g + weight_decay * p);  p = p - lr * b;  t = lerp(p, t, ema_momentum)
 
-    params, grads, momentum_buffers: lists of one length, the tensors at one place of equal shape, dtype (float32,
-        float64, bfloat16, float16) and device, in any layout; dense tensors that lie alike are used as they are,
-        others are copied. Each tensor once, sharing no memory: of what is listed twice, nothing is promised.
+    params, grads, momentum_buffers: lists or generators of one length, the tensors at one place of equal shape, dtype
+        (float32, float64, bfloat16, float16) and device, in any strided layout; dense tensors that lie alike are used
+        as they are, others are copied. No tensor that is written shares memory with another one of the call.
         Arithmetic is float32 (float64 for float64), norms are summed in float64, in fixed order.
     lr ... grad_scale: one value for all tensors or a sequence with one for each.
     adapt: False takes plain SGD momentum instead, ``b = momentum * b + grad_scale * g + weight_decay * p``;
@@ -73,6 +75,9 @@ def lars_step_(
     Not differentiable. Raises ValueError or TypeError naming the argument, and the first tensor, that does not fit.
     Source: LARS, arXiv 1708.03888; trust coefficient and eps as in SCRL, arXiv 2103.06122.
     """
+    params, grads = check_sequence("params", params), check_sequence("grads", grads)
+    momentum_buffers = check_sequence("momentum_buffers", momentum_buffers)
+    ema_targets = None if ema_targets is None else check_sequence("ema_targets", ema_targets)
     if ema_targets is not None and ema_momentum is None:
         raise ValueError("ema_momentum is needed with ema_targets, got None")
     settings = make_settings(
@@ -194,8 +199,7 @@ def _row(
 def _by_row(name: str, tensors: list[Tensor | None], device: torch.device | None) -> Tensor | None:
     """The rows' tensors as one: None, one element for all rows, or one element for each."""
     for tensor in tensors:
-        if tensor is not None and tensor.device != device and tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}, the parameters are on {device}")
+        check_number_device(name, tensor, "params", device)
     if all(tensor is tensors[0] for tensor in tensors):
         return tensors[0] if tensors else None
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -212,6 +216,8 @@ def lars_step_reference(
 ) -> None:
     """Plain PyTorch, one tensor after the other."""
     check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers, ema_targets=ema_targets)
+    written = {"params": params, "momentum_buffers": momentum_buffers, "ema_targets": ema_targets}
+    check_memory(written, {"grads": grads})
     if skip_counter is None:
         good = None
     else:
@@ -285,9 +291,19 @@ def _dispatch_to(op: str) -> Callable[..., None]:
 
 
 def _fake(
-    params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], ema_targets: Sequence[Tensor], *rest: Any
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ema_targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    ema_places: Sequence[int],
+    settings: Sequence[float],
+    setting_of: Sequence[int],
+    ema_momentum: float,
+    lr: Tensor | None,
+    momentum: Tensor | None,
+    ema_momentum_tensor: Tensor | None,
+    skip_counter: Tensor | None,
 ) -> None:
-    grads, ema_places = rest[:2]
     check_lists(params=params, grads=grads, momentum_buffers=momentum_buffers)
     check_lists(params=[params[i] for i in ema_places], ema_targets=ema_targets)
 
@@ -298,14 +314,9 @@ def _triton(*args: Any) -> None:
     launch(*args)
 
 
-torch.library.define(
-    "scrl_fast::lars_step_triton_",
-    "(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor(c!)[] ema_targets, Tensor[] grads, int[] ema_places,"
-    " float[] settings, int[] setting_of, float ema_momentum, Tensor? lr, Tensor? momentum,"
-    " Tensor? ema_momentum_tensor, Tensor(d!)? skip_counter) -> ()",
+define_triton(
+    "lars_step_triton_", _fake, _triton, written=("params", "momentum_buffers", "ema_targets", "skip_counter")
 )
-torch.library.impl("scrl_fast::lars_step_triton_", ("cpu", "cuda"), _triton)
-torch.library.register_fake("scrl_fast::lars_step_triton_", _fake)
 if not _native.load_failure("_ops"):
     torch.library.register_fake("scrl_fast::lars_step_", _fake)
 

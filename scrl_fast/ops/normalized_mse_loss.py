@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._autograd import differentiated_otherwise, is_plain_one, refuse_double_backward
+from scrl_fast.ops._autograd import (
+    below_autograd,
+    differentiated_otherwise,
+    is_plain_one,
+    refuse_double_backward,
+    transformed,
+)
+from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
 
 Reduction = Literal["none", "sum", "mean"]
@@ -94,8 +101,6 @@ def _row_losses(input: Tensor, target: Tensor) -> Tensor:
 # takes 2 to 15 us instead of 0.1 to 1. So these functions are few, and look up little.
 
 _MEAN = REDUCTIONS.index("mean")
-_transformed = torch._C._are_functorch_transforms_active
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def _dispatch_rows_to(operator: Any) -> Callable[..., Tensor]:
     """The implementation of `normalized_mse_loss` that calls the operator."""
 
     def rows(input: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
-        if differentiated_otherwise():
+        if differentiated_otherwise(input, target):
             return normalized_mse_loss_reference(input, target, reduction)
         loss = _call(operator, _rows(input), _rows(target), False, REDUCTIONS.index(reduction))
         return (loss if reduction != "none" else loss.reshape(input.shape[:-1])).to(input.dtype)
@@ -120,7 +125,7 @@ def _dispatch_two_views_to(operator: Any) -> Callable[..., Tensor]:
     """The implementation of `two_view_loss` that calls the operator."""
 
     def two_views(online: Tensor, target: Tensor) -> Tensor:
-        if differentiated_otherwise():
+        if differentiated_otherwise(online, target):
             return two_view_loss_reference(online, target)
         return _call(operator, _rows(online), _rows(target), True, _MEAN)
 
@@ -130,7 +135,7 @@ def _dispatch_two_views_to(operator: Any) -> Callable[..., Tensor]:
 def _call(operator: Any, input: Tensor, target: Tensor, two_views: bool, reduction: int) -> Tensor:
     if not torch.is_grad_enabled():
         return operator(input, target, two_views, reduction, False, False)[0]
-    if _transformed():  # torch.func.vmap, inside which no tensor tells that a gradient will be wanted of it
+    if transformed(input, target):  # torch.func.vmap, inside which no tensor tells that a gradient will be wanted of it
         return operator(input, target, two_views, reduction, True, True)[0]
     of_input, of_target = input.requires_grad, target.requires_grad
     if (of_input or of_target) and not torch.compiler.is_compiling():
@@ -147,7 +152,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, operator: Any, *options: Any) -> Tensor:
-        with _below_autograd():  # past the formula, which would only find that nothing is wanted
+        with below_autograd():  # past the formula, which would only find that nothing is wanted
             loss, *grads = operator(input, target, *options)
         _remember(ctx, input, target, options, grads)
         return loss
@@ -159,10 +164,11 @@ class _Eager(torch.autograd.Function):
 
 def _fake(
     input: Tensor, target: Tensor, two_views: bool, reduction: int, grad_input: bool, grad_target: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(input.dtype, torch.float32)
     loss = input.new_empty(() if reduction else input.shape[:1], dtype=wide)
-    return loss, *(input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target))
+    of_input, of_target = (input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target))
+    return loss, of_input, of_target
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -213,21 +219,16 @@ def _triton_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return launch(*args)
 
 
-def _register(op: str) -> None:
-    torch.library.register_fake(f"scrl_fast::{op}", _fake)
+def _register_autograd(op: str) -> None:
     torch.library.register_autograd(f"scrl_fast::{op}", _backward, setup_context=_setup_context)
 
 
-torch.library.define(
-    "scrl_fast::normalized_mse_loss_triton",
-    "(Tensor input, Tensor target, bool two_views, int reduction, bool grad_input, bool grad_target)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("scrl_fast::normalized_mse_loss_triton", ("cpu", "cuda"), _triton_impl)
-_register("normalized_mse_loss_triton")
+define_triton("normalized_mse_loss_triton", _fake, _triton_impl)
+_register_autograd("normalized_mse_loss_triton")
 _triton, _native_operator = torch.ops.scrl_fast.normalized_mse_loss_triton.default, None
 if not _native.load_failure("_ops"):  # or there is no such operator, which native_failure says
-    _register("normalized_mse_loss")
+    torch.library.register_fake("scrl_fast::normalized_mse_loss", _fake)
+    _register_autograd("normalized_mse_loss")
     _native_operator = torch.ops.scrl_fast.normalized_mse_loss.default
 
 _ROWS, _TWO_VIEW = (

@@ -8,19 +8,23 @@ inputs give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from scrl_fast.config.defaults import MAX_SAMPLES
 from scrl_fast.ops import _native
-from scrl_fast.ops._autograd import differentiated_otherwise
+from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer
+from scrl_fast.ops._autograd import below_autograd, differentiated_otherwise, transformed
+from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LARGEST_INT = (1 << 31) - 1
 _LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
 
 
@@ -49,18 +53,23 @@ def roi_align(
     where looking at it would wait for the device; on a CPU it raises.
     The gradient has input's layout and can be differentiated again. Where inf or NaN comes in for a box, it may spread
     to cells of the box's image that the box does not read.
-    torch.func.grad, vjp and jvp and forward mode take `roi_align_reference`.
+    torch.func.grad, vjp and jvp and forward mode take `roi_align_reference`. torch.compile, torch.export, torch.fx and
+    meta tensors are taken; torch.jit.script takes the module `RoIAlign`, not this function.
     Raises TypeError or ValueError naming the argument before memory is touched.
     Source: Mask R-CNN, arXiv 1703.06870, section 3; semantics of torchvision.ops.roi_align.
     """
-    size = _check_arguments(input, output_size, spatial_scale, sampling_ratio)
+    if not isinstance(input, Tensor) and has_torch_function((input,)):  # torch.fx
+        plain = _check_options(output_size, spatial_scale, sampling_ratio, aligned)
+        return handle_torch_function(roi_align, (input,), input, boxes, *plain, backend=backend)
+    size, *options = _check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
     rows = _box_rows(input, boxes)
-    run = _OPERATION.resolve(input.device.type, backend)
-    return run(input, rows, size, float(spatial_scale), sampling_ratio, bool(aligned))
+    if input.device.type == "meta":
+        return _on_meta(input, rows, size, *options)
+    return _OPERATION.resolve(input.device.type, backend)(input, rows, size, *options)
 
 
 class RoIAlign(nn.Module):
-    """`roi_align` with its options fixed, as torchvision.ops.RoIAlign."""
+    """`roi_align` with its options fixed, as torchvision.ops.RoIAlign, which torch.jit.script puts in its place."""
 
     def __init__(
         self,
@@ -89,6 +98,15 @@ class RoIAlign(nn.Module):
             backend=self.backend,
         )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles instead: it knows no backends."""
+        from torchvision.ops import RoIAlign as Scriptable
+
+        size, scale, ratio, aligned = _check_options(
+            self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+        )
+        return Scriptable(size, scale, ratio, aligned)
+
     def extra_repr(self) -> str:
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
@@ -108,7 +126,9 @@ def roi_align_reference(
     aligned: bool = False,
 ) -> Tensor:
     """`roi_align` in plain PyTorch, differentiable; waits for the device once. Not for maps that hold inf or NaN."""
-    size = _check_arguments(input, output_size, spatial_scale, sampling_ratio)
+    size, spatial_scale, sampling_ratio, aligned = _check_arguments(
+        input, output_size, spatial_scale, sampling_ratio, aligned
+    )
     rows = _box_rows(input, boxes)
     check_image_index(rows, input.shape[0])
     count, channels = rows.shape[0], input.shape[1]
@@ -162,28 +182,42 @@ def _axis_weights(
 # ---- checks ----
 
 
+Options = tuple[tuple[int, int], float, int, bool]
+"""Bins (height, width), scale, sampling ratio, aligned."""
+
+
 def _check_arguments(
-    input: Tensor, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int
-) -> tuple[int, int]:
+    input: Tensor, output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool
+) -> Options:
     if not isinstance(input, Tensor) or input.dtype not in DTYPES:
         got = input.dtype if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"input must be a float32, float64, bfloat16 or float16 tensor, got {got}")
     if input.ndim != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
-    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(size) != 2 or not all(isinstance(bins, int) and bins > 0 for bins in size):
-        raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
-    if not 0 < spatial_scale < math.inf:
+    return _check_options(output_size, spatial_scale, sampling_ratio, aligned)
+
+
+def _check_options(output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool) -> Options:
+    sides = list(output_size) if isinstance(output_size, Iterable) else [output_size] * 2
+    try:
+        height, width = (check_integer("output_size", side, 1, _LARGEST_INT) for side in sides)
+    except (TypeError, ValueError):
+        wanted = "one or two positive integers"
+        raise ValueError(f"output_size must be {wanted}, got {output_size!r}") from None
+    if height * width > _LARGEST_INT:
+        raise ValueError(f"output_size must have at most {_LARGEST_INT} bins, got {output_size}")
+    scale = as_number("spatial_scale", spatial_scale)
+    if not 0 < scale < math.inf:
         raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
-    check_sampling_ratio(sampling_ratio)
-    return size
+    ratio = max(check_sampling_ratio(sampling_ratio), -1)  # of -2**70 no kernel would hear
+    return (height, width), scale, ratio, check_flag("aligned", aligned)
 
 
-def check_sampling_ratio(sampling_ratio: int) -> None:
-    if isinstance(sampling_ratio, bool) or not isinstance(sampling_ratio, int):
-        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
-    if sampling_ratio > MAX_SAMPLES:
-        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {sampling_ratio}")
+def check_sampling_ratio(sampling_ratio: int) -> int:
+    ratio = as_integer("sampling_ratio", sampling_ratio)
+    if ratio > MAX_SAMPLES:
+        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {ratio}")
+    return ratio
 
 
 def _box_rows(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
@@ -229,16 +263,20 @@ def check_image_index(rows: Tensor, images: int) -> None:
 # ---- compiled forms ----
 
 
+def _on_meta(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+    return torch.ops.scrl_fast.roi_align_triton(input, rows, options[0], *size, *options[1:])  # by its fake
+
+
 def _dispatch_to(name: str) -> Callable[..., Tensor]:
     """The implementation of `roi_align` that calls torch.ops.scrl_fast.<name>."""
 
     def run(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
         scale, sampling_ratio, aligned = options
-        if differentiated_otherwise():
+        if differentiated_otherwise(input):
             return roi_align_reference(input, rows, size, scale, sampling_ratio, aligned)
         operator = getattr(torch.ops.scrl_fast, name).default
         arguments = (input, rows, scale, *size, sampling_ratio, aligned)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed(input, rows):
             return operator(*arguments)
         try:
             if input.requires_grad and torch.is_grad_enabled():
@@ -270,7 +308,7 @@ class _Eager(torch.autograd.Function):
 
 def _below_autograd(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Without asking the operator for its autograd formula, which takes 5 of a small call's 17 microseconds."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator(*arguments)
 
 
@@ -281,19 +319,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     ctx.options = (scale, sampling_ratio, aligned, input.shape, channels_last)
 
 
-def _fake(input: Tensor, boxes: Tensor, scale: float, height: int, width: int, *options: Any) -> Tensor:
-    return input.new_empty((boxes.shape[0], input.shape[1], height, width))
+def _fake(
+    input: Tensor,
+    boxes: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    return input.new_empty((boxes.shape[0], input.shape[1], pooled_height, pooled_width))
 
 
 def _fake_backward(
-    grad: Tensor, boxes: Tensor, scale: float, ratio: int, aligned: bool, size: Sequence[int], channels_last: bool
+    grad: Tensor,
+    boxes: Tensor,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    size: Sequence[int],
+    channels_last: bool,
 ) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
-def _register(name: str) -> None:
-    """Fakes and autograd of ``scrl_fast::<name>`` and ``scrl_fast::<name>_backward``.
+def _register_autograd(name: str) -> None:
+    """Autograd of ``scrl_fast::<name>`` and ``scrl_fast::<name>_backward``.
 
     The backward pass is linear in its gradient, and its own derivative is the forward pass again.
     """
@@ -305,8 +357,6 @@ def _register(name: str) -> None:
         ctx.save_for_backward(boxes)
         ctx.options = (scale, grad.shape[2], grad.shape[3], sampling_ratio, aligned)
 
-    torch.library.register_fake(f"scrl_fast::{name}", _fake)
-    torch.library.register_fake(f"scrl_fast::{name}_backward", _fake_backward)
     torch.library.register_autograd(
         f"scrl_fast::{name}",
         lambda ctx, grad: (backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6),
@@ -319,39 +369,28 @@ def _register(name: str) -> None:
     )
 
 
-def _define_triton() -> None:
-    def launch(input: Tensor, boxes: Tensor, *options: Any) -> Tensor:
-        import scrl_fast.kernels.roi_align as kernels  # imports triton, only when it runs
+def _triton(input: Tensor, boxes: Tensor, *options: Any) -> Tensor:
+    import scrl_fast.kernels.roi_align as kernels  # imports triton, only when it runs
 
-        check_image_index(boxes, input.shape[0])
-        check_sampling_ratio(options[3])
-        return kernels.roi_align(input, boxes, *options)
-
-    def launch_backward(grad: Tensor, *options: Any) -> Tensor:
-        import scrl_fast.kernels.roi_align as kernels
-
-        check_sampling_ratio(options[2])
-        return kernels.roi_align_backward(grad, *options)
-
-    name = "scrl_fast::roi_align_triton"
-    torch.library.define(
-        name,
-        "(Tensor input, Tensor boxes, float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, "
-        "bool aligned) -> Tensor",
-    )
-    torch.library.define(
-        f"{name}_backward",
-        "(Tensor grad, Tensor boxes, float spatial_scale, int sampling_ratio, bool aligned, SymInt[] size, "
-        "bool channels_last) -> Tensor",
-    )
-    torch.library.impl(name, ("cpu", "cuda"), launch)
-    torch.library.impl(f"{name}_backward", ("cpu", "cuda"), launch_backward)
+    check_image_index(boxes, input.shape[0])
+    check_sampling_ratio(options[3])
+    return kernels.roi_align(input, boxes, *options)
 
 
-_define_triton()
-_register("roi_align_triton")
+def _triton_backward(grad: Tensor, *options: Any) -> Tensor:
+    import scrl_fast.kernels.roi_align as kernels
+
+    check_sampling_ratio(options[2])
+    return kernels.roi_align_backward(grad, *options)
+
+
+define_triton("roi_align_triton", _fake, _triton)
+define_triton("roi_align_triton_backward", _fake_backward, _triton_backward)
+_register_autograd("roi_align_triton")
 if not _native.load_failure("_ops"):
-    _register("roi_align")
+    torch.library.register_fake("scrl_fast::roi_align", _fake)
+    torch.library.register_fake("scrl_fast::roi_align_backward", _fake_backward)
+    _register_autograd("roi_align")
 
 _OPERATION = register(
     Operation(

@@ -1,0 +1,81 @@
+"""Checks of single arguments, with the argument's name and value in the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_integer(name: str, value: Any) -> int:
+    """value as an int: Python's or NumPy's. Raises TypeError for what is no integer."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]  # a compiler's integer stays what it is
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+    return int(value)
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """`as_integer`, and ValueError outside [low, high]."""
+    value = as_integer(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low}..{high}, got {value}")
+    return value
+
+
+def as_number(name: str, value: Any) -> float:
+    """value as a float: Python's or NumPy's. Raises TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}")
+    return float(value)
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`as_number`, and ValueError outside [low, high] and for NaN."""
+    number = as_number(name, value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A plain value; of anything larger its type."""
+    plain = value is None or isinstance(value, (str, bool, Real))
+    return f"{value!r:.80}" if plain else type(value).__name__
+
+
+def check_scalar(
+    name: str, value: float | Tensor, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, Tensor | None]:
+    """A number as (number, None), a tensor of one element as (1.0, tensor). Tensors are not read: no range check."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, low, high), None
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+    return 1.0, value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """value as a bool: Python's or NumPy's, or 0 or 1. Raises TypeError for anything else."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, np.bool_) or (isinstance(value, Real) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+
+
+def check_sequence(name: str, values: Any) -> Sequence[Any]:
+    """values as a sequence; a generator (``module.parameters()``) is listed. Raises TypeError for what is no list."""
+    if isinstance(values, (list, tuple)):
+        return values
+    if isinstance(values, (Tensor, Mapping, str)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of tensors, got {type(values).__name__}")
+    return list(values)
