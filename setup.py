@@ -38,6 +38,24 @@ CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 missing: dict[str, str] = {}  # library -> why it was left out
 
 
+def leave_out(libraries: tuple[str, ...], why: str) -> None:
+    """Raises where SCRL_FAST_EXT=require wants all of them."""
+    if os.environ.get("SCRL_FAST_EXT") == "require":
+        raise SystemExit(f"scrl_fast: {', '.join(libraries)} cannot be built (SCRL_FAST_EXT=require): {why}")
+    missing.update(dict.fromkeys(libraries, why))
+
+
+def commit() -> str | None:
+    """The commit of this checkout; None without git, and of a source distribution inside another repository."""
+    try:
+        asked = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
+        said = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return None
+    top, *names = said.stdout.split("\n") if said.returncode == 0 else [""]
+    return names[0] if top and Path(top).resolve() == ROOT.resolve() else None
+
+
 def toolkit_root() -> str:
     """The CUDA toolkit with headers and libraries; '' when there is none. ``nvcc`` on PATH may be a wrapper script."""
     from torch.utils.cpp_extension import CUDA_HOME
@@ -97,9 +115,9 @@ def extensions() -> list[Extension]:
             )
         )
     except ImportError:
-        missing["_host"] = "pybind11 was absent at build time"
+        leave_out(("_host",), "pybind11 was absent at build time")
     if torch is None:
-        missing.update(dict.fromkeys(("_ops", "_cpu", "_cuda"), "torch was absent at build time"))
+        leave_out(("_ops", "_cpu", "_cuda"), "torch was absent at build time")
         return built
     from torch.utils.cpp_extension import CppExtension
 
@@ -167,7 +185,6 @@ class SafeBuild(BaseBuild):
         return Path(self.build_lib, self.get_ext_filename(ext.name)).exists()
 
     def _write_build_info(self, folder: Path) -> None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         built = [e.name.split(".")[-1] for e in self._only_built()]
         info = {
             "built": built,
@@ -175,7 +192,7 @@ class SafeBuild(BaseBuild):
             "torch": torch.__version__ if torch else None,
             "python": sys.version.split()[0],
             "arch_list": os.environ.get("TORCH_CUDA_ARCH_LIST") if "_cuda" in built else None,
-            "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+            "commit": commit(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
