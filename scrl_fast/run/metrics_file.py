@@ -40,7 +40,7 @@ class MetricsFile:
         """Adds to the last row, if there is one."""
         if rows := read_metrics(self.path):
             self.close()
-            replace_metrics(self.path, [*rows[:-1], rows[-1] | extra])
+            replace_metrics(self.path, [*rows[:-1], {**rows[-1], **extra}])
             self.open()
 
     def close(self) -> None:
