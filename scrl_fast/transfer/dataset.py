@@ -54,7 +54,7 @@ def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, k
     Raises UsageError when nothing is left.
     """
     count = len(source)
-    chosen = np.arange(count)
+    chosen: NDArray[np.signedinteger] = np.arange(count)
     if config.subset < 1:
         order = np.random.default_rng([config.subset_seed, count]).permutation(count)
         chosen = np.sort(order[: max(1, round(config.subset * count))])

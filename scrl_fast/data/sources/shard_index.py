@@ -215,7 +215,8 @@ def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
             file, name = io.BytesIO(content), entry.filename.removesuffix(".npy")
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("an array of another version")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=1000)
+            # stubs of NumPy before 2.3 lack the limit
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=1000)  # type: ignore[call-arg]
             if dtype != _DTYPES[name] or len(shape) != 1 or shape[0] * dtype.itemsize != len(content) - file.tell():
                 raise ValueError("an array of another shape")
             arrays[name] = np.frombuffer(content, dtype, offset=file.tell())
