@@ -222,7 +222,7 @@ def test_functions_are_short() -> None:
     assert not long, "\n".join(long)
 
 
-@pytest.mark.xfail(strict=True, reason="to be mended: tests/test_data_shards.py (D)")
+@pytest.mark.xfail(strict=True, reason="to be mended: ops/roi_align.py (O); long tests of D, E, L, W, X")
 def test_long_files_say_why() -> None:
     """Above 400 lines the docstring, or the comment at the top of a C++ file, says "this file is long" and why."""
     sources = [path for pattern in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)]

@@ -227,12 +227,11 @@ def _backgrounds(u: NDArray[np.float64], size: int, texture: float) -> NDArray[n
 def _noise(u: NDArray[np.float32], amounts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Noise `[n, 3, size, size]` at the scales of _NOISE_GRIDS, coarse ones spread to the next finer and added up."""
     start = 0
-    total: NDArray[np.float32] = np.zeros((len(u), 3, 1, 1), np.float32)
-    spread: NDArray[np.float32] = np.ones((_NOISE_GRIDS[0], 1), np.float32)
+    total: NDArray[Any] = np.zeros((len(u), 3, 1, 1), np.float32)
+    spread: NDArray[Any] = np.ones((_NOISE_GRIDS[0], 1), np.float32)
     for index, grid in enumerate(_NOISE_GRIDS):
         here = u[:, start : start + 3 * grid * grid].reshape(-1, 3, grid, grid) - np.float32(0.5)
         total = spread @ total @ spread.T + here * amounts[:, index, None, None, None]
         spread = _interpolation(grid, _NOISE_GRIDS[index + 1] if index + 1 < len(_NOISE_GRIDS) else size)
         start += 3 * grid * grid
-    total = spread @ total @ spread.T
-    return total
+    return spread @ total @ spread.T
