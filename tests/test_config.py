@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from scrl_fast.config.schema import (
     ViewsConfig,
     load_recipe,
 )
-from scrl_fast.config.validation import validated
+from scrl_fast.config.validation import type_description, validated
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import TASK_OPTIONS
 from scrl_fast.transfer.config import TransferConfig
@@ -348,3 +349,26 @@ def test_every_option_is_explained_in_the_help(capsys):
         _, found, rest = text.partition(f"--{option} ")
         assert found, option
         assert "default" in rest.partition("\n  --")[0], f"{option} has no docstring"
+
+
+@pytest.mark.parametrize("cls", [Config, TransferConfig, *TASK_OPTIONS.values()])
+def test_every_answer_to_an_ill_typed_value_fits_the_type(cls):
+    """Each option says its own type; the example of a list is one that the option takes."""
+    for option, kind in option_kinds(cls).items():
+        if kind is str:
+            continue
+        with pytest.raises(UsageError) as caught:
+            parse_command(cls, f"--{option}=nonsense")
+        assert str(caught.value) == f"--{option}=nonsense: must be {type_description(kind)}"
+        if example := re.search(r"such as (\[.*\])", str(caught.value)):
+            config = parse_command(cls, f"--{option}={example[1]}")
+            section, _, field = option.rpartition(".")
+            value = getattr(getattr(config, section) if section else config, field)
+            wanted = typing.get_args(kind)[0]
+            assert isinstance(value, tuple) and {type(item) for item in value} == {wanted}
+
+
+def parse_command(cls, *argv):
+    if cls is Config:
+        return command_line.parse(argv, prog="x").config
+    return command_line.parse_as(cls, argv, prog="x", description="").config
