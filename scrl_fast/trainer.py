@@ -283,6 +283,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             lines.append(f"{self.world.size} processes with {train.batch_size} images each")
         plan = f"{self.steps_per_epoch} steps x {train.epochs} epochs"
         peak = self.optimizer.param_groups[0]["peak_lr"]
+        if classes := getattr(self.source, "summary", ""):  # a source may say what it found
+            lines.append(classes)
         return [*lines, f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}"]
 
     def summary(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -189,3 +191,36 @@ def test_bad_images_opened_ahead_are_no_row_if_good_ones_lie_between(monkeypatch
     keys = permutation(0, 0, 96).tolist()
     config = config_of(data__max_bad_fraction=1.0, data__workers=1, train__batch_size=48)
     assert len(epoch_of(Pictures(96, bad=keys[::2]), config)) == 2
+
+
+def test_names_that_are_no_utf_8_and_a_list_that_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = BadImage("stra\udcdfe.jpg", "no picture")
+    assert str(bad) == "stra\\udcdfe.jpg: no picture" and bad.name == "stra\udcdfe.jpg"
+    assert str(pickle.loads(pickle.dumps(bad))) == str(bad)
+    tally = BadFiles(100, 0.5, tmp_path / "bad_files.jsonl")
+    tally.add(bad, 0)
+    caplog.text.encode("utf-8")  # what is logged can be written anywhere
+    (line,) = (tmp_path / "bad_files.jsonl").read_text(encoding="ascii").splitlines()
+    assert json.loads(line)["path"] == bad.name
+    (tmp_path / "folder.jsonl").mkdir()
+    lost = BadFiles(100, 0.5, tmp_path / "folder.jsonl")
+    lost.add(bad, 0)  # costs the list, not the run
+    assert "folder.jsonl cannot be written" in caplog.text and lost.errors
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pipe_among_the_images_neither_hangs_nor_stops_a_run(tmp_path: Path, workers: int) -> None:
+    write_photos(tmp_path, 12, 60, 80)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    config = config_of(data__source="folder", data__root=str(tmp_path), data__workers=workers, data__timeout=60.0)
+    loader = Loader(make_source(config), config)
+    assert len(list(loader.epoch(0))) == 3
+    assert loader.bad_files == {
+        f"{tmp_path}/pipe.jpg": "is a named pipe, not a regular file",
+        f"{tmp_path}/zero.jpg": "is a device, not a regular file",
+    }
+    loader.close()

@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from scrl_fast.data.image_files import BadImage
+from scrl_fast.data.image_files import BadImage, printable
 from scrl_fast.errors import UsageError
 
 IN_A_ROW = 100
@@ -68,7 +69,7 @@ class BadFiles:
     def state_dict(self) -> dict[int, list[str]]:
         """The names counted, by epoch: with those of all processes a resumed run stops where this one would have.
 
-        Not those of an epoch in which they stopped this run: somebody will have seen to that before the next.
+        An epoch in which they stopped this run is left out: the images are expected to be mended before the next.
         """
         with self._lock:
             return {epoch: sorted(names) for epoch, names in self._names.items() if 0 < len(names) <= self._allowed}
@@ -92,7 +93,7 @@ class BadFiles:
             self._names, self._others = own, others
 
     def _where(self) -> str:
-        return f" (all of them: {self._path})" if self._path else ""
+        return f" (all of them: {printable(os.fspath(self._path))})" if self._path else ""
 
     def _tell(self, bad: BadImage, epoch: int, step: int) -> None:
         if len(self.errors) <= _NAMED:
@@ -102,17 +103,22 @@ class BadFiles:
         if self._path and bad.name not in self._written:
             self._written.add(bad.name)
             line = json.dumps({"path": bad.name, "error": bad.cause, "epoch": epoch, "step": step})
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk costs the list, not the run
+                _log.warning("%s cannot be written: %s", printable(os.fspath(self._path)), error.strerror)
 
 
 def _already_in(path: str | os.PathLike[str] | None) -> set[str]:
     names = set()
-    if path and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    names.add(json.loads(line)["path"])
-                except (ValueError, KeyError, TypeError):  # a line cut off by a crash
-                    continue
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path else []
+    except OSError:  # there is none yet
+        lines = []
+    for line in lines:
+        try:
+            names.add(json.loads(line)["path"])
+        except (ValueError, KeyError, TypeError):  # a line cut off by a crash
+            continue
     return names

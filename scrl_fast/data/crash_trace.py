@@ -2,7 +2,7 @@
 
 A decoder that segfaults takes Python with it, before anything can be said. So each thread writes the name of its file
 into a text file; the system keeps that when the process dies, and the next start names what it finds. The file is not
-mapped into memory: whoever cuts a mapped file kills the process at its next note.
+mapped into memory: when a mapped file is cut, the next note kills the process.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def pack_regions(
             else:
                 place.numpy()[:] = image
         if gpu is not None and gpu.type == "cuda":
-            torch.cuda.current_stream(gpu).synchronize()  # whoever takes the batch works on another stream
+            torch.cuda.current_stream(gpu).synchronize()  # the batch is used on another stream
     return PackedImages(buffer, offsets, shapes[:, 0].copy(), shapes[:, 1].copy())
 
 

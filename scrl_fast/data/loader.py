@@ -113,10 +113,9 @@ class Loader:
                 self._ahead.cancel()
 
     def begin_step(self) -> None:
-        """Let the waits from here on count anew towards `longest`.
+        """Start the limit `longest` anew: all waits until the next call count towards it.
 
-        For whoever takes the batches of a step: how many are waited for meanwhile depends on how far ahead they are
-        read, and on a GPU those of the first step are one more.
+        The caller knows where a step begins: on a GPU, one more batch is waited for in the first step.
         """
         self._spent = 0.0
 

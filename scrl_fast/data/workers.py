@@ -62,7 +62,7 @@ class Work:
 class Workers:
     """`count` threads working through a queue in order; with count 0 the work is done where it is submitted.
 
-    trace: where to note what they are reading, for whoever looks after a crash.
+    trace: where to note what they are reading, to be named after a crash.
     """
 
     def __init__(self, count: int, trace: Trace | None = None) -> None:
