@@ -128,7 +128,10 @@ def sidecar_of(path: Path) -> Path:
 def expected_digest(path: Path) -> str | None:
     """The checksum beside the file; None when there is none that can be read."""
     try:
-        words = sidecar_of(path).read_text(encoding="utf-8", errors="replace").split()
+        if not sidecar_of(path).is_file():  # a pipe of that name would be waited for
+            return None
+        with open(sidecar_of(path), "rb") as file:
+            words = file.read(1 << 12).decode(errors="replace").split()
     except OSError:
         return None
     return words[0] if words and re.fullmatch(r"[0-9a-f]{64}", words[0]) else None

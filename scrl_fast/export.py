@@ -17,6 +17,7 @@ from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
 from scrl_fast.config.validation import clean_path
+from scrl_fast.config.yaml_text import read_text, shortened
 from scrl_fast.errors import UsageError, friendly_errors
 
 PROG = "python -m scrl_fast.export"
@@ -135,9 +136,9 @@ def training_commit(path: str) -> str:
     from scrl_fast.run.paths import ENVIRONMENT
 
     try:
-        found = json.loads((Path(path).resolve().parent.parent / ENVIRONMENT).read_text(encoding="utf-8"))
-        return str(found["scrl_fast"]["commit"] or "")
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(read_text(Path(path).resolve().parent.parent / ENVIRONMENT))
+        return shortened(found["scrl_fast"]["commit"] or "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

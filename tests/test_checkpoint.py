@@ -304,3 +304,9 @@ def test_what_is_no_file_is_named_and_passed_over(tmp_path, make):
     for step in (3, 4, 5):  # it is in nobody's way
         manager.save({"step": step}, step=step)
     assert manager.newest_good() == tmp_path / "step_00000005.pt"
+
+
+def test_a_pipe_named_as_the_checksum_is_none(tmp_path):
+    (tmp_path / "x.pt").touch()
+    os.mkfifo(tmp_path / "x.pt.sha256")
+    assert durable.expected_digest(tmp_path / "x.pt") is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from scrl_fast.export import training_commit
 
 COMMANDS = {
     "train": ("--train.epoch=3", "unknown option '--train.epoch'; did you mean 'train.epochs'?"),
@@ -126,3 +129,20 @@ def test_paths_are_read_as_a_shell_user_writes_them(monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[" * 100_000, "[]", '{"scrl_fast": 3}', '{"scrl_fast": {"commit": null}}']
+)
+def test_a_foreign_environment_file_names_no_commit(tmp_path, content):
+    """A pipe would be waited for, and deep nesting ended in a RecursionError."""
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "env.json"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    assert training_commit(str(tmp_path / "checkpoints" / "last.pt")) == ""
+
+
+def test_a_commit_is_read_from_the_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "env.json").write_text('{"scrl_fast": {"commit": "1234abc"}}')
+    assert training_commit(str(tmp_path / "checkpoints" / "last.pt")) == "1234abc"
