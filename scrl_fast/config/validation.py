@@ -109,13 +109,15 @@ def clean_paths(section: Any, *names: str) -> None:
 
 
 def clean_path(path: str) -> str:
-    """A path as a shell hands it over: without quotes around it, ``~`` as the home, no slash at its end.
+    """A path as a shell hands it over: no quotes or blanks around it, no slash at its end, ``~`` and ``$NAME`` known.
 
-    A shell expands ``~`` in ``--init ~/x`` but neither in ``--init=~/x`` nor in a YAML file.
+    A shell expands ``~`` in ``--init ~/x`` but neither in ``--init=~/x`` nor in a YAML file. A variable is resolved at
+    the start of a path only, since a name may hold a dollar sign.
     """
+    path = path.strip()
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         path = path[1:-1]
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(os.path.expandvars(path) if path.startswith("$") else path)
     return path.rstrip("/") or path[:1]
 
 
