@@ -348,7 +348,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
     def check_global_batch(self, state: Mapping[str, Any]) -> None:
         """Raises UsageError unless the checkpoint's images per step are those of now, in any number of processes."""
         was, now = state["config"]["train"], self.config.train
-        before = was["batch_size"], was["accumulate"], state["loader"].get("world_size", 1)
+        before = int(was["batch_size"]), int(was["accumulate"]), int(state["loader"].get("world_size", 1))
         if math.prod(before) != self.global_batch:
             raise UsageError(
                 f"train.batch_size={now.batch_size} x train.accumulate={now.accumulate} x {self.world.size} processes "

@@ -421,11 +421,11 @@ def test_other_images_are_told_like_changed_options(tmp_path):
     SCRLTrainer(config, source=Pictures()).fit()
     more, renamed = Pictures(16), Pictures()
     renamed.name_of = lambda index: f"{index}.jpg"
-    for source, said in ((more, "16 images, the checkpoint was made with 12"), (renamed, "12 images with other names")):
+    for source, said in ((renamed, "12 images with other names"), (more, "16 images, the checkpoint was made with 12")):
         config.resume, config.train.max_steps = "auto", config.train.max_steps + 1
         SCRLTrainer(config, source=source).fit()
         log = (tmp_path / "log.txt").read_text()
         assert log.count(f"not the same data any more: {said}") == 1
     config.train.max_steps += 1
-    SCRLTrainer(config, source=renamed).fit()
+    SCRLTrainer(config, source=more).fit()
     assert (tmp_path / "log.txt").read_text().count("not the same data") == 2

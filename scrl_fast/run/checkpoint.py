@@ -159,12 +159,15 @@ def using(part: str) -> Iterator[None]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Momentum and the like from a checkpoint; rates and other options of the groups stay as they are.
 
-    Raises CheckpointError where a tensor does not have the shape of its parameter.
+    Raises CheckpointError where there is no momentum, though the optimizer has some from its first step on, and where a
+    tensor does not have the shape of its parameter.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
+    if not optimizer.state and any(group.get("momentum") for group in optimizer.param_groups):
+        raise CheckpointError("the checkpoint's optimizer cannot be used (it holds no momentum)")
     for parameter, buffers in optimizer.state.items():
         for name, value in buffers.items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:

@@ -22,6 +22,7 @@ from scrl_fast.config.files import under_present_names
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.distributed.rendezvous import launcher
 from scrl_fast.distributed.world import PeerFailed
+from scrl_fast.errors import UsageError
 from scrl_fast.run import plots
 from scrl_fast.run.checkpoint import CheckpointError, CheckpointManager
 from scrl_fast.run.lock import FolderLock, RunFolderLost, hold_folder, release_folder
@@ -187,8 +188,9 @@ class TrainingLoop(Generic[T]):
         """Goes on from a training checkpoint."""
         try:
             self.task.load_state_dict(state)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.found.path}: {error}") from error
+        except UsageError as error:
+            path = str(self.found.path)
+            raise CheckpointError(str(error) if path in str(error) else f"{path}: {error}") from error
         self.step = state["step"]
 
     def restore(self) -> list[str]:
