@@ -1,8 +1,8 @@
-"""Every operation over odd tensors, forward and backward, against float64: 20,000 calls in one process.
+"""Every operation over odd tensors, forward and backward, against float64: 10,000 calls in one process.
 
 A process that dies, memory written beside a tensor, and an error that is none of ours fail alike. SCRL_FAST_FUZZ_CALLS
-sets the number of calls of all operations together, SCRL_FAST_FUZZ_FIRST the number of the first: each call depends on
-its number only, which a failure names.
+sets the number of calls of all operations together (20,000 take a minute of one core), SCRL_FAST_FUZZ_FIRST the number
+of the first: each call depends on its number only, which a failure names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.lars_step import lars_step_
 from scrl_fast.ops.view_table import RESIZE_BLUR, VIEW_DTYPE, PackedImages
 
-CALLS = int(os.environ.get("SCRL_FAST_FUZZ_CALLS", "20000"))
+CALLS = int(os.environ.get("SCRL_FAST_FUZZ_CALLS", "10000"))
 FIRST = int(os.environ.get("SCRL_FAST_FUZZ_FIRST", "0"))
 TRITON_EVERY = 200  # its interpreter takes 10 to 100 ms a call
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -206,7 +206,8 @@ def fuzz_lars_step(draw: random.Random, call: int) -> None:
 
 
 def fuzz_augment_views(draw: random.Random, call: int) -> None:
-    """Within two levels of Pillow's, whose order of passes depends on the sizes; of pixels that no filter clips."""
+    """Within two levels of Pillow's, whose order of passes depends on the sizes, or four after a blur, which resizes
+    twice more; of pixels that no filter clips."""
     backend = "native" if "native" in available_backends("augment_views") else "reference"
     count, size = draw.randint(0, 3), draw.choice((1, 2, 7, 8, 33))
     sides = np.array([[draw.randint(1, 40), draw.randint(1, 40)] for _ in range(count)], np.int64).reshape(-1, 2)
@@ -234,7 +235,8 @@ def fuzz_augment_views(draw: random.Random, call: int) -> None:
         spaced = spaced.contiguous(memory_format=torch.channels_last)
     made = augment_views(images, table, backend=backend, out=spaced[::2], **options)
     exact = augment_views(images, table, backend="reference", **options)
-    assert not made.numel() or (made.int() - exact.int()).abs().max() <= 2
+    allowed = torch.where(torch.from_numpy(table["blur"] != 0), 4, 2)
+    assert ((made.int() - exact.int()).abs().flatten(1) <= allowed[:, None]).all()
     assert not spaced[1::2].any(), "a view beside was written"
 
 
