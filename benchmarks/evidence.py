@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import torch
 from evidence_report import DOCUMENT, draw, summary, table, tuning_table, write_markdown
-from evidence_runs import BUDGETS, MEASURES, METHODS, OBJECTS, STAGES, Deadline, Line
+from evidence_runs import BUDGETS, MEASURES, METHODS, OBJECTS, STAGES, Deadline, Trial
 
 from scrl_fast.config.schema import Config
 
@@ -98,21 +98,21 @@ def _change(parser: argparse.ArgumentParser, word: str) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    lines = planned(args)
-    found = run_lines(lines, args.jobs)
-    tuned = [{"lr": line.lr, "ema": line.ema} if args.tune else {} for line in lines]
+    trials = planned(args)
+    found = run_trials(trials, args.jobs)
+    tuned = [{"lr": trial.lr, "ema": trial.ema} if args.tune else {} for trial in trials]
     rows = [row | setting for row, setting in zip(found, tuned, strict=False) if row is not None]
-    if len(rows) < len(lines):
-        print(f"{len(rows)} of {len(lines)} done; call again to go on", flush=True)
+    if len(rows) < len(trials):
+        print(f"{len(rows)} of {len(trials)} done; call again to go on", flush=True)
         return 0
     if not args.measures:
         return 0
     rows.sort(key=lambda row: (METHODS.index(row["method"]), row["seed"]))
     print("\n".join(tuning_table(rows) if args.tune else table(rows)))
     if args.json:
-        for line in lines:
-            line.reload()
-        document = report(args, lines, rows, sys.argv[1:] if argv is None else argv)
+        for trial in trials:
+            trial.reload()
+        document = report(args, trials, rows, sys.argv[1:] if argv is None else argv)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if not args.tune and set(args.measures) >= set(MEASURES):
@@ -123,14 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def planned(args: argparse.Namespace) -> list[Line]:
+def planned(args: argparse.Namespace) -> list[Trial]:
     """Every method and seed; for tuning, every setting of the grid on one seed and the best of them on two more."""
     deadline = time.monotonic() + 60 * args.minutes
     common = {"deadline": deadline, "measures": args.measures, "objects": args.objects, "changes": args.changes}
     budget = BUDGETS[args.budget]
     if args.tune:
         return [
-            Line(
+            Trial(
                 method, seed, budget, lr, ema, args.work / f"{method}-lr{lr:g}-ema{ema:g}-{seed}", args.device, **common
             )
             for seed, settings in TUNING_SEEDS.items()
@@ -139,27 +139,27 @@ def planned(args: argparse.Namespace) -> list[Line]:
             if method in args.methods
         ]
     return [
-        Line(method, seed, budget, rate, momentum, args.work / f"{method}-{seed}", args.device, **common)
+        Trial(method, seed, budget, rate, momentum, args.work / f"{method}-{seed}", args.device, **common)
         for seed in args.seeds
         for method in args.methods
         for rate, momentum in [(args.rates.get(method, 0.0), args.momenta.get(method, 0.0))]
     ]
 
 
-def run_lines(lines: list[Line], jobs: int) -> list[dict[str, Any] | None]:
-    """Every line's row, so many at once; a signal to this process ends the others too, each after saving."""
+def run_trials(trials: list[Trial], jobs: int) -> list[dict[str, Any] | None]:
+    """Every trial's row, so many at once; a signal to this process ends the others too, each after saving."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if jobs == 1:
         found: list[dict[str, Any] | None] = []
-        for line in lines:
-            found.append(run_line(line, torch.get_num_threads()))
+        for trial in trials:
+            found.append(run_trial(trial, torch.get_num_threads()))
             if found[-1] is None:  # stopped: the others would be as well
                 break
         return found
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; call again to go on from {lines[0].folder.parent}"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped; call again to go on from {trials[0].folder.parent}"))
     try:
-        return list(pool.map(run_line, lines, [threads] * len(lines)))
+        return list(pool.map(run_trial, trials, [threads] * len(trials)))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():  # must not outlive this process
@@ -168,18 +168,20 @@ def run_lines(lines: list[Line], jobs: int) -> list[dict[str, Any] | None]:
             child.join()
 
 
-def run_line(line: Line, threads: int) -> dict[str, Any] | None:
+def run_trial(trial: Trial, threads: int) -> dict[str, Any] | None:
     """The row of one method and seed, in a process of its own; None when its time was up."""
     torch.set_num_threads(threads)
     try:
-        return line.run()
+        return trial.run()
     except Deadline:
         return None
 
 
-def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
+def report(
+    args: argparse.Namespace, trials: list[Trial], rows: list[dict[str, Any]], argv: list[str]
+) -> dict[str, Any]:
     """What is saved."""
-    settings = lines[0].settings["budget"] | {name: lines[0].settings[name] for name in ("objects", "changes")}
+    settings = trials[0].settings["budget"] | {name: trials[0].settings[name] for name in ("objects", "changes")}
     return {
         "command": shlex.join(["python", "benchmarks/evidence.py", *argv]),
         "budget": args.budget,
@@ -193,12 +195,12 @@ def report(args: argparse.Namespace, lines: list[Line], rows: list[dict[str, Any
         },
         "rows": rows,
         "summary": {} if args.tune else summary(rows),
-        "details": [{"method": line.method, "seed": line.seed, **_details(line)} for line in lines],
+        "details": [{"method": trial.method, "seed": trial.seed, **_details(trial)} for trial in trials],
     }
 
 
-def _details(line: Line) -> dict[str, Any]:
-    return {key: value for key, value in line.state.items() if key != "settings"}
+def _details(trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in trial.state.items() if key != "settings"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One line of the evidence: an encoder of one method and seed, pre-trained and measured, in stages that are kept."""
+"""One trial of the evidence: an encoder of one method and seed, pre-trained and measured, in stages that are kept."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
 from scrl_fast.models import Encoder
 from scrl_fast.trainer import SCRLTrainer
 from scrl_fast.transfer import average_precision, build_detector, fine_tune
+from scrl_fast.weights.checkpoint_files import load as load_checkpoint
 
 KEPT = 64  # checkpoints of a run: those of the learning curve, and one for every time that it was stopped
 METHODS = ("random", "byol", "scrl")
@@ -78,8 +79,8 @@ class Deadline(Exception):
 
 
 @dataclass
-class Line:
-    """The stages of one method and seed; what is done is read from, and kept in, ``folder/state.json``."""
+class Trial:
+    """The stages of one method and seed. Finished stages are kept in ``folder/state.json``."""
 
     method: str
     seed: int
@@ -141,7 +142,7 @@ class Line:
     # ---- pre-training ----
 
     def config(self) -> Config:
-        """The demo recipe with this line's method, length and learning rate; all else is common to the methods."""
+        """The demo recipe with this trial's method, length and learning rate; all else is common to the methods."""
         config = copy.deepcopy(_recipe())
         if self.method != "random":
             config.model.method = self.method
@@ -180,7 +181,7 @@ class Line:
         model = build_model(config, 0)  # the initialisation that training with this seed starts from
         if self.method != "random":
             path = self.folder / "run" / "checkpoints" / checkpoint
-            model.load_state(scrl_fast.run.checkpoint.load(path)["model"], strict=False)
+            model.load_state(load_checkpoint(path)["model"], strict=False)
         encoder = frozen_copy(model.online.encoder.to(device_of(self.device)))
         mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
         images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()

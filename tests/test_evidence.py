@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
 import evidence_report
 import evidence_runs
-from evidence_runs import MEASURES, METHODS, Budget, Line
+from evidence_runs import MEASURES, METHODS, Budget, Trial
 
 from scrl_fast.evaluate import regions
 from scrl_fast.evaluate.dense import DenseResult
@@ -30,12 +30,12 @@ NOTHING = DenseResult(*[0.0] * len(fields(DenseResult)))
 def in_this_process(monkeypatch):
     monkeypatch.setitem(evidence_runs.BUDGETS, "smoke", TINY)
     monkeypatch.setattr(regions, "LBFGS_STEPS", 5)  # accuracies are not the question here
-    monkeypatch.setattr(evidence, "run_lines", lambda lines, jobs: [evidence.run_line(line, 1) for line in lines])
+    monkeypatch.setattr(evidence, "run_trials", lambda trials, jobs: [evidence.run_trial(each, 1) for each in trials])
 
 
-def line(method, folder, **options):
+def trial(method, folder, **options):
     values = {"seed": 0, "budget": TINY, "lr": 16.0, "ema": 0.9} | options
-    return Line(method, folder=folder / f"{method}-{values['seed']}", **values)
+    return Trial(method, folder=folder / f"{method}-{values['seed']}", **values)
 
 
 def test_rows_of_every_method_and_seed(tmp_path, capsys):
@@ -64,13 +64,13 @@ def test_rows_of_every_method_and_seed(tmp_path, capsys):
 def test_every_method_starts_from_the_same_weights(tmp_path):
     from scrl_fast.trainer import SCRLTrainer
 
-    random = line("random", tmp_path).encoder()
+    random = trial("random", tmp_path).encoder()
     for method in ("byol", "scrl"):
-        one = line(method, tmp_path)
+        one = trial(method, tmp_path)
         start = SCRLTrainer(one.config(), source=one.scenes()).model.online.encoder
         for (name, ours), theirs in zip(random.named_parameters(), start.parameters(), strict=True):
             assert torch.equal(ours, theirs), name
-    configs = [line(method, tmp_path).config().to_dict() for method in ("byol", "scrl")]
+    configs = [trial(method, tmp_path).config().to_dict() for method in ("byol", "scrl")]
     for config in configs:
         config["model"].pop("method")
         config["run"].pop("dir")
@@ -80,7 +80,7 @@ def test_every_method_starts_from_the_same_weights(tmp_path):
 def test_detectors_of_one_seed_differ_by_their_encoder_only(tmp_path, monkeypatch):
     found = {}
     for method in ("random", "byol", "scrl"):  # an untrained encoder of its own for each, in place of a trained one
-        one = line(method, tmp_path)
+        one = trial(method, tmp_path)
         torch.manual_seed(len(found))
         encoder = build_encoder("resnet10_tiny")
         monkeypatch.setattr(one, "encoder", lambda encoder=encoder: encoder)
@@ -97,7 +97,7 @@ def test_detectors_of_one_seed_differ_by_their_encoder_only(tmp_path, monkeypatc
 
 def test_tuning_tries_the_same_grid_for_both_methods(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        evidence_runs.Line, "run", lambda line: {"method": line.method, "seed": line.seed, "roi_linear": line.lr / 100}
+        evidence_runs.Trial, "run", lambda one: {"method": one.method, "seed": one.seed, "roi_linear": one.lr / 100}
     )
     file = tmp_path / "tuning.json"
     assert evidence.main(["--tune", "--budget=smoke", f"--work={tmp_path}", f"--json={file}"]) == 0
@@ -118,7 +118,7 @@ def test_options_of_training_are_changed_for_both_methods_alike_and_not_the_meas
         config = each.config()
         assert config.boxes.per_image == 1 and config.views.scale == (0.5, 1)
     seen = []
-    monkeypatch.setattr(Line, "encoder", lambda line: None)
+    monkeypatch.setattr(Trial, "encoder", lambda one: None)
     monkeypatch.setattr(evidence_runs, "dense_consistency", lambda *args, **_: seen.append(args[2:]) or NOTHING)
     for each in evidence.planned(args)[:3]:
         each.dense_retrieval()
