@@ -185,7 +185,7 @@ class Trial:
         encoder = frozen_copy(model.online.encoder.to(device_of(self.device)))
         mean, std = (np.array(v, np.float32) * 255 for v in (config.views.mean, config.views.std))
         images = torch.from_numpy((self.scenes().images[:512] - mean) / std).permute(0, 3, 1, 2).float()
-        measure_batchnorm(encoder, iter(images.to(next(encoder.parameters()).device).split(128)))
+        measure_batchnorm(encoder, images.split(128))
         return encoder
 
     # ---- measures ----

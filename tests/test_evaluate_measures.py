@@ -234,5 +234,7 @@ def test_cache_keys_tell_everything_apart():
     ]
     keys = [key_of(value) for value in values]
     assert len(set(keys)) == len(keys) and keys == [key_of(value) for value in values]
+    encoder.body.conv1.to(memory_format=torch.channels_last)
+    assert key_of([encoder]) == keys[-1]  # layout is no content
     encoder.body.bn1.running_mean[0] += 1e-6
     assert key_of([encoder]) != keys[-1]

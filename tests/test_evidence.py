@@ -16,7 +16,7 @@ import evidence_report
 import evidence_runs
 from evidence_runs import MEASURES, METHODS, Budget, Trial
 
-from scrl_fast.evaluate import regions
+from scrl_fast.evaluate import softmax_regression
 from scrl_fast.evaluate.dense import DenseResult
 from scrl_fast.models import build_encoder
 
@@ -29,7 +29,7 @@ NOTHING = DenseResult(*[0.0] * len(fields(DenseResult)))
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     monkeypatch.setitem(evidence_runs.BUDGETS, "smoke", TINY)
-    monkeypatch.setattr(regions, "LBFGS_STEPS", 5)  # accuracies are not the question here
+    monkeypatch.setattr(softmax_regression, "LBFGS_STEPS", 5)  # accuracies are not the question here
     monkeypatch.setattr(evidence, "run_trials", lambda trials, jobs: [evidence.run_trial(each, 1) for each in trials])
 
 

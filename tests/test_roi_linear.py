@@ -13,8 +13,9 @@ from torch import nn
 
 from scrl_fast.config.schema import Config
 from scrl_fast.data import DemoScenes
-from scrl_fast.evaluate import demo_roi_linear, regions, roi_linear
-from scrl_fast.evaluate.regions import BoxFeatures, _fit
+from scrl_fast.evaluate import demo_roi_linear, roi_linear, softmax_regression
+from scrl_fast.evaluate.regions import BoxFeatures
+from scrl_fast.evaluate.softmax_regression import fit
 from scrl_fast.models import Encoder, build_encoder
 
 module = importlib.import_module("scrl_fast.evaluate.regions")  # the package gives the name to the function
@@ -121,7 +122,7 @@ def test_batchnorm_statistics_are_plain_averages_over_the_first_images(monkeypat
     encoder, data = identity_encoder().train(), Colours(60, seed=0)
     encoder.body.bn1.num_batches_tracked.fill_(1000)
     encoder.body.bn1.running_mean.fill_(9.0)
-    module.measure_batchnorm_on_boxes(encoder, data, module.BoxLoader((0.5,) * 3, (0.25,) * 3, torch.device("cpu"), 10))
+    module.measure_batchnorm_on_boxes(encoder, data, module.BoxLoader((0.5,) * 3, (0.25,) * 3, 10))
     first = torch.stack([torch.from_numpy(data.read(i)).float() for i in range(20)])  # two batches of ten
     cells = ((first / 255 - 0.5) / 0.25).view(20, 8, 4, 8, 4, 3).mean((2, 4)).flatten(0, 2)
     torch.testing.assert_close(encoder.body.bn1.running_mean, cells.mean(0))
@@ -157,14 +158,13 @@ def test_classifier_agrees_with_scikit_learn():
     features, labels = rng.normal(size=(300, 7)), rng.integers(0, 4, 300)
     features[:, 0] += labels
     penalty = 1e-2
-    samples = BoxFeatures(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(300))
-    (ours,) = _fit(samples, 4, [penalty])
+    (ours,) = fit(torch.from_numpy(features), torch.from_numpy(labels), 4, [penalty])
     theirs = linear_model.LogisticRegression(C=1 / (2 * penalty * 300), tol=1e-10, max_iter=2000).fit(features, labels)
     torch.testing.assert_close(ours[:-1].T, torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-4)
 
 
 def test_demo_protocol_runs_on_the_configured_scenes(monkeypatch):
-    monkeypatch.setattr(regions, "LBFGS_STEPS", 5)  # which answer is not the question here
+    monkeypatch.setattr(softmax_regression, "LBFGS_STEPS", 5)  # which answer is not the question here
     config = Config()
     config.data.demo_images, config.data.demo_size, config.eval.scenes = 24, 48, 12
     torch.manual_seed(0)

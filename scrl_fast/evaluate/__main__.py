@@ -6,10 +6,11 @@ Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
@@ -17,13 +18,17 @@ from scrl_fast.config.files import Settings
 from scrl_fast.errors import friendly_errors
 from scrl_fast.evaluate.config import TASK_OPTIONS
 
+if TYPE_CHECKING:
+    from scrl_fast.distributed.world import World
+
 PROG = "python -m scrl_fast.evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv):
+    with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv) as report:
+        report.quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine tells of all errors
         summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
         task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")
         options = _parse(task, argv)
@@ -37,17 +42,35 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     argv: parsed once more over the training options that a checkpoint may bring (dense-consistency).
     """
     options.check_ready()
-    from scrl_fast.evaluate.encoder import load_evaluated  # torch, only once the options are known to be right
+    from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
+    from scrl_fast.run.numerics import keep_memory
+
+    keep_memory()  # an eighth of the time on a CPU
+    try:
+        document = _run(task, options, argv, rendezvous.join(rendezvous.device_of(options.device)))
+    except Exception as error:
+        told = rendezvous.to_peer_error(error)
+        if told is error:
+            raise
+        raise told from error
+    rendezvous.leave()
+    return document
+
+
+def _run(task: str, options: Any, argv: Sequence[str], world: World) -> dict[str, Any]:
+    """`run` as one process of ``world``; rank 0 alone prints and writes."""
+    from scrl_fast.evaluate.encoder import load_evaluated
     from scrl_fast.evaluate.region_tasks import training_settings
+    from scrl_fast.evaluate.result import TaskContext
     from scrl_fast.evaluate.tasks import TASKS
 
     started = time.perf_counter()
     evaluated = load_evaluated(options)
     if task == "dense-consistency" and argv:
         options = _parse(task, argv, Settings(training_settings(evaluated), evaluated.name))
-    _say(evaluated.report)
-    result = TASKS[task](options, evaluated, _say)
-    print(result.line, flush=True)
+    context = TaskContext(_say, world) if world.rank == 0 else TaskContext(world=world)
+    context.say(evaluated.report)
+    result = TASKS[task](options, evaluated, context)
     document = {
         "task": task,
         "result": result.values,
@@ -56,8 +79,10 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
         "backbone": evaluated.encoder.name,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    if options.json:
-        write_json(options.json, document)
+    if world.rank == 0:
+        print(result.line, flush=True)
+        if options.json:
+            write_json(options.json, document)
     return document
 
 

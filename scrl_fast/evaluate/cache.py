@@ -13,37 +13,52 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast import atomic_files
+from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.weights import checkpoint_files
 
-VERSION = 1  # of what is computed: raise it when features change for the same key
+VERSION = 2  # of what is computed: raise it when features change for the same key
 AUTO_BYTES = 2_000_000_000
 
 
 class FeatureCache:
     """Dicts of tensors in files of a folder. folder: a path, ``auto`` (~/.cache/scrl_fast), or empty for no cache."""
 
-    def __init__(self, folder: str, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, folder: str, context: TaskContext = TaskContext()) -> None:  # noqa: B008 (frozen)
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.folder = Path(home, "scrl_fast") if folder == "auto" else Path(folder) if folder else None
         self.limit = AUTO_BYTES if folder == "auto" else None
-        self.say = say
+        self.say, self.world = context.say, context.world
 
-    def get(self, parts: list[Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` gives, or what it gave before for the same parts. A damaged file is made anew."""
+    def get(self, parts: Callable[[], list[Any]], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` returns, or what it returned before for the same parts. A damaged file is made anew.
+
+        parts: returns all that the features depend on. Rank 0 alone reads and writes files; where it finds one, the
+        other ranks return nothing.
+        """
         if self.folder is None:
             return make()
-        path = self.folder / f"features-{key_of([VERSION, torch.__version__, *parts])[:32]}.pt"
-        if path.exists():
-            try:
-                found = checkpoint_files.load(path)["features"]
-            except (checkpoint_files.CheckpointError, KeyError) as error:
-                self.say(f"cached features are of no use ({error}); extracting them again")
-            else:
-                self.say(f"features taken from {path}")
-                return found
-        made = {name: value.cpu() for name, value in make().items()}
-        self._keep(path, made)
+        path, found = None, None
+        if self.world.rank == 0:
+            path = self.folder / f"features-{key_of([VERSION, torch.__version__, *parts()])[:32]}.pt"
+            found = self._read(path)
+        if self.world.broadcast_from_rank0(lambda: found is not None):
+            return found or {}
+        made = make()
+        if path is not None:
+            made = {name: value.cpu() for name, value in made.items()}
+            self._keep(path, made)
         return made
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        if not path.exists():
+            return None
+        try:
+            found = checkpoint_files.load(path)["features"]
+        except (checkpoint_files.CheckpointError, KeyError) as error:
+            self.say(f"cached features are of no use ({error}); extracting them again")
+            return None
+        self.say(f"features taken from {path}")
+        return found
 
     def _keep(self, path: Path, made: dict[str, Tensor]) -> None:
         size = sum(value.numel() * value.element_size() for value in made.values())
@@ -75,7 +90,8 @@ def _add(digest: Any, part: Any) -> None:
             digest.update(name.encode())
             _add(digest, value)
     elif isinstance(part, Tensor):
-        _add(digest, part.detach().cpu().contiguous().view(torch.uint8).numpy() if part.ndim else np.array(part.item()))
+        flat = part.detach().cpu().reshape(-1)  # in order of the axes, however they lie in memory
+        _add(digest, flat.view(torch.uint8).numpy())
         digest.update(f"{part.dtype}{list(part.shape)}".encode())
     elif isinstance(part, np.ndarray):
         digest.update(f"{part.dtype}{part.shape}".encode())

@@ -150,6 +150,11 @@ class LinearOptions(Common):
     """Range of a random crop's area, as a share of the image (augment=crop)."""
     lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Learning rates for 256 images, a classifier each, all trained in the same pass."""
+    fixed_lr: float = 0.2
+    """Learning rate whose classifier is reported beside the best one, of the last epoch: no choice on the test set."""
+    optim: Literal["sgd", "lars"] = "sgd"
+    """lars: scale the gradients of weight and bias by LARS (trust coefficient 0.001), as the published implementation
+    does."""
     epochs: int = 80
     """Passes over the training images."""
     warmup_epochs: float = 5.0
@@ -167,6 +172,7 @@ class LinearOptions(Common):
             size=at_least(0),
             crop_scale=within(0, 1),
             lrs=above(0),
+            fixed_lr=above(0),
             epochs=at_least(1),
             warmup_epochs=at_least(0),
         )

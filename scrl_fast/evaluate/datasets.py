@@ -129,11 +129,11 @@ class ResizedImages:
         pixels = self.images.read(index)
         if self._scale(index) == 1:
             return pixels
-        height, width = self._size(index)
+        height, width = self.size_of(index)
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
     def boxes(self, index: int) -> NDArray[np.float32]:
-        height, width = self._size(index)
+        height, width = self.size_of(index)
         objects = self.images.objects[index]
         ratio = np.array([width / objects.width, height / objects.height] * 2, np.float32)
         return self.images.boxes(index) * ratio
@@ -149,6 +149,7 @@ class ResizedImages:
         objects = self.images.objects[index]
         return self.short_side / min(objects.height, objects.width) if self.short_side else 1.0
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of what `read` returns."""
         objects, scale = self.images.objects[index], self._scale(index)
         return max(1, round(objects.height * scale)), max(1, round(objects.width * scale))

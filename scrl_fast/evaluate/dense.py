@@ -8,6 +8,7 @@ highest cosine similarity. Both directions count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import BoxesConfig, ModelConfig, ViewsConfig
 from scrl_fast.data import Source
 from scrl_fast.data.views import crops_of, draw_views
+from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.batches import Progress, Say, map_batches, silent
 from scrl_fast.evaluate.images import read_image
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align, sample_box_pairs
@@ -94,7 +97,6 @@ def view_pairs(
     return ViewPairs(pixels, (matched[0], matched[1]))
 
 
-@torch.no_grad()
 def dense_consistency(
     encoder: Encoder,
     source: Source,
@@ -109,22 +111,58 @@ def dense_consistency(
     """Retrieval accuracy of matched boxes over the first ``images`` images of a source.
 
     encoder: frozen, in eval mode. model: its RoIAlign options. batch_size: images a batch, which is also the pool of
-    ``retrieval_across``. Raises ValueError when no image gives two box pairs.
+    ``retrieval_across``. Raises UsageError when no image gives two box pairs.
     """
-    model = model or ModelConfig()
+    indices = range(min(images, len(source)))
+    batches = [indices[first : first + batch_size] for first in indices[::batch_size]]
+    sums = retrieval_sums(encoder, source, (views, boxes, model or ModelConfig()), batches, seed=seed)
+    return retrieval_result(sums, len(indices), boxes)
+
+
+def retrieval_sums(
+    encoder: Encoder,
+    source: Source,
+    recipe: tuple[ViewsConfig, BoxesConfig, ModelConfig],
+    batches: Sequence[range],
+    *,
+    seed: int,
+    workers: int = 0,
+    say: Say = silent,
+    world: World = World(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """The sums of `_scores` over all batches of images, float64 ``[7]``; in ranks above 0 zeros."""
+    views, boxes, model = recipe
     device = next(encoder.parameters()).device
-    totals = torch.zeros(7, dtype=torch.float64)
-    count = min(images, len(source))
-    for first in range(0, count, batch_size):
-        pairs = view_pairs(source, views, boxes, range(first, min(first + batch_size, count)), seed=seed)
-        rows = torch.cat(pairs.boxes).to(device)
+
+    def compute(pairs: ViewPairs) -> tuple[Tensor]:
         features = encoder(pairs.views.to(device))
+        rows = torch.cat(pairs.boxes).to(device)
         rois = roi_align(features, rows, 1, 1 / encoder.stride, model.sampling_ratio, model.aligned)
         left, right = F.normalize(rois.flatten(1).float(), dim=1).chunk(2)
-        totals += _scores(left, right, pairs.boxes[0][:, 0].to(device)).cpu()
-    hits, blind, across, match, other, number, found = totals.tolist()
+        return (_scores(left, right, pairs.boxes[0][:, 0].to(device)).cpu(),)
+
+    totals = torch.zeros(7, dtype=torch.float64)
+    progress = Progress("box pairs", sum(map(len, batches)), "images", say)
+    found = map_batches(
+        lambda batch: view_pairs(source, views, boxes, batch, seed=seed),
+        compute,
+        batches,
+        device=device,
+        workers=workers,
+        world=world,
+    )
+    for batch, (sums,) in zip(batches, found, strict=not world.rank):
+        totals += sums
+        progress.advance(len(batch))
+    progress.finish()
+    return totals
+
+
+def retrieval_result(sums: Tensor, images: int, boxes: BoxesConfig) -> DenseResult:
+    """Means of the sums. images: how many were looked at. Raises UsageError when none gave two box pairs."""
+    hits, blind, across, match, other, number, found = sums.tolist()
     if not number:
-        raise UsageError(f"no two box pairs in any of {count} images: lower --boxes.min_size={boxes.min_size}")
+        raise UsageError(f"no two box pairs in any of {images} images: lower --boxes.min_size={boxes.min_size}")
     gap = (match - other) / number
     return DenseResult(
         hits / number, blind / number, across / number, match / number, other / number, gap, int(number), int(found)

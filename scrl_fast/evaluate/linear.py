@@ -1,13 +1,15 @@
 """Linear evaluation: many linear classifiers, one a learning rate, trained together on one frozen encoder.
 
 The published protocol: SGD with Nesterov momentum 0.9, no weight decay, linear warm-up and cosine per step, 80 epochs
-of random crops and flips; top-1 and top-5 on centre crops, of the last epoch and of the best.
+of random crops and flips; top-1 and top-5 on centre crops, of the last epoch and of the best. The published
+implementation scales the gradients of weight and bias by LARS first, which ``optim="lars"`` does too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from scrl_fast.models.heads import classification
 from scrl_fast.schedules import learning_rate
 
 MOMENTUM = 0.9
+TRUST_COEFFICIENT, LARS_EPS = 1e-3, 1e-8
 TEST_ROWS = 4096
 
 Epoch = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
@@ -38,15 +41,22 @@ class HeadResult:
 
 
 class LinearHeads(nn.Module):
-    """Several linear classifiers side by side: ``[b, D] -> [heads, b, classes]`` in one product."""
+    """Several linear classifiers side by side: ``[b, D] -> [heads, b, classes]`` in one product.
 
-    def __init__(self, heads: int, dimensions: int, classes: int, seed: int = 0) -> None:
+    random_bias: draw the biases like the weights instead of starting at 0. LARS needs it: it moves a tensor by a
+    share of the tensor's norm.
+    """
+
+    def __init__(self, heads: int, dimensions: int, classes: int, seed: int = 0, *, random_bias: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         weight = torch.empty(classes, dimensions).uniform_(-1, 1, generator=generator) / dimensions**0.5
+        bias = torch.zeros(classes)
+        if random_bias:
+            bias.uniform_(-1, 1, generator=generator).div_(dimensions**0.5)
         # all start alike: they differ by their learning rate alone
         self.weights = nn.ParameterList([weight.clone() for _ in range(heads)])
-        self.biases = nn.ParameterList([torch.zeros(classes) for _ in range(heads)])
+        self.biases = nn.ParameterList([bias.clone() for _ in range(heads)])
 
     def forward(self, features: Tensor) -> Tensor:
         weight, bias = torch.cat(list(self.weights)), torch.cat(list(self.biases))
@@ -69,15 +79,17 @@ def fit_heads(
     lrs: Sequence[float],
     epochs: int = 80,
     warmup_epochs: float = 5,
+    optim: Literal["sgd", "lars"] = "sgd",
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[HeadResult]:
     """Train a head for every learning rate on the same batches; test them all after every epoch.
 
     test: features ``[M, D]`` and labels ``[M]``. lrs: for 256 images, scaled by the batch.
+    optim: lars scales each gradient by `scale_by_lars` before the step of SGD.
     """
     features, labels = test
-    heads = LinearHeads(len(lrs), features.shape[1], classes, seed).to(features.device)
+    heads = LinearHeads(len(lrs), features.shape[1], classes, seed, random_bias=optim == "lars").to(features.device)
     groups = heads.groups([lr * batch_size / 256 for lr in lrs])
     solver = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
     history: list[Tensor] = []
@@ -94,11 +106,28 @@ def fit_heads(
                 )
             solver.zero_grad(set_to_none=True)
             classification(heads(rows), truth)[0].sum().backward()  # of each head's loss only its own weights know
+            if optim == "lars":
+                scale_by_lars(heads.parameters())
             solver.step()
             step += 1
         history.append(accuracies(heads, features, labels))
         progress(f"epoch {epoch + 1}/{epochs}: top-1 {', '.join(f'{v:.2%}' for v in history[-1][:, 0].tolist())}")
     return [_result(lr, torch.stack(history)[:, i]) for i, lr in enumerate(lrs)]
+
+
+@torch.no_grad()
+def scale_by_lars(parameters: Iterable[Tensor]) -> None:
+    """Multiply each gradient by ``0.001 |p| / (|g| + 1e-8)``, or by 1 where a norm is 0. No weight decay.
+
+    The momentum that follows is SGD's, which may be Nesterov's; `scrl_fast.optim.LARS` has none of that kind.
+    """
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm([p for p in parameters if p.grad is not None]))
+    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    ratios = TRUST_COEFFICIENT * norms / (gradient_norms + LARS_EPS)
+    ratios = torch.where((norms > 0) & (gradient_norms > 0), ratios, 1.0)
+    torch._foreach_mul_(gradients, list(ratios))
 
 
 def _result(lr: float, history: Tensor) -> HeadResult:

@@ -17,12 +17,12 @@ from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.cache import FeatureCache, identity_of
 from scrl_fast.evaluate.config import DenseOptions, RoiLinearOptions
 from scrl_fast.evaluate.datasets import labelled_regions
-from scrl_fast.evaluate.dense import dense_consistency
+from scrl_fast.evaluate.dense import retrieval_result, retrieval_sums
 from scrl_fast.evaluate.encoder import EvaluatedEncoder
-from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm
+from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images
 from scrl_fast.evaluate.plots import draw_class_accuracies, draw_similarity
 from scrl_fast.evaluate.regions import BoxFeatures, BoxLoader, box_features, classify, measure_batchnorm_on_boxes
-from scrl_fast.evaluate.result import Say, TaskResult, save_plot
+from scrl_fast.evaluate.result import HELPED, TaskContext, TaskResult, save_plot
 from scrl_fast.models import Encoder
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -32,21 +32,24 @@ AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 # ---- roi-linear ----
 
 
-def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
     """A linear classifier on RoIAligned features of ground-truth boxes."""
     train, test = labelled_regions(options.data, options.seed)
-    fitted_to, tested_on = _box_features(options, evaluated, (train, test), say)
-    result, predicted = classify(fitted_to, tested_on)
+    features = _box_features(options, evaluated, (train, test), context)
+    if context.only_helps:
+        return HELPED
+    result, predicted = classify(*features, say=context.say)
+    labels = features[1].labels
     names = getattr(test, "classes", [str(label) for label in range(result.classes)])
     result = replace(result, classes=len(names))  # the highest that occurred, until now
-    right = (predicted == tested_on.labels).double()
-    per_class = _by_group({n: tested_on.labels == label for label, n in enumerate(names)}, right)
+    right = (predicted == labels).double()
+    per_class = _by_group({n: labels == label for label, n in enumerate(names)}, right)
     values: dict[str, Any] = {**asdict(result), "mean_class_accuracy": _mean(per_class), "per_class": per_class}
     if hasattr(test, "areas"):
         areas = torch.from_numpy(test.areas())
         values["by_area"] = _by_group({n: (areas >= low) & (areas < high) for n, (low, high) in AREAS.items()}, right)
     if options.plot:
-        save_plot(options.plot, lambda path: draw_class_accuracies(path, per_class), say)
+        save_plot(options.plot, lambda path: draw_class_accuracies(path, per_class), context.say)
     by_area = {name: group["accuracy"] for name, group in values.get("by_area", {}).items()}
     sizes = "".join(f", {name} {value:.1%}" for name, value in by_area.items() if value is not None)
     return TaskResult(
@@ -57,23 +60,25 @@ def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, say:
 
 
 def _box_features(
-    options: RoiLinearOptions, evaluated: EvaluatedEncoder, splits: tuple[Any, Any], say: Say
+    options: RoiLinearOptions, evaluated: EvaluatedEncoder, splits: tuple[Any, Any], context: TaskContext
 ) -> list[BoxFeatures]:
     """Features of the boxes of both splits, taken from the cache where it holds them."""
     model = evaluated.training.get("model", {})
     pooling = options.pool_size, int(model.get("sampling_ratio", -1)), bool(model.get("aligned", False))
     encoder = frozen_copy(evaluated.encoder)
     device = next(encoder.parameters()).device
-    loader = BoxLoader(evaluated.mean, evaluated.std, device, options.batch_size, options.workers)
+    loader = BoxLoader(evaluated.mean, evaluated.std, options.batch_size, options.workers)
+    say, world = context.say, context.world
     if options.batchnorm != "stored":
-        measure_batchnorm_on_boxes(encoder, splits[0], loader)
-    cache = FeatureCache(options.cache, say)
+        measure_batchnorm_on_boxes(encoder, splits[0], loader, say=say, world=world)
+    cache = FeatureCache(options.cache, context)
     features = []
     for name, split in zip(("the training split", "the test split"), splits, strict=True):
-        key = _cache_key(encoder, split, pooling, evaluated, options) if cache.folder else []
-        extract = functools.partial(box_features, encoder, split, loader, pooling, name)
+        key = functools.partial(_cache_key, encoder, split, pooling, evaluated, options)
+        extract = functools.partial(box_features, encoder, split, loader, pooling, name=name, say=say, world=world)
         found = cache.get(key, lambda extract=extract: vars(extract()))  # type: ignore[misc]
-        features.append(BoxFeatures(found["features"].to(device), found["labels"], found["images"]))
+        if not context.only_helps:
+            features.append(BoxFeatures(found["features"].to(device), found["labels"], found["images"]))
     return features
 
 
@@ -105,28 +110,37 @@ def _mean(groups: Mapping[str, dict[str, Any]]) -> float:
 # ---- dense-consistency ----
 
 
-def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, say: Say) -> TaskResult:
+def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
     """Retrieval of matched boxes across two views."""
     source = make_source(options.data, seed=options.seed)
     encoder = frozen_copy(evaluated.encoder)
     if options.views.size < encoder.stride:
         raise UsageError(f"--views.size={options.views.size}: must be at least {encoder.stride}, the encoder's stride")
-    device = next(encoder.parameters()).device
+    say, world = context.say, context.world
     if evaluated.measures_batchnorm(options):
         loader = ImageLoader(replace(options.views, recipe="none"), options.batch_size, options.workers)
-        measure_batchnorm(encoder, (images.to(device) for images, _ in loader.batches(source)))
+        measure_batchnorm_on_images(encoder, source, loader, say=say, world=world)
     trained = evaluated.training.get("model", {})
     model = ModelConfig(sampling_ratio=trained.get("sampling_ratio", -1), aligned=trained.get("aligned", False))
-    arguments = encoder, source, options.views, options.boxes
-    result = dense_consistency(
-        *arguments, model, images=options.images, batch_size=options.batch_size, seed=options.seed
+    indices = range(min(options.images, len(source)))
+    sums = retrieval_sums(
+        encoder,
+        source,
+        (options.views, options.boxes, model),
+        [indices[first : first + options.batch_size] for first in indices[:: options.batch_size]],
+        seed=options.seed,
+        workers=options.workers,
+        say=say,
+        world=world,
     )
+    if context.only_helps:
+        return HELPED
+    result = retrieval_result(sums, len(indices), options.boxes)
     if options.plot:
         images = [index for index in options.plot_images if index < len(source)]
-        points, seed = options.plot_points, options.seed
-        save_plot(
-            options.plot, lambda path: draw_similarity(path, *arguments, images=images, points=points, seed=seed), say
-        )
+        how: dict[str, Any] = {"images": images, "points": options.plot_points, "seed": options.seed}
+        arguments = encoder, source, options.views, options.boxes
+        save_plot(options.plot, lambda path: draw_similarity(path, *arguments, **how), say)
     return TaskResult(
         f"dense consistency on {result.pairs} box pairs of {result.images} images: retrieval {result.retrieval:.2%} "
         f"(blind {result.chance:.2%}), across images {result.retrieval_across:.2%}, cosine gap {result.cosine_gap:.3f}",

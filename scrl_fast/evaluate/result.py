@@ -1,14 +1,27 @@
-"""What every evaluation task returns, and how it tells where its picture went."""
+"""What every evaluation task takes besides its options, and what it returns."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-Say = Callable[[str], None]
-"""Takes a line for the terminal."""
+from scrl_fast.distributed.world import World
+from scrl_fast.evaluate.batches import Say, silent
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """Where a task's lines go, and the processes that share its work."""
+
+    say: Say = silent
+    world: World = field(default_factory=World)
+
+    @property
+    def only_helps(self) -> bool:
+        """Whether this process extracts features for rank 0, which alone goes on with them."""
+        return self.world.rank > 0
 
 
 @dataclass(frozen=True)
@@ -17,6 +30,10 @@ class TaskResult:
 
     line: str
     values: dict[str, Any]
+
+
+HELPED = TaskResult("", {})
+"""What a task returns in ranks above 0."""
 
 
 def save_plot(path: str, draw: Callable[[str], bool], say: Say) -> None:

@@ -1,0 +1,162 @@
+"""Batches of an evaluation: in order however many are in work, shared by processes, with a sign of progress."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_roi_linear import Colours, identity_encoder
+from tiny_data import write_coco, write_imagenet
+from torch import nn
+
+from scrl_fast.evaluate import batches as module
+from scrl_fast.evaluate.batches import Progress, map_batches
+from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
+from scrl_fast.evaluate.regions import BoxLoader
+from scrl_fast.models import build_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_come_in_order_and_threads_are_given_back(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seen = []
+
+    def compute(number: int) -> tuple[torch.Tensor]:
+        time.sleep(0.01 * (number % 3))
+        seen.append(torch.get_num_threads())
+        return (torch.tensor(number, dtype=torch.float32, requires_grad=True) * 2,)
+
+    try:
+        found = [value for (value,) in map_batches(lambda n: n + 1, compute, range(9), device=CPU, workers=2)]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [int(value) for value in found] == [2 * (n + 1) for n in range(9)]
+    assert not any(value.requires_grad for value in found)
+    assert set(seen) == {max(1, threads // min(module.CONCURRENT, threads))}
+
+
+def test_an_error_in_a_batch_comes_to_the_caller():
+    def compute(number: int) -> tuple[torch.Tensor]:
+        if number == 3:
+            raise ValueError("batch 3")
+        return (torch.tensor(number),)
+
+    with pytest.raises(ValueError, match="batch 3"):
+        list(map_batches(lambda n: n, compute, range(9), device=CPU))
+
+
+def test_progress_speaks_of_slow_stages_only(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    said = []
+    quick = Progress("quick", 3, "images", said.append)
+    for _ in range(3):
+        now[0] += 0.5
+        quick.advance()
+    quick.finish()
+    assert not said
+    slow = Progress("features", 50, "images", said.append)
+    for _ in range(50):
+        now[0] += 1
+        slow.advance()
+    slow.finish()
+    assert said[0] == "features: 2 of 50 images, 1/s" and said[1] == "features: 12 of 50 images, 1/s"
+    assert said[-1] == "features: 50 images in 50.0 s" and len(said) == 6
+
+
+def test_batchnorm_statistics_are_those_of_one_batch_after_the_other():
+    """The same as cumulative running statistics of an encoder that sees the batches itself, in order."""
+    torch.manual_seed(0)
+    encoder = frozen_copy(build_encoder("resnet10_tiny"))
+    images = torch.randn(40, 3, 32, 32)
+    batches = images.split([16, 8, 16])
+    alone = copy.deepcopy(encoder)
+    norms = [m for m in alone.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            alone(batch)
+    measure_batchnorm(encoder, batches)
+    for (name, ours), theirs in zip(encoder.state_dict().items(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    assert not encoder.training and not any(m.training for m in encoder.modules())
+
+
+def test_batches_of_boxes_are_runs_of_one_size():
+    class Sized(Colours):
+        reads = 0
+
+        def size_of(self, index):
+            return self._items[index][0].shape[:2]
+
+        def read(self, index):
+            Sized.reads += 1
+            return super().read(index)
+
+    loader = BoxLoader((0.5,) * 3, (0.25,) * 3, batch_size=3)
+    sized = Sized(10, seed=0, sizes=(32, 32, 32, 32, 48))
+    expected = [[0, 1, 2], [3], [4], [5, 6, 7], [8], [9]]
+    assert [b.tolist() for b in loader.batches(sized)] == expected and Sized.reads == 0
+    assert [b.tolist() for b in loader.batches(Colours(10, seed=0, sizes=(32, 32, 32, 32, 48)))] == expected
+    loaded = loader.load(sized, np.array([5, 6, 7]))
+    assert loaded.pictures.shape == (3, 32, 32, 3) and set(loaded.images.tolist()) <= {5, 6, 7}
+    pixels = loader.normalised(loaded.pictures)
+    assert pixels.shape == (3, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pixels[0, :, 5, 7], loaded.pictures[0, 5, 7] / 255 * 4 - 2)
+    assert identity_encoder().out_channels == 3
+
+
+# ---- several processes ----
+
+
+def run(arguments: list[str], file, processes: int) -> tuple[dict, str]:
+    """The JSON document of one evaluation by so many processes with one thread each, and what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run(
+        [*launch, "scrl_fast.evaluate", *arguments, f"--json={file}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def numbers(result) -> list[float]:
+    if isinstance(result, dict):
+        return [number for value in result.values() for number in numbers(value)]
+    if isinstance(result, (list, tuple)):
+        return [number for value in result for number in numbers(value)]
+    return [float("nan") if result is None else float(result)]
+
+
+@pytest.mark.parametrize("task", ["linear", "roi-linear"])
+def test_three_processes_give_the_numbers_of_one(tmp_path, task):
+    tiny = ["--checkpoint=random", "--backbone=resnet10_tiny", f"--cache={tmp_path / 'kept'}"]
+    if task == "linear":
+        write_imagenet(tmp_path, train=8, val=4)
+        data = ["--data.source=imagenet", f"--data.root={tmp_path}", "--size=48", "--batch_size=8", "--epochs=2"]
+    else:
+        write_coco(tmp_path, "train2017", images=14, seed=1)
+        write_coco(tmp_path, "val2017", images=8, seed=2)
+        data = ["--data.source=coco", f"--data.root={tmp_path}", "--batch_size=4"]
+    one, line = run([task, *tiny, *data, "--cache="], tmp_path / "one.json", 1)
+    several, shared = run([task, *tiny, *data], tmp_path / "several.json", 3)
+    assert numbers(several["result"]) == pytest.approx(numbers(one["result"]), nan_ok=True, abs=1e-6)
+    assert shared == line and line.count("\n") == 1  # one process prints
+    if task == "roi-linear":  # now from the cache, which the first process alone reads
+        assert run([task, *tiny, *data], tmp_path / "again.json", 2)[0]["result"] == several["result"]
