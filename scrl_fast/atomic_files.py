@@ -71,15 +71,20 @@ def write_synced(path: Path, write: Callable[[HashingWriter], object]) -> str:
     return writer.sha256.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the text file at once and durably: readers see the old content or the new, never a part."""
+def write_file(path: Path, write: Callable[[HashingWriter], object]) -> None:
+    """Replace the file, by what ``write`` fills, at once and durably: readers see the old content or the new."""
     temporary = temporary_name(path)
     try:
-        write_synced(temporary, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+        write_synced(temporary, write)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_file` for text."""
+    write_file(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_json(path: str, document: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.demo import compare_with_untrained
+from scrl_fast.evaluate.probe_validation import ProbeValidation
 from scrl_fast.metrics import LogWindow, StepMeter, as_rows, feature_std, rankme
 from scrl_fast.run import plots
 from scrl_fast.run.agreement import check_same_everywhere
@@ -66,6 +67,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         self.identity: dict[str, Any] | None = None
         check_same_everywhere(self.world, config.to_dict(), {"device": self.device.type, **self.data_identity()})
         check_run(config, images=len(self.source), world_size=self.world.size, device_type=self.device.type)
+        self.validation = ProbeValidation(config, self.source, self.world) if config.eval.validation else None
         self.config = config = place_run(config, self.world, f"{config.data.source}-{config.model.method}")
         self.threads_asked = train.threads
         self.set_threads()
@@ -382,9 +384,20 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         Without labels the newest counts as the best: the loss is lowest in a collapsed network, and RankMe highest
         in an untrained one.
         """
+        if self.validation is not None:
+            self.window.scores = [self.validate(self.validation)]
         return self.window.is_best() if self.window.scores else not self.source.num_classes
 
     # ---- evaluation ----
+
+    def validate(self, validation: ProbeValidation) -> float:
+        """The probe's top-1 on the validation images, in the row of this step; all processes call it."""
+        if self.loop.clock.steps:  # since the last row
+            self.loop.log_step()
+        top1 = validation.top1(self.model)
+        self.loop.log.amend({"validation_accuracy": top1})
+        self.loop.log.say(f"step {self.step}: the online probe names {top1:.2%} of the validation images")
+        return top1
 
     def evaluate(self) -> dict[str, Any]:
         """The demo's RoI linear accuracy, in process 0; a signal ends it there and then."""

@@ -83,7 +83,7 @@ def test_linear(capsys, tmp_path, imagenet, augment):
     slow, fast = document["result"]["heads"]
     assert fast["last_top1"] > 0.7 and fast["best_top1"] >= fast["last_top1"] and 1 <= fast["best_epoch"] <= 6
     assert slow["last_top1"] < fast["last_top1"] and document["result"]["lr"] == 4
-    assert line.startswith("linear, 3 classes, 6 epochs") and said.count("epoch ") == 6
+    assert line.startswith("linear, 3 classes, 6 epochs") and said.count(": top-1 ") == 6
 
 
 def test_roi_linear_on_coco(capsys, tmp_path, coco):
@@ -189,7 +189,7 @@ def test_features_are_extracted_once(capsys, tmp_path, coco):
 
 def test_misspelt_tasks_and_options_name_the_right_one(capsys):
     assert "did you mean 'roi-linear'" in refused(capsys, "roi_linear", "--checkpoint=x")
-    assert "there are linear, knn" in refused(capsys, "segmentation")
+    assert "there are linear, finetune, knn" in refused(capsys, "segmentation")
     assert "the task comes first" in refused(capsys)
     assert "did you mean 'checkpoint'" in refused(capsys, "knn", "--checkpoin=x")
     assert "did you mean 'data.root'" in refused(capsys, "knn", "--data.rot=x")

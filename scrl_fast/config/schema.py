@@ -346,7 +346,12 @@ class RunConfig:
 
 @dataclass
 class EvalConfig:
-    """What is measured when the run ends."""
+    """What is measured beside training and when the run ends."""
+
+    validation: str = ""
+    """Folder of validation images, one folder a class as in training: the online probe's top-1 on them is measured at
+    each planned checkpoint (after every epoch, or every run.checkpoint_every steps) and decides which one is best.pt.
+    Empty: off."""
 
     roi_linear: bool = False
     """Compare RoI linear accuracy of random and trained encoder on held-out scenes (source=demo)."""
@@ -355,6 +360,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "eval", scenes=at_least(1))
+        clean_paths(self, "validation")
 
 
 @dataclass
@@ -376,7 +382,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     """What is written, and where."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is measured when the run ends."""
+    """What is measured beside training and when the run ends."""
     compat: Literal["none", "kakaobrain"] = "none"
     """kakaobrain: reproduce the published implementation, quirks included."""
     resume: str = ""

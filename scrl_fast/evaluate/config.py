@@ -34,7 +34,7 @@ class Common:
     """Statistics of BatchNorm: as stored, or measured on the training images as they are; auto: measured where they
     were never trained, and for roi-linear, else stored."""
     batch_size: int = 128
-    """Images at a time (linear: also of a training step)."""
+    """Images at a time (linear and finetune: also of a training step, in all processes together)."""
     workers: int = 2
     """Threads that read and resize images."""
     device: str = "auto"
@@ -179,6 +179,43 @@ class LinearOptions(Common):
 
 
 @dataclass
+class FinetuneOptions(Common):
+    """Fine-tuning: the encoder and a classifier on its pooled feature, trained together."""
+
+    data: ImageData = field(default_factory=ImageData)
+    """Labelled images."""
+    size: int = 0
+    """Side of the crops in pixels; 0: that of the views in training, or 224."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a random crop's area, as a share of the image."""
+    lr: float = 0.05
+    """Learning rate for 256 images."""
+    optim: Literal["sgd", "lars"] = "sgd"
+    """lars: scale every gradient by LARS (trust coefficient 0.001), as the published implementation does."""
+    weight_decay: float = 0.0
+    """L2 penalty on all parameters."""
+    epochs: int = 30
+    """Passes over the training images."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up, at most half of all."""
+    save: str = ""
+    """Write encoder and classifier to this file under torchvision's names."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(
+            self,
+            "",
+            size=at_least(0),
+            crop_scale=within(0, 1),
+            lr=above(0),
+            weight_decay=at_least(0),
+            epochs=at_least(1),
+            warmup_epochs=at_least(0),
+        )
+
+
+@dataclass
 class KnnOptions(Common):
     """Weighted k-nearest-neighbour classification of the frozen, average-pooled feature."""
 
@@ -260,6 +297,7 @@ class RankOptions(Common):
 
 TASK_OPTIONS = {
     "linear": LinearOptions,
+    "finetune": FinetuneOptions,
     "knn": KnnOptions,
     "roi-linear": RoiLinearOptions,
     "dense-consistency": DenseOptions,

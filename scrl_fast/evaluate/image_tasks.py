@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scrl_fast import atomic_files
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data import make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress, map_batches
 from scrl_fast.evaluate.cache import FeatureCache, identity_of
-from scrl_fast.evaluate.config import KnnOptions, LinearOptions, RankOptions
+from scrl_fast.evaluate.config import FinetuneOptions, KnnOptions, LinearOptions, RankOptions
 from scrl_fast.evaluate.datasets import labelled_images, labels_of
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, probe_of
+from scrl_fast.evaluate.finetune import Classifier, finetune
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images, pool, pooled_features
 from scrl_fast.evaluate.knn import knn
 from scrl_fast.evaluate.linear import Epoch, HeadResult, accuracies, feature_epochs, fit_heads
@@ -132,6 +134,35 @@ def _augmented_epochs(encoder: Encoder, train: Any, labels: Tensor, crops: Image
     return epoch
 
 
+# ---- finetune ----
+
+
+def finetune_task(options: FinetuneOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
+    """Encoder and classifier trained together."""
+    train, test = labelled_images(options.data, options.seed)
+    batch, processes = options.batch_size, context.world.size
+    if len(train) < batch:
+        raise UsageError(f"--batch_size={batch}: there are {len(train)} training images; choose fewer")
+    if batch % processes:
+        raise UsageError(f"--batch_size={batch} cannot be shared evenly by {processes} processes")
+    loader = _loader(options, evaluated, evaluated.encoder)
+    classifier = Classifier(evaluated.encoder, test.num_classes, options.seed)
+    found = finetune(classifier, loader, train, test, options, say=context.say, world=context.world)
+    if options.save and context.world.rank == 0:
+        file = Path(options.save)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = classifier.torchvision_state()
+        atomic_files.write_file(file, lambda writer: torch.save(state, writer))  # type: ignore[arg-type]
+        context.say(f"written: {options.save}")
+    sizes = {"classes": test.num_classes, "train_images": len(train), "test_images": len(test)}
+    return TaskResult(
+        f"fine-tuned, {test.num_classes} classes, {options.epochs} epochs at lr {options.lr:g}: top-1 "
+        f"{found.last_top1:.2%} (best epoch {found.best_top1:.2%}), top-5 {found.last_top5:.2%} "
+        f"({found.best_top5:.2%})",
+        {**asdict(found), "lr": options.lr, **sizes},
+    )
+
+
 # ---- knn ----
 
 
@@ -198,14 +229,21 @@ def _prepared(
 ) -> tuple[Encoder, ImageLoader]:
     """The frozen encoder, with the BatchNorm statistics that the options want, and a loader of centre crops."""
     encoder = frozen_copy(evaluated.encoder)
+    loader = _loader(options, evaluated, encoder)
+    if evaluated.measures_batchnorm(options):
+        measure_batchnorm_on_images(encoder, train, loader, say=context.say, world=context.world)
+    return encoder, loader
+
+
+def _loader(
+    options: LinearOptions | FinetuneOptions | KnnOptions | RankOptions, evaluated: EvaluatedEncoder, encoder: Encoder
+) -> ImageLoader:
+    """A loader of centre crops. Raises UsageError for crops smaller than the encoder's stride."""
     size = options.size or evaluated.size
     if size < encoder.stride:
         raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
     views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)
-    loader = ImageLoader(views, options.batch_size, options.workers, options.seed)
-    if evaluated.measures_batchnorm(options):
-        measure_batchnorm_on_images(encoder, train, loader, say=context.say, world=context.world)
-    return encoder, loader
+    return ImageLoader(views, options.batch_size, options.workers, options.seed)
 
 
 def _cached_features(

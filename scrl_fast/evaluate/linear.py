@@ -116,18 +116,19 @@ def fit_heads(
 
 
 @torch.no_grad()
-def scale_by_lars(parameters: Iterable[Tensor]) -> None:
-    """Multiply each gradient by ``0.001 |p| / (|g| + 1e-8)``, or by 1 where a norm is 0. No weight decay.
+def scale_by_lars(parameters: Iterable[Tensor], weight_decay: float = 0.0) -> None:
+    """Replace each gradient g of p by ``a (g + weight_decay p)``, a = ``0.001 |p| / (|g| + weight_decay |p| + 1e-8)``.
 
-    The momentum that follows is SGD's, which may be Nesterov's; `scrl_fast.optim.LARS` has none of that kind.
+    a is 1 where a norm is 0. The momentum that follows is SGD's, which may be Nesterov's; `scrl_fast.optim.LARS` has
+    none of that kind. Every tensor is scaled, as the published implementation does in evaluation.
     """
-    parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm([p for p in parameters if p.grad is not None]))
-    gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    ratios = TRUST_COEFFICIENT * norms / (gradient_norms + LARS_EPS)
-    ratios = torch.where((norms > 0) & (gradient_norms > 0), ratios, 1.0)
-    torch._foreach_mul_(gradients, list(ratios))
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            norm, gradient_norm = parameter.norm(), gradient.norm()
+            ratio = TRUST_COEFFICIENT * norm / (gradient_norm + weight_decay * norm + LARS_EPS)
+            ratio = torch.where((norm > 0) & (gradient_norm > 0), ratio, torch.ones_like(ratio))
+            gradient.add_(parameter, alpha=weight_decay).mul_(ratio)
 
 
 def _result(lr: float, history: Tensor) -> HeadResult:
@@ -141,11 +142,15 @@ def accuracies(head: Callable[[Tensor], Tensor], features: Tensor, labels: Tenso
     """Top-1 and top-5 of every head, float64 ``[heads, 2]``. head: ``[b, D] -> [heads, b, classes]``."""
     hits = torch.zeros(())
     for first in range(0, len(features), TEST_ROWS):
-        logits, truth = head(features[first : first + TEST_ROWS]), labels[first : first + TEST_ROWS]
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == truth[:, None]
-        found = torch.stack([ranked[..., 0].sum(1), ranked.any(2).sum(1)], dim=1)
+        found = top_hits(head(features[first : first + TEST_ROWS]), labels[first : first + TEST_ROWS])
         hits = hits.to(found.device) + found
     return hits.double().cpu() / len(features)
+
+
+def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many rows have their label first, and among the first five: ``[..., b, classes] -> [..., 2]``."""
+    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    return torch.stack([ranked[..., 0].sum(-1), ranked.any(-1).sum(-1)], dim=-1)
 
 
 def feature_epochs(features: Tensor, labels: Tensor, batch_size: int, seed: int = 0) -> Epoch:
