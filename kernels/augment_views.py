@@ -102,7 +102,9 @@ def resize_along(
 ):  # fmt: skip
     """Rows become as wide as the result: of crops (PASS 0), of whole views to the blur's small side (1), and back (2).
 
-    which: the views with a blur; their intermediate pictures lie side by side in that order.
+    source: bytes of the crops, or planes [V, 3, size, size]; out: planes [3, rows, size] of each crop, or
+    [blurred, 3, size, size]; plan [V, FIELDS]. which [blurred]: the views with a blur; their intermediate pictures lie
+    side by side in that order.
     """
     slot = tl.program_id(0)
     square = size * size
@@ -212,7 +214,9 @@ def colour(
     FIELDS: tl.constexpr, AMOUNTS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr,
     LAST: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """The colours from the contrast on, towards the mean grey; then the result, or the picture that gets a blur."""
+    """picture [V, 3, size, size], sums [V, tiles], plan [V, FIELDS], amounts [V, AMOUNTS], norm [6] -> out.
+
+    The colours from the contrast on, towards the mean grey; then the result, or the picture that gets a blur."""
     view = tl.program_id(0)
     row = plan_ptr + view.to(tl.int64) * FIELDS
     square = size * size

@@ -41,6 +41,7 @@ def lerp(target, source, weight):
 
 @triton.jit
 def ema_block(targets, sources, i, mask, weight):
+    """Elements i of a chunk: targets, sources [chunk]; weight: 1 - momentum."""
     target = tl.load(targets + i, mask).to(weight.dtype)
     source = tl.load(sources + i, mask).to(weight.dtype)
     tl.store(targets + i, lerp(target, source, weight).to(targets.dtype.element_ty), mask)
@@ -53,7 +54,8 @@ def ema_chunk(
 ):  # fmt: skip
     """target = lerp(target, source, 1 - momentum) for one chunk.
 
-    table: rows of `chunk_table` for targets and sources. like: any tensor of their dtype. WIDE: it is float64.
+    table [chunks, 5]: rows of `chunk_table` for targets and sources. momentum: high + low, times [1] at its pointer, if
+    there is one. like: any tensor of their dtype. WIDE: it is float64.
     """
     weight = (1.0 - number(momentum_high, momentum_low, momentum_ptr)).to(tl.float64 if WIDE else tl.float32)
     row = table_ptr + tl.program_id(0).to(tl.int64) * 5

@@ -25,7 +25,7 @@ SETTINGS = 7  # lr, momentum, weight_decay, trust_coefficient, eps, grad_scale, 
 def squares_of_chunk(
     table_ptr, like_ptr, partials_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """partials[chunk] = (sum p^2, sum g^2) in float64.
+    """table [chunks, 7] -> partials [chunks, 2] = (sum p^2, sum g^2) of each chunk, in float64.
 
     Rows of the table: addresses of parameter, buffer, target (0: none) and gradient, count of elements, first and last
     chunk of the tensor. like: any tensor of the dtype.
@@ -56,6 +56,7 @@ def squares_of_chunk(
 
 @triton.jit
 def sum_of_partials(partials_ptr, first, last, PARTIALS: tl.constexpr):
+    """Of rows [first, last) of partials [chunks, 2], the column that partials_ptr points at."""
     i = tl.arange(0, PARTIALS)
     total = tl.zeros([PARTIALS], tl.float64)
     for start in range(first, last, PARTIALS):
@@ -67,6 +68,7 @@ def sum_of_partials(partials_ptr, first, last, PARTIALS: tl.constexpr):
 def update_block(
     params, buffers, targets, gradients, i, mask, factor, decay, momentum, lr, weight, TARGET: tl.constexpr
 ):
+    """Elements i of a chunk: params, buffers, targets, gradients [chunk], numbers of `update_chunk` as scalars."""
     real: tl.constexpr = weight.dtype
     p = tl.load(params + i, mask).to(real)
     b = tl.load(buffers + i, mask).to(real)
@@ -93,8 +95,13 @@ def update_chunk(
     """b = momentum b + a (g + decay p);  p = p - lr b;  t = lerp(t, p, 1 - ema),
     a = trust |p| / (|g| + decay |p| + eps); without ADAPT b = momentum b + scale g + decay p, scale being lr if BY_LR.
 
-    table: rows of the chunks that share these numbers. partials: of the dtype's chunks, and of all chunks of the step,
-    whose gradients must be finite where there is a counter. FIRST: the launch that counts. WIDE: float64.
+    table [chunks of this launch, 7]: rows as for `squares_of_chunk`, of tensors that share the numbers below.
+    like: any tensor of the dtype. partials [chunks of the dtype, 2], all_partials [all_chunks, 2]: where there is a
+    counter [1], the gradients of all chunks must be finite, else nothing changes and the launch with FIRST counts.
+    *_high + *_low: one float64 in two float32, of lr, momentum, weight decay, trust coefficient, eps, gradient scale
+    and the average's momentum; where lr, momentum or ema has a pointer [1], times what lies there.
+    ADAPT, BY_LR: the mode of these tensors. TARGET: they have an average. WIDE: float64. CHUNK, BLOCK: elements of a
+    chunk and of a step through it. PARTIALS: sums added up at a time. ALIGNED: addresses are multiples of 16 bytes.
     """
     real: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = table_ptr + tl.program_id(0).to(tl.int64) * 7

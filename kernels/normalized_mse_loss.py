@@ -33,7 +33,10 @@ def row_losses(
     GRAD_TARGET: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """With x^ = x / max(|x|, eps), t^ likewise:  loss = 2 - 2 x^.t^,
+    """input, target [rows, columns] with rows input_stride and target_stride apart -> loss [programs] to reduce, else
+    [rows]; grad_input, grad_target [rows, columns] dense, where wanted.
+
+    With x^ = x / max(|x|, eps), t^ likewise:  loss = 2 - 2 x^.t^,
     d/dx = across t + from_input x,  d/dt = across x + from_target t,
     across = -2 / (max(|x|, eps) max(|t|, eps)),  from_input = 2 x^.t^ / |x|^2, or 0 where |x| < eps.
 

@@ -28,6 +28,8 @@ def _axis(
     box, weight_ptr, range_ptr, scale, bins, size, sampling_ratio, fine,
     LOW: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """box [5] -> weight [bins, size] of the axis whose low edge is box[LOW], range [bins + 1, 2]; and whether the edges
+    are finite."""
     real = tl.float64 if WIDE else tl.float32
     offset = 0.5 if ALIGNED else 0.0
     low = tl.load(box + LOW).to(real) * scale - offset
@@ -76,7 +78,10 @@ def box_weights(
     images, scale, height, width, pooled_height, pooled_width, sampling_ratio,
     ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of a box and axis: weight[bin, cell] = sum over the bin's samples s of max(0, 1 - |clamp(p_s) - cell|) / samples
+    """boxes [K, 5] -> y [K, pooled_height, height], x [K, pooled_width, width], y_range [K, pooled_height + 1, 2],
+    x_range [K, pooled_width + 1, 2], fine [K]. A program a box.
+
+    Of a box and axis: weight[bin, cell] = sum over the bin's samples s of max(0, 1 - |clamp(p_s) - cell|) / samples
     where p_s = start + bin_size (bin + (s + 1/2) / samples) lies in [-1, size].
 
     range[box, bin] = (first cell, last cell + 1) with a weight, range[box, bins] the same of all bins. fine[box]: 0 for
@@ -108,7 +113,9 @@ def pool(
     channels, height, width, pooled_height, pooled_width, image_stride, channel_stride, row_stride, column_stride,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out[box, channel, p, q] = sum_ij y[box, p, i] x[box, q, j] map[image, channel, i, j]; NaN where not fine.
+    """map [N, C, H, W] by its strides, boxes [K, 5] and their weights -> out [K, C, pooled_height, pooled_width]:
+
+    out[box, channel, p, q] = sum_ij y[box, p, i] x[box, q, j] map[image, channel, i, j]; NaN where not fine.
 
     A program owns BLOCK channels of one row p of a box's bins.
     """
@@ -144,7 +151,9 @@ def pool(
 
 @triton.jit(do_not_specialize=["count", "images"])
 def group_by_image(boxes_ptr, order_ptr, first_ptr, count, images, BOXES: tl.constexpr):
-    """order[first[n] : first[n + 1]] = the boxes of image n in their order. A program an n; the last has no image."""
+    """boxes [K, 5] -> order [K], first [N + 1]:
+
+    order[first[n] : first[n + 1]] = the boxes of image n in their order. A program an n; the last has no image."""
     n = tl.program_id(0)
     before = 0
     for start in range(0, count, BOXES):
@@ -167,7 +176,9 @@ def pool_backward(
     channels, height, width, pooled_height, pooled_width, image_stride, channel_stride, row_stride, column_stride,
     CELLS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out[image, channel, i, j] = sum over its boxes, p and q of y[box, p, i] x[box, q, j] grad[box, channel, p, q].
+    """grad [K, C, pooled_height, pooled_width], weights of the boxes, order [K], first [N + 1] -> out [N, C, H, W]:
+
+    out[image, channel, i, j] = sum over its boxes, p and q of y[box, p, i] x[box, q, j] grad[box, channel, p, q].
 
     A program owns CELLS consecutive cells (row by row) of CHANNELS channels of an image.
     """

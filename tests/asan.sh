@@ -29,12 +29,12 @@ export ASAN_OPTIONS="detect_leaks=0:abort_on_error=0${ASAN_OPTIONS:+:$ASAN_OPTIO
 export UBSAN_OPTIONS="print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}"
 export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
 if [ $# -eq 0 ]; then
-  for operation in roi_align normalized_mse_loss ema_update lars_step sample_box_pairs augment_views; do
+  for operation in roi_align normalized_mse_loss ema_update lars_step sample_box_pairs augment_views ops; do
     set -- "$@" $(ls tests/test_${operation}*.py 2>/dev/null)
   done
 fi
 cd "$copy" # python puts the working directory before PYTHONPATH
-"$python" -c "from scrl_fast import _native; assert 'asan' in str(_native._FOLDER), _native._FOLDER
+"$python" -c "from scrl_fast.ops import _native; assert 'asan' in str(_native._FOLDER), _native._FOLDER
 for library in ('_ops', '_cpu', '_host'): assert not _native.load_failure(library), _native.load_failure(library)"
 # what compiles or interprets other code is slow here and runs none of ours
 exec "$python" -m pytest -p no:cacheprovider --rootdir "$root" \

@@ -112,6 +112,54 @@ def test_libraries_answer_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native.op_failure("roi_align", "mps") == "no compiled kernel for device 'mps'"
 
 
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0;9.0+PTX", (8, 0), True),
+        ("8.0;9.0+PTX", (8, 6), True),  # a newer one of the same generation
+        ("8.0;9.0+PTX", (12, 0), True),  # compiled from PTX when it loads
+        ("8.0;9.0+PTX", (7, 5), False),
+        ("8.6", (8, 0), False),
+        ("8.0;9.0", (10, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("8.0 9.0+PTX", (7, 0), False),
+        ("Ampere", (7, 5), True),  # nothing is known
+        ("", (7, 5), True),
+    ],
+)
+def test_gpus_that_a_build_runs_on(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _native.runs_on(built, capability) is runs
+
+
+def test_another_gpu_than_built_for_takes_triton_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loaded the library without a word, and the first call died with "no kernel image"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("H100", "Tesla T4")[index])
+    monkeypatch.setattr(_native, "build_info", lambda: {"arch_list": "8.0;9.0+PTX"})
+    monkeypatch.setattr(_native, "load_failure", lambda library: "")
+    monkeypatch.delenv("SCRL_FAST_BACKEND", raising=False)
+    memories = (_native.gpu_failure, backends._tell_of_wrong_gpu)
+    for memory in memories:
+        memory.cache_clear()
+    backends.forget()
+    made = Operation(
+        "made_up", len, native=len, native_failure=lambda d: _native.op_failure("x", d), triton=len,
+        triton_failure=lambda d: "",
+    )  # fmt: skip
+    monkeypatch.setitem(OPERATIONS, "made_up", made)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"built for 8.0;9.0\+PTX, not for Tesla T4 \(7.5\)"):
+            assert backends._chosen("made_up", "cuda", None) == "triton"
+        with pytest.raises(RuntimeError, match="set TORCH_CUDA_ARCH_LIST and build again"):
+            made.resolve("cuda", "native")
+    finally:
+        for memory in memories:
+            memory.cache_clear()
+
+
 def test_every_operation_has_a_reference_and_a_registered_name() -> None:
     for name, known in OPERATIONS.items():
         assert known.name == name and callable(known.reference)

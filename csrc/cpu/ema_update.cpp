@@ -15,8 +15,8 @@ using namespace scrl;
 
 // One tensor of each list.
 struct Item {
-  void* target;
-  const void* source;
+  void* target;        // [count]
+  const void* source;  // [count]
   ScalarType dtype;
   int64_t count;
 };

@@ -26,8 +26,8 @@ struct Squares {
 
 // One tensor of each list: memory, and what the update needs to know.
 struct Item {
-  void *param, *buffer, *target;  // target: null where there is none
-  const void* gradient;
+  void *param, *buffer, *target;  // [count] each; target: null where there is none
+  const void* gradient;           // [count]
   ScalarType dtype;
   int64_t count;
   const LarsSettings* settings;

@@ -22,7 +22,8 @@ struct Problem {
   std::vector<int32_t> first;  // [images + 1]: where an image's boxes begin in order
   std::vector<Group> groups;   // order cut into runs of one image, for the forward pass
 
-  const void* source;  // forward: the map; backward: the gradient [count, channels, pooled_height, pooled_width]
+  const void* source;  // forward: the map [images, channels, height, width]; backward: the gradient [count, channels,
+                       // pooled_height, pooled_width]
   void* result;        // forward: [count, channels, pooled_height, pooled_width]; backward: the map's gradient
   int64_t image_stride, channel_stride, row_stride, column_stride;  // of the map or its gradient, in elements
   bool stream;                                                      // write past the caches

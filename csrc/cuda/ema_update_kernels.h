@@ -11,8 +11,8 @@ using namespace scrl::cuda;
 constexpr int kBlocks = 5;
 
 struct Item {
-  void* target;
-  const void* source;
+  void* target;        // [size]
+  const void* source;  // [size]
   int64_t size;
 };
 

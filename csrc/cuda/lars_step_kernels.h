@@ -14,8 +14,8 @@ template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 3 : 4;
 
 struct Item {
-  void *param, *buffer, *target;  // target: null where there is none
-  const void* gradient;
+  void *param, *buffer, *target;  // [size] each; target: null where there is none
+  const void* gradient;           // [size]
   int64_t size;
   int row;
 };
@@ -37,8 +37,8 @@ struct Table {
 
 // Between the two kernels: sums of squares of each chunk, and whether each block saw only finite gradients.
 struct Workspace {
-  double2* partials;  // (parameters, gradients)
-  int* finite;
+  double2* partials;  // [chunks of all tables]: (parameters, gradients)
+  int* finite;        // [blocks of all tables]
   int blocks;
 };
 
@@ -148,7 +148,7 @@ __device__ __forceinline__ void update_chunk(const Item& item, Chunk chunk, cons
   });
 }
 
-// counter: int32 or int64, or null where steps are never skipped.
+// counter [1]: int32 or int64, or null where steps are never skipped.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     update_kernel(const __grid_constant__ Table table, const Workspace workspace,

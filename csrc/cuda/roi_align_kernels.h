@@ -46,12 +46,12 @@ struct Range {
 // from first[images] on cannot be sampled.
 template <class R>
 struct Workspace {
-  R *y, *x;
-  Range *y_range, *x_range;
-  int *image, *order, *first;
+  R *y, *x;                    // [count, pooled_height, height], [count, pooled_width, width]
+  Range *y_range, *x_range;    // [count, pooled_height], [count, pooled_width]
+  int *image, *order, *first;  // [count], [count], [images + 1]
 };
 
-// A thread a bin of an axis of a box.
+// boxes [count, 5] -> w.y, w.x and their ranges, w.image. A thread a bin of an axis of a box.
 template <class R>
 __global__ void box_weights(const R* __restrict__ boxes, Workspace<R> w, Sizes s, R scale, int64_t sampling_ratio,
                             bool aligned) {
@@ -85,6 +85,7 @@ __global__ void box_weights(const R* __restrict__ boxes, Workspace<R> w, Sizes s
   (vertical ? w.y_range : w.x_range)[row] = range;
 }
 
+// w.image [count] -> w.order [count], w.first [images + 1].
 // Block n finds the boxes of image n, block `images` those that cannot be sampled. Each warp walks one stretch of the
 // boxes twice: counting, then placing behind what the warps before it have counted, so boxes stay in their order.
 template <class R>
@@ -124,6 +125,7 @@ __device__ __forceinline__ void add(accumulate_t<T> (&sum)[V], accumulate_t<T> w
   for (int v = 0; v < V; ++v) sum[v] += weight * widen(values.values[v]);
 }
 
+// map [images, channels, height, width] by its strides -> out [count, channels, pooled_height, pooled_width], dense.
 // A warp does V x 32 channels of a row of bins of a box. Columns are visited two at a time, for two loads in flight.
 template <class T, int V>
 __global__ void __launch_bounds__(kWarp* kWarps, 2)
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
   }
 }
 
-// A thread does one bin of one channel: neighbouring lanes read neighbouring cells where planes are dense.
+// The same shapes. A thread does one bin of one channel: neighbouring lanes read neighbouring cells where planes are
+// dense.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     pool_planes(const T* __restrict__ map, Strides stride, Workspace<accumulate_t<T>> w, T* __restrict__ out, Sizes s) {
@@ -211,6 +214,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   out[k * s.channels * bins + element] = narrow<T>(sum);
 }
 
+// grad [count, pooled_height, pooled_width, channels] -> out [images, channels, height, width] by its strides.
 // A warp does V x 32 channels of kColumns cells of a row of the map's gradient. Lanes look up the weights of 32 (box,
 // row of bins) pairs at once; the warp then visits those that reach its row, in order.
 template <class T, int V>

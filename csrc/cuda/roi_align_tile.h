@@ -79,6 +79,7 @@ struct Tile {
   }
 };
 
+// map [images, channels, height, width] by its strides -> out [count, channels, pooled_height, pooled_width], dense.
 // A block pools all boxes of an image from 32 x V channels of its map; the blocks behind write NaN for boxes of none.
 template <class T, int V, bool planes>
 __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
   }
 }
 
+// grad [count, pooled_height, pooled_width, channels] -> out [images, channels, height, width] by its strides.
 // A block writes 32 x V channels of an image's gradient. A warp takes one cell after the other: its lanes look up the
 // weights of 32 bins at once, then all of them visit the bins that read the cell, in order. Where channels lie side by
 // side a cell goes straight to memory.

@@ -65,11 +65,11 @@ struct alignas(64) Slot {
 struct Job {
   const BoxOptions& options;
   const Keys& keys;
-  const int64_t *crops1, *crops2, *names;  // names: the images' keys, or null for their indices
+  const int64_t *crops1, *crops2, *names;  // [images, 5] each; names [images]: their keys, or null for their indices
   int64_t images;
-  const int64_t* yielding;
+  const int64_t* yielding;  // [found]
   int64_t found;
-  float *rows1, *rows2;
+  float *rows1, *rows2;        // [found * boxes_per_image, 5] each
   std::atomic<int64_t>& next;  // of the list of those that yield boxes, the first that no thread has taken
 };
 

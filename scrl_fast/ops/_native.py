@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,10 +68,41 @@ def op_failure(name: str, device_type: str) -> str:
     library, key = _KEYS[device_type]
     if failure := load_failure(library):
         return f"library {library} {failure}"
+    if device_type == "cuda" and (failure := gpu_failure()):
+        return failure
     has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     if not has_kernel(f"scrl_fast::{name}", key):
         return f"not part of library {library}"
     return ""
+
+
+@functools.cache
+def gpu_failure() -> str:
+    """'' when library _cuda holds code for every GPU here, as far as its build noted, else for which it does not."""
+    if not torch.cuda.is_available():
+        return ""
+    built = str(build_info().get("arch_list") or "")
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(built, capability):
+            gpu = f"{torch.cuda.get_device_name(index)} ({capability[0]}.{capability[1]})"
+            return f"library _cuda was built for {built}, not for {gpu}: set TORCH_CUDA_ARCH_LIST and build again"
+    return ""
+
+
+def runs_on(arch_list: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for TORCH_CUDA_ARCH_LIST runs on a GPU: of its generation and no newer, or PTX of any older.
+
+    True for a list that names no number: nothing is known of it.
+    """
+    entries = re.findall(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", arch_list)
+    for major, minor, special, ptx in entries:
+        built = (int(major), int(minor))
+        if special and built != capability:  # 9.0a: for that GPU alone
+            continue
+        if (built[0] == capability[0] and built <= capability) or (ptx and built <= capability):
+            return True
+    return not entries
 
 
 def host_failure(function: str) -> str:

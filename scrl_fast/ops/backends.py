@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from scrl_fast.errors import UsageError
+from scrl_fast.ops import _native
 
 Backend = Literal["native", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -134,9 +136,17 @@ def _choose(operation: Operation, device_type: str, backend: str | None, environ
         return forced
     if not operation.failure("native", device_type):
         return "native"
+    if device_type == "cuda":
+        _tell_of_wrong_gpu()
     if device_type != "cpu" and not operation.failure("triton", device_type):
         return "triton"
     return "reference"
+
+
+@functools.cache  # once a process
+def _tell_of_wrong_gpu() -> None:
+    if failure := _native.gpu_failure():
+        warnings.warn(f"scrl_fast: {failure}. Triton's kernels run instead.", RuntimeWarning, stacklevel=2)
 
 
 def forget() -> None:
