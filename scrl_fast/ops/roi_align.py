@@ -8,7 +8,7 @@ inputs give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from scrl_fast.config.defaults import MAX_SAMPLES
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer
 from scrl_fast.ops._autograd import below_autograd, differentiated_otherwise, transformed
+from scrl_fast.ops._roi_align_arguments import (
+    box_rows,
+    check_arguments,
+    check_image_index,
+    check_options,
+    check_sampling_ratio,
+)
 from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LARGEST_INT = (1 << 31) - 1
 _LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
 
 
@@ -59,10 +62,10 @@ def roi_align(
     Source: Mask R-CNN, arXiv 1703.06870, section 3; semantics of torchvision.ops.roi_align.
     """
     if not isinstance(input, Tensor) and has_torch_function((input,)):  # torch.fx
-        plain = _check_options(output_size, spatial_scale, sampling_ratio, aligned)
+        plain = check_options(output_size, spatial_scale, sampling_ratio, aligned)
         return handle_torch_function(roi_align, (input,), input, boxes, *plain, backend=backend)
-    size, *options = _check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
-    rows = _box_rows(input, boxes)
+    size, *options = check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
+    rows = box_rows(input, boxes)
     if input.device.type == "meta":
         return _on_meta(input, rows, size, *options)
     return _OPERATION.resolve(input.device.type, backend)(input, rows, size, *options)
@@ -102,7 +105,7 @@ class RoIAlign(nn.Module):
         """What torch.jit.script compiles instead: it knows no backends."""
         from torchvision.ops import RoIAlign as Scriptable
 
-        size, scale, ratio, aligned = _check_options(
+        size, scale, ratio, aligned = check_options(
             self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
         )
         return Scriptable(size, scale, ratio, aligned)
@@ -126,10 +129,10 @@ def roi_align_reference(
     aligned: bool = False,
 ) -> Tensor:
     """`roi_align` in plain PyTorch, differentiable; waits for the device once. Not for maps that hold inf or NaN."""
-    size, spatial_scale, sampling_ratio, aligned = _check_arguments(
+    size, spatial_scale, sampling_ratio, aligned = check_arguments(
         input, output_size, spatial_scale, sampling_ratio, aligned
     )
-    rows = _box_rows(input, boxes)
+    rows = box_rows(input, boxes)
     check_image_index(rows, input.shape[0])
     count, channels = rows.shape[0], input.shape[1]
     if count == 0 or channels == 0:
@@ -177,87 +180,6 @@ def _axis_weights(
     weights = low.new_zeros(low.shape[0], bins, size)
     weights.scatter_add_(2, cell, share * (1 - fraction))
     return weights.scatter_add_(2, (cell + 1).clamp(max=size - 1), share * fraction), fine
-
-
-# ---- checks ----
-
-
-Options = tuple[tuple[int, int], float, int, bool]
-"""Bins (height, width), scale, sampling ratio, aligned."""
-
-
-def _check_arguments(
-    input: Tensor, output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool
-) -> Options:
-    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
-        got = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"input must be a float32, float64, bfloat16 or float16 tensor, got {got}")
-    if input.ndim != 4:
-        raise ValueError(f"input must be [N, C, H, W], got shape {list(input.shape)}")
-    return _check_options(output_size, spatial_scale, sampling_ratio, aligned)
-
-
-def _check_options(output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool) -> Options:
-    sides = list(output_size) if isinstance(output_size, Iterable) else [output_size] * 2
-    try:
-        height, width = (check_integer("output_size", side, 1, _LARGEST_INT) for side in sides)
-    except (TypeError, ValueError):
-        wanted = "one or two positive integers"
-        raise ValueError(f"output_size must be {wanted}, got {output_size!r}") from None
-    if height * width > _LARGEST_INT:
-        raise ValueError(f"output_size must have at most {_LARGEST_INT} bins, got {output_size}")
-    scale = as_number("spatial_scale", spatial_scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
-    ratio = max(check_sampling_ratio(sampling_ratio), -1)  # of -2**70 no kernel would hear
-    return (height, width), scale, ratio, check_flag("aligned", aligned)
-
-
-def check_sampling_ratio(sampling_ratio: int) -> int:
-    ratio = as_integer("sampling_ratio", sampling_ratio)
-    if ratio > MAX_SAMPLES:
-        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {ratio}")
-    return ratio
-
-
-def _box_rows(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """Boxes as ``[K, 5]`` in the dtype in which their geometry is computed."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if not isinstance(boxes, Tensor):
-        boxes = _stack_boxes(input, boxes, dtype)
-    if boxes.ndim != 2 or boxes.shape[1] != 5:
-        raise ValueError(f"boxes must be [K, 5] or a list of [L, 4], got shape {list(boxes.shape)}")
-    if not boxes.is_floating_point():
-        raise TypeError(f"boxes must be floating point, got {boxes.dtype}")
-    if boxes.device != input.device:
-        raise ValueError(f"boxes are on {boxes.device}, input is on {input.device}")
-    if boxes.shape[0] and not (input.shape[2] and input.shape[3]):
-        raise ValueError(f"input has no cells to sample, shape {list(input.shape)}")
-    return boxes.to(dtype)
-
-
-def _stack_boxes(input: Tensor, boxes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    if not isinstance(boxes, (list, tuple)) or not all(isinstance(each, Tensor) for each in boxes):
-        raise TypeError(f"boxes must be a tensor or a list of tensors, got {type(boxes).__name__}")
-    if len(boxes) != input.shape[0]:
-        raise ValueError(f"boxes must hold one tensor an image: {len(boxes)} tensors for {input.shape[0]} images")
-    for index, each in enumerate(boxes):
-        if each.ndim != 2 or each.shape[1] != 4:
-            raise ValueError(f"boxes[{index}] must be [L, 4], got shape {list(each.shape)}")
-    if not boxes:
-        return input.new_empty((0, 5), dtype=dtype)
-    rows = [nn.functional.pad(each.to(dtype), (1, 0), value=float(index)) for index, each in enumerate(boxes)]
-    return torch.cat(rows)
-
-
-def check_image_index(rows: Tensor, images: int) -> None:
-    """Raises ValueError for the first row whose image index is outside the batch. Looks at CPU tensors only."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.shape[0] == 0:
-        return
-    bad = ~((rows[:, 0] >= 0) & (rows[:, 0] < images))
-    if bad.any():
-        row = int(bad.int().argmax())
-        raise ValueError(f"boxes: row {row} has image index {rows[row, 0]:g}, outside 0..{images - 1}")
 
 
 # ---- compiled forms ----
