@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scrl_fast import weights
 from scrl_fast.config.schema import Config, TrainConfig, check_enough
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL
@@ -126,3 +127,20 @@ def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:
     )
     optimizer.attach_ema(*model.ema_pairs())
     return optimizer
+
+
+def initialise(model: SCRL, optimizer: LARS, path: str, *, momentum: bool) -> list[str]:
+    """Fills the networks (for ``momentum`` also the optimizer's buffers) from a file of any known layout.
+
+    path: ``init``, empty for none. Returns what there is to say about it.
+    """
+    if path in ("", weights.RANDOM):
+        return ["random weights"] if path else []
+    source = weights.read(path)
+    notes = [f"init: {weights.load_into_scrl(model, source)}"]
+    if momentum:
+        filled = weights.load_momentum(model, optimizer, source)
+        if not filled:
+            raise UsageError(f"init_momentum=True: {path} ({source.layout}) holds no optimizer state that fits")
+        notes.append(f"momentum of {filled} parameters taken from it")
+    return notes

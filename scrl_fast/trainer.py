@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scrl_fast import info, weights
-from scrl_fast.build import build, check_run
+from scrl_fast import info
+from scrl_fast.build import build, check_run, initialise
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import validated
 from scrl_fast.data import Batch, Loader, identity_of, make_source, on_device, views_on_gpu
@@ -107,8 +107,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         """Fixes the number of CPU threads and notes it in the options. before: that of the run that goes on."""
         threads = set_threads(self.threads_asked, self.device, before)
         self.config = replace(self.config, train=replace(self.config.train, threads=threads))
-
-    # ---- data ----
 
     def open_loader(self, patience: float) -> Loader:
         """The loader of this process. patience: seconds that other processes wait for it."""
@@ -365,18 +363,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         return self.identity
 
     def initialise(self) -> list[str]:
-        """Fills the networks (and with ``init_momentum`` the optimizer's buffers) from a file of any known layout."""
-        path = self.config.init
-        if path in ("", weights.RANDOM):
-            return ["random weights"] if path else []
-        source = weights.read(path)
-        notes = [f"init: {weights.load_into_scrl(self.model, source)}"]
-        if self.config.init_momentum:
-            filled = weights.load_momentum(self.model, self.optimizer, source)
-            if not filled:
-                raise UsageError(f"init_momentum=True: {path} ({source.layout}) holds no optimizer state that fits")
-            notes.append(f"momentum of {filled} parameters taken from it")
-        return notes
+        return initialise(self.model, self.optimizer, self.config.init, momentum=self.config.init_momentum)
 
     def is_best(self) -> bool:
         """Whether the probe has never been more accurate.
@@ -387,8 +374,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         if self.validation is not None:
             self.window.scores = [self.validate(self.validation)]
         return self.window.is_best() if self.window.scores else not self.source.num_classes
-
-    # ---- evaluation ----
 
     def validate(self, validation: ProbeValidation) -> float:
         """The probe's top-1 on the validation images, in the row of this step; all processes call it."""
