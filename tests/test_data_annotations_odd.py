@@ -1,4 +1,7 @@
-"""Annotations as tools write them: what is clear is taken, what is not is refused by name, what is left out is said."""
+"""Annotations as tools write them: what is clear is taken, what is not is refused by name, what is left out is said.
+
+This file is long because of its lists of faults.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from PIL import Image
 from tiny_data import HEIGHT, WIDTH, write_coco, write_voc
 from tiny_transfer import write_cityscapes
 
-from scrl_fast.data.image_files import BadImage
+from scrl_fast.data.image_files import BadImage, ImageLimits
+from scrl_fast.data.sources import coco_document
 from scrl_fast.data.sources.annotated import SizeMismatch
 from scrl_fast.data.sources.cityscapes import read_cityscapes
 from scrl_fast.data.sources.coco import read_coco
@@ -467,3 +471,41 @@ def test_mutated_files_are_read_or_refused_by_name(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     outcome = json.loads(ran.stdout.replace("'", '"'))
     assert outcome["read"] >= int(count) / 10 and outcome["refused"] >= int(count) / 4
+
+
+# ---- files that are no files, or too large ----
+
+
+def test_a_pipe_among_annotations_is_named(tmp_path):
+    write_voc(tmp_path / "voc")
+    annotation = next((tmp_path / "voc").rglob("*.xml"))
+    annotation.unlink()
+    os.mkfifo(annotation)
+    with pytest.raises(UsageError, match=r"\.xml: is a named pipe, not a regular file"):
+        read_voc(tmp_path / "voc")
+    listing = next((tmp_path / "voc").rglob("test.txt"))
+    listing.unlink()
+    os.mkfifo(listing)
+    with pytest.raises(UsageError, match=r"test\.txt: is a named pipe"):
+        read_voc(tmp_path / "voc")
+
+
+def test_annotations_have_a_largest_size(tmp_path, monkeypatch):
+    coco(tmp_path)
+    monkeypatch.setattr(coco_document, "_LARGEST_FILE", 100)
+    with pytest.raises(UsageError, match=r"\.json: \d+ bytes are more than 100$"):
+        read_coco(tmp_path, "val2017")
+
+
+def test_boxes_of_one_pixel_are_no_shares(tmp_path):
+    coco(tmp_path, lambda d: [a.update(bbox=[0, 0, 1, 1]) for a in d["annotations"]])
+    assert read_coco(tmp_path, "val2017").objects[0].boxes[0].tolist() == [0, 0, 1, 1]
+
+
+def test_annotated_images_keep_all_limits(tmp_path):
+    coco(tmp_path)
+    limits = ImageLimits(max_file_bytes=100)
+    found = read_coco(tmp_path, "val2017", limits=limits, max_pixels=10**6).subset([0])
+    assert found.limits == ImageLimits(max_file_bytes=100, max_pixels=10**6)
+    with pytest.raises(BadImage, match="max_file_bytes=100"):
+        found.read(0)

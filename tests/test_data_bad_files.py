@@ -15,9 +15,10 @@ import torch
 from photos import write_bad, write_photos
 from tiny_loader import Pictures, config_of, epoch_of
 
-from scrl_fast.data import BadImage, Loader, TooManyBadImages, make_source
+from scrl_fast.data import BadImage, Loader, TooManyBadImages, image_files, make_source
 from scrl_fast.data import bad_images as bad_module
 from scrl_fast.data.bad_images import BadFiles
+from scrl_fast.data.image_files import MemoryBudget
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.philox import permutation
 
@@ -224,3 +225,17 @@ def test_a_pipe_among_the_images_neither_hangs_nor_stops_a_run(tmp_path: Path, w
         f"{tmp_path}/zero.jpg": "is a device, not a regular file",
     }
     loader.close()
+
+
+def test_memory_is_held_for_what_takes_the_place_of_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread holds can grow and shrink; what it held before is given back while it waits."""
+    monkeypatch.setattr(image_files, "_ALWAYS_FREE", 0)
+    budget = MemoryBudget(1000)
+    with budget.reserved(100) as held:
+        held.add(500)
+        assert held.share == budget._held == 600
+        held.add(5000)  # more than there is: all of it
+        assert held.share == budget._held == 1000
+        held.add(-5590)
+        assert held.share == budget._held == 10
+    assert budget._held == 0

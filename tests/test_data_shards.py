@@ -432,3 +432,20 @@ def test_a_manifest_from_elsewhere_is_checked(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "packed.json")
     with pytest.raises(UsageError, match=r"packed\.json.*named pipe"):
         source(tmp_path, "packed")
+
+
+def test_large_pax_records_are_skipped(tmp_path: Path) -> None:
+    """Extended attributes and comments before a member may be of any length; only its path must stay short."""
+    shard = tmp_path / "0.tar"
+    for comment in (10, 60_000, 70_000, 300_000, 3_000_000):
+        with tarfile.open(shard, "w", format=tarfile.PAX_FORMAT) as archive:
+            for number, name in enumerate(("a" * 200 + ".jpg", "b.jpg")):
+                member, data = tarfile.TarInfo(name), jpeg(number)
+                member.size, member.pax_headers = len(data), {"comment": "x" * comment, "zzz": "y" * 90}
+                archive.addfile(member, io.BytesIO(data))
+        found = source(shard)
+        assert names(found) == ["a" * 200 + ".jpg", "b.jpg"] and is_image(found.read(1), 1), comment
+    with tarfile.open(shard, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("a" * 70_000 + ".jpg"))
+    with pytest.raises(UsageError, match="a name of 70004 bytes"):
+        source(shard)

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+_STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint; `step_in_name` reads its name."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def step_in_name(path: Path) -> int:
+    """The step that the name of a checkpoint says; -1 for another name."""
+    match = _STEP_FILE.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def is_step_file(path: Path) -> bool:
+    """Whether a path is named as a step's checkpoint."""
+    return _STEP_FILE.fullmatch(path.name) is not None
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path | None:

@@ -21,9 +21,9 @@ from scrl_fast.config.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOG_EVERY,
-    MAX_PIXELS,
 )
 from scrl_fast.config.files import Settings, build, read_settings, recipe_names
+from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.validation import (
     FRACTION_RANGE,
     SAMPLES_RANGE,
@@ -45,7 +45,7 @@ from scrl_fast.errors import UsageError, did_you_mean
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ImageLimitOptions):
     """Where the images come from."""
 
     source: Literal["demo", "folder", "imagefolder", "imagenet", "list", "tar", "packed", "hf"] = "demo"
@@ -64,20 +64,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Stop when more than this share of an epoch's images cannot be read (unless 0, ten never stop a run, or half of
     the images if those are fewer)."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels than this are refused before they are decoded."""
-    max_file_bytes: int = 268_435_456
-    """Image files larger than this are refused before they are read."""
-    max_pixels_per_byte: int = 10_000
-    """Images of more than 16 megapixels are refused when their file is smaller than this asks for: a file of a hundred
-    bytes may claim 177 megapixels. PNG and GIF stay below it, whatever they show."""
-    max_scans: int = 100
-    """JPEGs of more scans than this are refused: each scan costs time, and 3,000 of them 30 s."""
-    max_decoded_bytes: int = 1_610_612_736
-    """Images whose decoding takes more memory than this are refused before they are decoded: about 7 bytes a pixel,
-    13 in a progressive JPEG."""
-    decode_memory: int = 8_589_934_592
-    """Bytes that the workers of a process may take together for decoding large images; a worker waits for its share."""
     scaled_decode: bool = True
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where both crops stay at least as large as a view: several
     times faster for photographs of many megapixels, and pixels differ a little from decoding in full."""
@@ -99,14 +85,9 @@ class DataConfig:
             prefetch=at_least(1),
             timeout=TIMEOUT_RANGE,
             max_bad_fraction=FRACTION_RANGE,
-            max_pixels=at_least(1),
-            max_file_bytes=at_least(1),
-            max_pixels_per_byte=at_least(1),
-            max_scans=at_least(1),
-            max_decoded_bytes=at_least(1),
-            decode_memory=at_least(1),
             demo_images=at_least(1),
             demo_size=at_least(16),
+            **IMAGE_LIMIT_RANGES,
         )
         clean_paths(self, "root")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from scrl_fast.config.schema import Config
 from scrl_fast.data.batch import Batch, PackedBatch, each_of
 from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
+from scrl_fast.data.image_files import Reservation
 from scrl_fast.data.reader import BatchItem, Reader
 from scrl_fast.data.scaled import DecodedImage, fit_to_shrunk
 from scrl_fast.data.workers import Work
@@ -75,11 +76,13 @@ class BatchBuilder:
         for low, items in self._open(first, end):
             table = reader.draw(items, epoch)
             for start, stop in _groups(items):
-                with reader.memory.reserved(sum(item.image.decoding_bytes for item in items[start:stop])):
-                    self._make_group(items[start:stop], table[:, start:stop], low + start)
+                with reader.memory.reserved(sum(item.image.decoding_bytes for item in items[start:stop])) as held:
+                    self._make_group(items[start:stop], table[:, start:stop], low + start, held)
 
-    def _make_group(self, items: list[BatchItem], table: np.ndarray, place: int) -> None:
+    def _make_group(self, items: list[BatchItem], table: np.ndarray, place: int, held: Reservation) -> None:
         """The images of `items` with the rows `[2, n]` of their views, for the places from `place` on.
+
+        held: the memory that the thread holds for decoding them.
 
         As much as can be is done for all at once: what is done for each holds the interpreter, which training needs.
         """
@@ -87,7 +90,7 @@ class BatchBuilder:
         for index, item in enumerate(items):
             rows = table[:, index]
             alone = len(items) == 1
-            items[index], pixels, shrink = reader.decode(item, rows, self.place[0], self._step, alone=alone)
+            items[index], pixels, shrink = reader.decode(item, rows, self.place[0], self._step, held=held, alone=alone)
             images.append(pixels)
             shrinks.append(shrink)
         table, crops = fit_to_shrunk(table, shrinks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +92,7 @@ class Encoded:
         name: str = "image",
     ) -> None:
         self.name, self.data = name, data
-        limits = limits if max_pixels is None else replace(limits, max_pixels=max_pixels)
+        limits = limits.with_pixels(max_pixels)
         if not data:
             raise BadImage(name, "the file is empty")
         check_size(len(data), limits.max_file_bytes, name)

@@ -12,9 +12,9 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from scrl_fast.config.schema import DataConfig
+from scrl_fast.config.image_limits import ImageLimitOptions
 
 
 class BadImage(Exception):
@@ -32,17 +32,21 @@ class BadImage(Exception):
 class ImageLimits:
     """What an image file may ask for before it is refused as a `BadImage`; see the options of the same names."""
 
-    max_pixels: int = DataConfig.max_pixels
-    max_file_bytes: int = DataConfig.max_file_bytes
-    max_pixels_per_byte: int = DataConfig.max_pixels_per_byte
-    max_scans: int = DataConfig.max_scans
-    max_decoded_bytes: int = DataConfig.max_decoded_bytes
-    decode_memory: int = DataConfig.decode_memory
+    max_pixels: int = ImageLimitOptions.max_pixels
+    max_file_bytes: int = ImageLimitOptions.max_file_bytes
+    max_pixels_per_byte: int = ImageLimitOptions.max_pixels_per_byte
+    max_scans: int = ImageLimitOptions.max_scans
+    max_decoded_bytes: int = ImageLimitOptions.max_decoded_bytes
+    decode_memory: int = ImageLimitOptions.decode_memory
 
     @classmethod
-    def of(cls, data: DataConfig) -> ImageLimits:
+    def of(cls, options: ImageLimitOptions) -> ImageLimits:
         """The limits that the options of a run set."""
-        return cls(**{limit.name: getattr(data, limit.name) for limit in fields(cls)})
+        return cls(**{limit.name: getattr(options, limit.name) for limit in fields(cls)})
+
+    def with_pixels(self, max_pixels: int | None) -> ImageLimits:
+        """The same with another `max_pixels`, unless that is None."""
+        return self if max_pixels is None else replace(self, max_pixels=max_pixels)
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -60,21 +64,39 @@ class MemoryBudget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def reserved(self, wanted: int) -> Iterator[None]:
+    def reserved(self, wanted: int) -> Iterator[Reservation]:
         """Hold so many bytes meanwhile. Not to be used by a thread that holds some already: two could wait forever."""
-        if wanted <= _ALWAYS_FREE:
-            yield
-            return
-        share = min(wanted, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._held + share <= self._size)
-            self._held += share
+        held = Reservation(self)
+        held.add(wanted)
         try:
-            yield
+            yield held
         finally:
+            self.take(0, held.share)
+
+    def take(self, wanted: int, instead: int = 0) -> int:
+        """Waits for so many bytes and returns how many of them count; gives back `instead` first."""
+        share = min(wanted, self._size) if wanted > _ALWAYS_FREE else 0
+        if share or instead:
             with self._changed:
-                self._held -= share
-                self._changed.notify_all()
+                if instead:
+                    self._held -= instead
+                    self._changed.notify_all()
+                self._changed.wait_for(lambda: self._held + share <= self._size)
+                self._held += share
+        return share
+
+
+class Reservation:
+    """What one thread holds of a `MemoryBudget`. share: the bytes that count there."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget, self._wanted, self.share = budget, 0, 0
+
+    def add(self, more: int) -> None:
+        """Hold so many bytes more, or fewer. Nothing is held while it waits: threads cannot wait for each other."""
+        self._wanted += more
+        before, self.share = self.share, 0  # an interrupted wait must not give it back twice
+        self.share = self._budget.take(self._wanted, before)
 
 
 @functools.cache
@@ -100,10 +122,16 @@ _KINDS = (
 )
 
 
-def read_file(path: str, name: str | None = None, *, limit: int = DataConfig.max_file_bytes) -> bytes:
+def read_file(
+    path: str,
+    name: str | None = None,
+    *,
+    limit: int = ImageLimitOptions.max_file_bytes,
+    option: str = "data.max_file_bytes=",
+) -> bytes:
     """The bytes of a regular file.
 
-    limit: bytes; a larger file is not read.
+    limit: bytes; a larger file is not read. option: what stands before the limit in the message.
     Raises BadImage(name, cause) when the file cannot be read, is too large, or is a pipe, a device or the like.
     """
     name = name or path
@@ -118,7 +146,7 @@ def read_file(path: str, name: str | None = None, *, limit: int = DataConfig.max
         if not stat.S_ISREG(status.st_mode):
             kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "something else")
             raise BadImage(name, f"is {kind}, not a regular file")
-        check_size(status.st_size, limit, name)
+        check_size(status.st_size, limit, name, option)
         return read_at(handle, status.st_size, 0)
     except OSError as error:
         raise BadImage(name, error.strerror or str(error)) from error
@@ -126,10 +154,10 @@ def read_file(path: str, name: str | None = None, *, limit: int = DataConfig.max
         os.close(handle)
 
 
-def check_size(size: int, limit: int, name: str) -> None:
+def check_size(size: int, limit: int, name: str, option: str = "data.max_file_bytes=") -> None:
     """Raises BadImage for a file of more than `limit` bytes."""
     if size > limit:
-        raise BadImage(name, f"{size} bytes are more than data.max_file_bytes={limit}")
+        raise BadImage(name, f"{size} bytes are more than {option}{limit}")
 
 
 def read_at(handle: int, size: int, offset: int) -> bytes:

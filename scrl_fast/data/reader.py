@@ -12,7 +12,7 @@ import numpy as np
 from scrl_fast.config.schema import Config
 from scrl_fast.data.bad_images import IN_A_ROW, BadFiles, TooManyBadImages
 from scrl_fast.data.decode import Encoded, PixelBuffer
-from scrl_fast.data.image_files import BadImage, memory_budget
+from scrl_fast.data.image_files import BadImage, Reservation, memory_budget
 from scrl_fast.data.scaled import DecodedImage, largest_shrink, open_image
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.views import draw_views
@@ -87,11 +87,19 @@ class Reader:
         return draw_views(self._views, sizes, seed=self._seed, epoch=epoch, keys=[item.key for item in items])
 
     def decode(
-        self, item: BatchItem, rows: np.ndarray, epoch: int, step: int = 0, *, alone: bool = False
+        self,
+        item: BatchItem,
+        rows: np.ndarray,
+        epoch: int,
+        step: int = 0,
+        *,
+        held: Reservation | None = None,
+        alone: bool = False,
     ) -> tuple[BatchItem, Any, int]:
         """An item, or what takes its place; its pixels; by what its sides were divided in decoding.
 
-        rows: VIEW_DTYPE `[2]`, as drawn; filled anew for what takes the place. alone: the pixels may be gone with the
+        rows: VIEW_DTYPE `[2]`, as drawn; filled anew for what takes the place. held: memory that the calling
+        thread holds for the item, changed to what the other one takes. alone: the pixels may be gone with the
         next call, unless all are to be kept.
         """
         buffer = self._buffer() if alone and not self._keep else None
@@ -104,7 +112,10 @@ class Reader:
                     pixels = item.image.decode(shrink, buffer)
             except BadImage as bad:
                 self._bad.add(bad, epoch, step)
+                freed = item.image.decoding_bytes
                 item = self.open(item.asked, epoch, step, item.attempt + 1)
+                if held is not None:
+                    held.add(item.image.decoding_bytes - freed)
                 rows[:] = self.draw([item], epoch)[:, 0]
             else:
                 return item, pixels, shrink

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES, MAX_PIXELS
+from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES
+from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
 from scrl_fast.config.validation import (
     above,
@@ -68,7 +69,7 @@ class Common:
 
 
 @dataclass
-class ImageData:
+class ImageData(ImageLimitOptions):
     """Labelled images for linear and knn: one folder a class, in a folder each for training and test."""
 
     source: Literal["demo", "imagenet"] = "demo"
@@ -79,8 +80,6 @@ class ImageData:
     """Folder of the training images, in root."""
     test: str = "val"
     """Folder of the test images, in root."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels than this are refused before they are decoded."""
     demo_images: int = DEMO_IMAGES
     """Training scenes (source=demo)."""
     demo_test: int = DEMO_TEST_IMAGES
@@ -93,7 +92,7 @@ class ImageData:
 
 
 @dataclass
-class RegionData:
+class RegionData(ImageLimitOptions):
     """Images with labelled boxes for roi-linear."""
 
     source: Literal["demo", "coco", "voc"] = "demo"
@@ -113,8 +112,6 @@ class RegionData:
     """Enlarge or shrink images until the shorter side has this many pixels; 0: as they are."""
     max_images: int = 0
     """Use only so many images of each split; 0: all."""
-    max_pixels: int = MAX_PIXELS
-    """Images with more pixels than this are refused before they are decoded."""
     demo_images: int = DEMO_IMAGES
     """Training scenes (source=demo)."""
     demo_test: int = DEMO_TEST_IMAGES
@@ -127,7 +124,7 @@ class RegionData:
 
 
 def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]
-    sizes = dict.fromkeys(("max_pixels", "demo_images", "demo_test"), at_least(1))
+    sizes = dict.fromkeys(("demo_images", "demo_test"), at_least(1)) | IMAGE_LIMIT_RANGES
     check_fields(data, "data", demo_size=at_least(16), **sizes, **ranges)
     clean_paths(data, "root")
 

@@ -55,7 +55,7 @@ def labelled_images(data: ImageData, seed: int) -> tuple[Source, Source]:
         folder = os.path.join(data.root, split)
         if not os.path.isdir(folder):
             raise UsageError(f"no folder {folder}: expected one folder a class in it, as in {folder}/n01440764/*.JPEG")
-        sets.append(class_folders(folder, limits=ImageLimits(max_pixels=data.max_pixels)))
+        sets.append(class_folders(folder, limits=ImageLimits.of(data)))
     train, test = sets
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
@@ -95,10 +95,10 @@ def labelled_regions(data: RegionData, seed: int) -> tuple[Any, Any]:
 
 def _annotated(data: RegionData, split: str) -> ResizedImages:
     if data.source == "coco":
-        found = read_coco(data.root, split, keep_segmentations=False, max_pixels=data.max_pixels)
+        found = read_coco(data.root, split, keep_segmentations=False, limits=ImageLimits.of(data))
     else:
         names = [name.strip() for name in data.classes.split(",")] if data.classes else CLASSES
-        found = read_voc(data.root, split, year=data.year, classes=names, max_pixels=data.max_pixels)
+        found = read_voc(data.root, split, year=data.year, classes=names, limits=ImageLimits.of(data))
     found = found.only(lambda objects: ~objects.crowd)
     chosen = np.flatnonzero([len(objects) for objects in found.objects])[: data.max_images or None]
     if not len(chosen):

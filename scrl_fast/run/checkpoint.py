@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import torch
 
 from scrl_fast import atomic_files
+from scrl_fast.config.run_folder import is_step_file, step_in_name, step_path
 from scrl_fast.errors import UsageError
 from scrl_fast.weights.checkpoint_files import (
     CHECKPOINT_KEYS,
@@ -136,7 +137,7 @@ def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = find(path)
     state = load(path, expect=CHECKPOINT_KEYS)
     check_training_state(path, state)
-    if path.name.startswith("step_") and path != step_path(path.parent, state["step"]):
+    if is_step_file(path) and step_in_name(path) != state["step"]:
         raise CheckpointError(
             f"{path} holds step {state['step']}, not what its name says: an older file must have come back under the "
             "newest name. Remove it to go on from the checkpoint before"
@@ -173,11 +174,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                 shapes = f"{list(value.shape)} for a parameter of {list(parameter.shape)}"
                 raise CheckpointError(f"the checkpoint's optimizer cannot be used ({name} is {shapes})")
-
-
-def step_path(folder: Path, step: int) -> Path:
-    """The file of a step's checkpoint."""
-    return folder / f"step_{step:08d}.pt"
 
 
 def _check_plain(value: Any, place: str = "state") -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scrl_fast.config.run_folder import is_step_file, step_in_name
 from scrl_fast.distributed.rendezvous import get_or_set_in_store
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
@@ -71,7 +72,8 @@ def place_run(config: Options, world: World, kind: str, known: Sequence[str] = (
 
 def newest_checkpoint(folder: str) -> str:
     """Name and time of the newest checkpoint in a run folder, damaged or not; empty without one or without folder."""
-    newest = max(Path(folder, CHECKPOINTS).glob("step_*.pt"), default=None) if folder else None
+    found = filter(is_step_file, Path(folder, CHECKPOINTS).glob("*.pt")) if folder else ()
+    newest = max(found, key=step_in_name, default=None)
     return f"{newest.name} {newest.stat().st_mtime_ns}" if newest else ""
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scrl_fast.config.run_folder import step_in_name
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 
@@ -92,9 +92,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = list(value) if isinstance(value, (list, tuple)) else value
     return flat
-
-
-def step_in_name(path: Path) -> int:
-    """The step of ``step_NNNNNNNN.pt``; -1 for another name."""
-    match = re.fullmatch(r"step_(\d+)\.pt", path.name)
-    return int(match[1]) if match else -1

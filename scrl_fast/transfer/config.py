@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from scrl_fast.config.defaults import DATA_TIMEOUT, IMAGENET_MEAN, IMAGENET_STD
+from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.schema import RunConfig
 from scrl_fast.config.validation import (
     FRACTION_RANGE,
@@ -32,7 +33,7 @@ DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
 
 
 @dataclass
-class TransferDataConfig:
+class TransferDataConfig(ImageLimitOptions):
     """Where images and annotations come from."""
 
     root: str = ""
@@ -60,7 +61,7 @@ class TransferDataConfig:
     def __post_init__(self) -> None:
         share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
-        check_fields(self, "data", flip=share, subset=share, timeout=TIMEOUT_RANGE, **counts)
+        check_fields(self, "data", flip=share, subset=share, timeout=TIMEOUT_RANGE, **counts, **IMAGE_LIMIT_RANGES)
         clean_paths(self, "root")
         if self.subset == 0:
             raise option_error("data.subset", self.subset, "must be above 0")

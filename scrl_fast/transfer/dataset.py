@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.annotated import Objects, concatenate
 from scrl_fast.errors import UsageError
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
@@ -29,22 +30,22 @@ KEYPOINT_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (
 
 def read_split(config: TransferConfig, split: str) -> Any:
     """The annotated images of a split, in the task's layout. Raises UsageError naming what is missing."""
-    root = config.data.root
+    root, limits = config.data.root, ImageLimits.of(config.data)
     if config.task == "voc":
         from scrl_fast.data.sources.voc import read_voc
 
         parts = [part.partition("_") for part in split.split("+")]
         if any(not year.isdecimal() or not name for year, _, name in parts):
             raise UsageError(f"data split {split!r}: for voc it is YEAR_SPLIT, as in 2007_trainval+2012_trainval")
-        return concatenate([read_voc(root, name, year=year) for year, _, name in parts])
+        return concatenate([read_voc(root, name, year=year, limits=limits) for year, _, name in parts])
     if config.task == "cityscapes":
         from scrl_fast.data.sources.cityscapes import read_cityscapes
 
-        return read_cityscapes(root, split, workers=config.data.workers)
+        return read_cityscapes(root, split, workers=config.data.workers, limits=limits)
     from scrl_fast.data.sources.coco import read_coco
 
     kind = "person_keypoints" if config.task == "keypoints" else "instances"
-    return read_coco(root, split, kind=kind, keep_segmentations=config.model.detector == "mask_rcnn")
+    return read_coco(root, split, kind=kind, keep_segmentations=config.model.detector == "mask_rcnn", limits=limits)
 
 
 def trainable(source: Any, config: TransferDataConfig, *, masks: bool = False, keypoints: bool = False) -> list[int]:

@@ -6,13 +6,13 @@ No code of a file is run (`scrl_fast.weights.torch_files`).
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scrl_fast import atomic_files
+from scrl_fast.config.run_folder import is_step_file, step_in_name
 from scrl_fast.weights.errors import CheckpointError
 from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
 from scrl_fast.weights.torch_files import read_torch
@@ -20,8 +20,6 @@ from scrl_fast.weights.zip_archive import ArchiveError, ZipArchive, is_zip
 
 CHECKPOINT_KEYS = ("model", "optimizer", "step", "epoch", "config", "rng", "loader", "version")
 """What a training checkpoint holds."""
-
-_STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -46,8 +44,8 @@ def step_files(folder: Path) -> list[Path]:
     """The ``step_NNNNNNNN.pt`` of a folder, newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FILE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if is_step_file(path)]
+    return sorted(found, key=step_in_name, reverse=True)
 
 
 def _candidates(folder: Path) -> list[Path]:

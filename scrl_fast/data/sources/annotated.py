@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.config.defaults import MAX_PIXELS
 from scrl_fast.data.decode import Encoded
-from scrl_fast.data.image_files import BadImage, ImageLimits, read_file
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 
 
@@ -91,12 +90,11 @@ class AnnotatedImages(EncodedImages):
         *,
         annotation_file: str,
         category_ids: Sequence[int | str] = (),
-        max_pixels: int = MAX_PIXELS,
+        limits: ImageLimits = DEFAULT_LIMITS,
         notes: Sequence[str] = (),
     ) -> None:
         self.folder, self.objects, self.classes = folder, list(objects), list(classes)
-        self.annotation_file, self.max_pixels, self.notes = annotation_file, max_pixels, list(notes)
-        self.limits = ImageLimits(max_pixels=max_pixels)
+        self.annotation_file, self.limits, self.notes = annotation_file, limits, list(notes)
         self.category_ids = list(category_ids) or list(range(len(self.classes)))
 
     def __len__(self) -> int:
@@ -141,7 +139,7 @@ class AnnotatedImages(EncodedImages):
             self.classes,
             annotation_file=self.annotation_file,
             category_ids=self.category_ids,
-            max_pixels=self.max_pixels,
+            limits=self.limits,
             notes=self.notes,
         )
 
@@ -158,6 +156,6 @@ def concatenate(parts: Sequence[AnnotatedImages]) -> AnnotatedImages:
         first.classes,
         annotation_file=" + ".join(part.annotation_file for part in parts),
         category_ids=first.category_ids,
-        max_pixels=first.max_pixels,
+        limits=first.limits,
         notes=[note for part in parts for note in part.notes],
     )

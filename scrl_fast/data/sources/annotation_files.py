@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.decode import Encoded
-from scrl_fast.data.image_files import BadImage, read_file
+from scrl_fast.data.image_files import BadImage, ImageLimits, read_file
 from scrl_fast.errors import UsageError
 
 _short = reprlib.Repr()
@@ -36,6 +36,20 @@ def foreign_content(data: bytes) -> str:
         return "an HTML page (a download that went wrong?)"
     packed = {b"\x1f\x8b": "gzip", b"PK": "zip"}
     return next((f"a {name} archive" for magic, name in packed.items() if data.startswith(magic)), "")
+
+
+def read_annotations(path: str | os.PathLike[str], largest: int) -> bytes:
+    """The bytes of a regular file of annotations.
+
+    largest: bytes; a larger file is not read.
+    Raises FileNotFoundError; UsageError naming the file where it is a pipe, too large or cannot be read.
+    """
+    try:
+        return read_file(os.fspath(path), limit=largest, option="")
+    except BadImage as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise UsageError(f"cannot read {error}") from error
 
 
 def stated_size(height: Any, width: Any) -> tuple[int, int] | None:
@@ -63,21 +77,21 @@ def fill_sizes(
     sizes: Sequence[tuple[int, int] | None],
     annotation_file: str,
     *,
-    max_pixels: int,
+    limits: ImageLimits,
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """The sizes, unknown ones read from the images, and notes. Raises UsageError for a size that no image can have."""
 
     def read(name: str) -> tuple[int, int]:
         path = os.path.join(folder, name)
-        image = Encoded(read_file(path), max_pixels=max_pixels, name=path)
+        image = Encoded(read_file(path, limit=limits.max_file_bytes), limits=limits, name=path)
         return image.height, image.width
 
-    large = next((i for i, size in enumerate(sizes) if size and size[0] * size[1] > max_pixels), None)
+    large = next((i for i, size in enumerate(sizes) if size and size[0] * size[1] > limits.max_pixels), None)
     if large is not None:
         height, width = sizes[large] or (0, 0)
         raise UsageError(
             f"{annotation_file}: {names[large]} is said to have {height} x {width} pixels, "
-            f"more than max_pixels={max_pixels}"
+            f"more than max_pixels={limits.max_pixels}"
         )
     unknown = [name for name, size in zip(names, sizes, strict=True) if size is None]
     try:

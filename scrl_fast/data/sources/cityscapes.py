@@ -7,6 +7,7 @@ github.com/mcordts/cityscapesScripts.
 
 from __future__ import annotations
 
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
+from scrl_fast.config.defaults import MAX_PIXELS
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits
+from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
+from scrl_fast.data.sources.annotation_files import read_annotations
 from scrl_fast.errors import UsageError
 
 CLASSES = {"person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33}
@@ -26,11 +30,17 @@ IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
 def read_cityscapes(
-    root: str, split: str = "val", *, workers: int = 8, max_pixels: int = MAX_PIXELS
+    root: str,
+    split: str = "val",
+    *,
+    workers: int = 8,
+    max_pixels: int | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> AnnotatedImages:
     """The images of one split with their instances; groups are kept and marked as crowd.
 
     ``segmentations`` are pairs (path of the instance image, the value it holds there), which `mask` turns into masks.
+    limits: of the image files. max_pixels: in place of the one in limits.
     Raises UsageError naming the path that was expected.
     """
     images = os.path.join(root, "leftImg8bit", split)
@@ -52,7 +62,7 @@ def read_cityscapes(
         list(CLASSES),
         annotation_file=labels,
         category_ids=list(CLASSES.values()),
-        max_pixels=max_pixels,
+        limits=limits.with_pixels(max_pixels),
         notes=notes,
     )
 
@@ -60,7 +70,8 @@ def read_cityscapes(
 def instance_image(path: str | os.PathLike[str]) -> NDArray[np.int32]:
     """Values of an instance image, int32 ``[H, W]``. Raises UsageError naming a file that is none or missing."""
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        data = io.BytesIO(read_annotations(path, DEFAULT_LIMITS.max_file_bytes))
+        with Image.open(data, formats=("PNG",)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
             values = np.asarray(picture)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits
+from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
 from scrl_fast.data.sources.annotation_files import box_notes, clip_boxes, fill_sizes, find_images
 from scrl_fast.data.sources.coco_document import Annotation, Document, read_document
 from scrl_fast.data.sources.coco_fields import inside_mask
@@ -29,7 +30,8 @@ def read_coco(
     annotation_file: str = "",
     image_folder: str = "",
     keep_segmentations: bool = True,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> AnnotatedImages:
     """The images of one split with their objects; crowds are kept and marked, images without objects are kept.
 
@@ -37,17 +39,19 @@ def read_coco(
     kind: ``instances``, or ``person_keypoints``, whose keypoints are read too.
     annotation_file, image_folder: in place of the official ``annotations/KIND_SPLIT.json`` and ``SPLIT``.
     keep_segmentations: False leaves the masks out (most of the memory of train2017).
+    limits: of the image files. max_pixels: in place of the one in limits.
     Sizes of images that the file does not know are read from the images. Boxes are clipped to their image and left out
     where nothing remains; ``notes`` of the result count them.
     Raises UsageError naming the path that was expected, or the row of the file that is wrong.
     """
     file = annotation_file or os.path.join(root, "annotations", f"{kind}_{split}.json")
     folder = image_folder or os.path.join(root, split)
+    limits = limits.with_pixels(max_pixels)
     _check_layout(root, file, folder)
     document = read_document(file, segmentations=keep_segmentations)
     names, notes = find_images(folder, [image.file_name for image in document.images], file)
     stated = [image.size for image in document.images]
-    sizes, more = fill_sizes(folder, names, stated, file, max_pixels=max_pixels)
+    sizes, more = fill_sizes(folder, names, stated, file, limits=limits)
     faults: Counter[str] = Counter()
     objects = [
         _objects(document, place, name, size, faults)
@@ -59,7 +63,7 @@ def read_coco(
         document.classes,
         annotation_file=file,
         category_ids=document.category_ids,
-        max_pixels=max_pixels,
+        limits=limits,
         notes=[*document.notes, *notes, *more, *box_notes(file, faults)],
     )
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from scrl_fast.data.sources.annotation_files import foreign_content, shown, stated_size
+from scrl_fast.data.sources.annotation_files import foreign_content, read_annotations, shown, stated_size
 from scrl_fast.data.sources.coco_fields import (
     area_of,
     bbox_of,
@@ -23,6 +23,7 @@ from scrl_fast.data.sources.coco_fields import (
 )
 from scrl_fast.errors import UsageError
 
+_LARGEST_FILE = 1 << 33  # bytes: a million images with masks take about half of it
 PARTS = ("images", "annotations", "categories")
 
 
@@ -107,9 +108,8 @@ def _known(item: dict[str, Any], key: str, place_of: dict[int | str, int]) -> in
 
 def _load(file: str) -> dict[str, list[dict[str, Any]]]:
     try:
-        with open(file, "rb") as stream:
-            data = stream.read()
-    except OSError as error:
+        data = read_annotations(file, _LARGEST_FILE)
+    except FileNotFoundError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
     if other := foreign_content(data):
         raise UsageError(f"{file} is {other}, not COCO's JSON")
@@ -186,7 +186,8 @@ def _check_keypoints(file: str, annotations: list[list[Annotation]]) -> None:
 
 def _check_unit(file: str, annotations: list[list[Annotation]]) -> None:
     boxes = [annotation.bbox for found in annotations for annotation in found]
-    if boxes and all(0 <= value <= 1 for box in boxes for value in box) and any(map(any, boxes)):
+    values = [value for box in boxes for value in box]
+    if all(0 <= value <= 1 for value in values) and any(value % 1 for value in values):  # [0, 0, 1, 1] is a pixel
         raise UsageError(
             f"{file}: all {len(boxes)} boxes lie between 0 and 1; COCO's bbox is x, y, width, height in pixels"
         )

@@ -17,6 +17,7 @@ from scrl_fast.data.image_files import read_at
 
 BLOCK = 512
 _LONGEST_NAME = 1 << 16
+_LARGEST_PAX, _PAX_PART = 1 << 24, 1 << 18  # bytes: of the records before a member, and of what is read at a time
 _PADDING = 40 * BLOCK  # archives are filled up with zeros to a multiple of 20 blocks
 _REGULAR = (b"0", b"\0", b"7")
 _SPARSE = b"S"
@@ -121,28 +122,47 @@ def _extension(kind: bytes, handle: int, content: int, size: int, length: int) -
     """What a header before a member says of it: a long name, or pax records (path and size; the rest is unused)."""
     if content + size > length:
         raise Damaged(f"is cut in a header (at byte {length})")
-    if kind not in (_PAX, _LONG_NAME):
-        return {}
-    if size > _LONGEST_NAME:
-        raise Damaged(f"has a damaged header at byte {content - BLOCK}: a name of {size} bytes")
-    data = read_at(handle, size, content)
     if kind == _LONG_NAME:
-        return {"name": _text(data)}
+        _check_name(size, content)
+        return {"name": _text(read_at(handle, size, content))}
+    if kind == _PAX and size > _LARGEST_PAX:
+        raise Damaged(f"has a damaged header at byte {content - BLOCK}: pax records of {size} bytes")
     found: dict = {}
-    while data:
-        digits, _, _ = data.partition(b" ")
-        end = int(digits) if digits.isdigit() and len(digits) < 6 else 0
-        key, equals, value = data[len(digits) + 1 : end - 1].partition(b"=")
-        if not equals or data[end - 1 : end] != b"\n":
-            raise Damaged(f"has a damaged header at byte {content - BLOCK}")
+    for key, value, length in _pax_records(handle, content, size) if kind == _PAX else ():
         if key == b"path":
+            _check_name(length, content)
             found["name"] = value.decode("utf-8", "surrogateescape")
         elif key.startswith(b"GNU.sparse."):
             found["sparse"] = True
         elif key == b"size" and value.isdigit() and len(value) < 20:
             found["size"] = int(value)
-        data = data[end:]
     return found
+
+
+def _check_name(size: int, content: int) -> None:
+    if size > _LONGEST_NAME:
+        raise Damaged(f"has a damaged header at byte {content - BLOCK}: a name of {size} bytes")
+
+
+def _pax_records(handle: int, content: int, size: int) -> Iterator[tuple[bytes, bytes, int]]:
+    """Key, value and length of the value of each record; of a value longer than any name perhaps the beginning only.
+
+    Extended attributes and comments may take megabytes, so the records are read in parts.
+    """
+    place, stop = content, content + size
+    data, low = b"", content  # the bytes from `low` on
+    while place < stop:
+        if low + len(data) < min(place + _PAX_PART // 2, stop):
+            data, low = read_at(handle, min(_PAX_PART, stop - place), place), place
+        at = place - low
+        digits, _, _ = data[at : at + 10].partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
+        key, equals, value = data[at + len(digits) + 1 : at + max(length - 1, 0)].partition(b"=")
+        end = place + length
+        if not equals or end > stop or (data[at + length - 1 : at + length] or read_at(handle, 1, end - 1)) != b"\n":
+            raise Damaged(f"has a damaged header at byte {content - BLOCK}")
+        yield key, value, length - len(digits) - len(key) - 3
+        place = end
 
 
 class Handles:

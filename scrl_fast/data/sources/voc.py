@@ -17,13 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 from scrl_fast.data.decode import EXTENSIONS
-from scrl_fast.data.sources.annotated import MAX_PIXELS, AnnotatedImages, Objects
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits
+from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
 from scrl_fast.data.sources.annotation_files import (
     box_notes,
     clip_boxes,
     fill_sizes,
     find_images,
     foreign_content,
+    read_annotations,
     shown,
     stated_size,
 )
@@ -34,6 +36,8 @@ CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
+_LARGEST_XML, _LARGEST_LIST = 1 << 26, 1 << 30  # bytes: of one image; ten million names
+
 
 def read_voc(
     root: str,
@@ -41,16 +45,18 @@ def read_voc(
     *,
     year: str = "2007",
     classes: Sequence[str] = CLASSES,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> AnnotatedImages:
     """The images of one split with their objects; difficult ones are kept and marked.
 
     root: the devkit's folder, which holds ``VOC<year>``, or that folder itself.
     split: a list of ``ImageSets/Main``: train, val, trainval or test.
     classes: names by label; VOC's own twenty unless your XML files have others.
+    limits: of the image files. max_pixels: in place of the one in limits.
     Raises UsageError naming the path that was expected, or the file and the class that does not belong.
     """
-    folder = _folder(root, year)
+    folder, limits = _folder(root, year), limits.with_pixels(max_pixels)
     listing, images = folder / "ImageSets" / "Main" / f"{split}.txt", folder / "JPEGImages"
     names = _listed(folder, listing)
     label_of = {name: label for label, name in enumerate(classes)}
@@ -59,7 +65,7 @@ def read_voc(
         raise UsageError(f"no folder of images at {images}, which {listing} belongs to")
     files = _image_files(images, names, annotations)
     files, notes = find_images(str(images), files, str(listing))
-    sizes, more = fill_sizes(str(images), files, [a.size for a in annotations], str(listing), max_pixels=max_pixels)
+    sizes, more = fill_sizes(str(images), files, [a.size for a in annotations], str(listing), limits=limits)
     faults: Counter[str] = Counter()
     objects = [
         _objects(name, file, size, annotation, faults)
@@ -70,7 +76,7 @@ def read_voc(
         objects,
         classes,
         annotation_file=str(listing),
-        max_pixels=max_pixels,
+        limits=limits,
         notes=[*notes, *more, *box_notes(str(listing), faults)],
     )
 
@@ -97,7 +103,7 @@ def _folder(root: str, year: str) -> Path:
 def _listed(folder: Path, listing: Path) -> list[str]:
     """The names that a list holds, without what the lists of single classes have behind them."""
     try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_annotations(listing, _LARGEST_LIST).decode("utf-8-sig").replace("\r", "\n").split("\n")
     except FileNotFoundError:
         there = sorted(path.stem for path in listing.parent.glob("*.txt") if "_" not in path.stem)
         hint = did_you_mean(listing.stem, there) or (f"; there are: {', '.join(there)}" if there else "")
@@ -147,7 +153,7 @@ def _image_files(images: Path, names: Sequence[str], annotations: Sequence[_Anno
 
 def _read_xml(path: Path, label_of: Mapping[str, int]) -> _Annotation:
     try:
-        data = path.read_bytes()
+        data = read_annotations(path, _LARGEST_XML)
     except FileNotFoundError:
         raise UsageError(f"no annotation at {path}, though the list of images names {path.stem}") from None
     if other := foreign_content(data):

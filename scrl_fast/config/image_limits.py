@@ -1,0 +1,31 @@
+"""The options that limit what an image file may ask for: of training, evaluation and transfer alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from scrl_fast.config.defaults import MAX_PIXELS
+from scrl_fast.config.validation import at_least
+
+
+@dataclass(kw_only=True)
+class ImageLimitOptions:
+    """What every section `data` has; its `__post_init__` passes `IMAGE_LIMIT_RANGES` to `check_fields`."""
+
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels than this are refused before they are decoded."""
+    max_file_bytes: int = 268_435_456
+    """Image files larger than this are refused before they are read."""
+    max_pixels_per_byte: int = 10_000
+    """Images of more than 16 megapixels are refused when their file is smaller than this asks for: a file of a hundred
+    bytes may claim 177 megapixels. PNG and GIF stay below it, whatever they show."""
+    max_scans: int = 100
+    """JPEGs of more scans than this are refused: each scan costs time, and 3,000 of them 30 s."""
+    max_decoded_bytes: int = 1_610_612_736
+    """Images whose decoding takes more memory than this are refused before they are decoded: about 7 bytes a pixel,
+    13 in a progressive JPEG."""
+    decode_memory: int = 8_589_934_592
+    """Bytes that the threads of a process may take together for decoding large images; a thread waits for its share."""
+
+
+IMAGE_LIMIT_RANGES = dict.fromkeys((field.name for field in fields(ImageLimitOptions)), at_least(1))
