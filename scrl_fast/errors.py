@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -108,26 +109,50 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
     _replace_closed_streams()
     try:
         yield report
-    except BrokenPipeError:
-        # the reader of our output has ended (`... | head`): nothing left to say, and no second error at shutdown
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
-        _tell(f"{command}: interrupted")
+        tell(f"{command}: interrupted")
         raise SystemExit(EXIT_FAILURE) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _discard_unread():
+            raise SystemExit(EXIT_FAILURE) from None  # the reader of our output has ended (`... | head`)
         code = exit_code(error)
         where = "" if debug or code == EXIT_USAGE else _traceback_place(report.log)
         if debug:
             traceback.print_exc()
         if not report.quiet:
-            _tell(f"{command}: {one_line(error)}{where}")
+            tell(f"{command}: {one_line(error)}{where}")
         raise SystemExit(code) from None
 
 
-def _tell(line: str) -> None:
-    with suppress(OSError, ValueError):  # nothing reads it any more: the exit code remains
+def tell(line: str) -> None:
+    """A line on stderr, as long as something reads it; work goes on without."""
+    with suppress(OSError, ValueError):
         print(line, file=sys.stderr)
+
+
+def _discard_unread() -> bool:
+    """Sends stdout and stderr to nowhere if nothing reads them any more; whether that was so of one.
+
+    Else what is still buffered would be a second error at shutdown.
+    """
+    lost = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # no file behind it
+            if _is_unread(stream.fileno()):
+                lost = True
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+    return lost
+
+
+def _is_unread(file: int) -> bool:
+    """Whether the other end of a pipe is closed; where the system cannot tell, it is taken to be."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(file, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _replace_closed_streams() -> None:

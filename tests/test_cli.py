@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from scrl_fast import train
 from scrl_fast.config import command_line
 from scrl_fast.config.files import Settings
+from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.schema import load_recipe
 from scrl_fast.config.validation import at_least, check_fields
 from scrl_fast.config.yaml_text import dump
@@ -211,11 +213,35 @@ def test_our_checks_are_input_and_our_slips_are_not():
         assert exit_code(caught.value) == code, caught.value
 
 
-def test_broken_pipe_is_silent(capfd):
+PRINTS = "from scrl_fast.errors import friendly_errors\nwith friendly_errors('x'):\n    print('line', flush=True)"
+
+
+def test_broken_pipe_is_silent():
+    """Where the reader of the output has ended, as `head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", PRINTS], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_broken_pipe_of_another_origin_is_told(capfd):
     with pytest.raises(SystemExit) as stop, friendly_errors("x"):
-        raise BrokenPipeError
+        raise BrokenPipeError(32, "Broken pipe")
     assert stop.value.code == 1
-    assert capfd.readouterr().err == ""
+    assert "x: BrokenPipeError: [Errno 32] Broken pipe" in capfd.readouterr().err
+
+
+def test_notes_that_nobody_reads_end_nothing():
+    program = (
+        "from scrl_fast.config.command_line import Request; from scrl_fast.errors import friendly_errors\n"
+        "with friendly_errors('x'): print(Request(3, ['a note', 'another'], False).options())"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    assert (result.returncode, result.stdout) == (0, "3\n")
 
 
 def test_missing_root_is_found_before_the_trainer(trainer, capsys):
@@ -337,6 +363,32 @@ def test_resume_without_config_takes_the_options_of_the_run(tmp_path: Path, plac
     assert (config.run.dir, config.init) == (str(run), "")
     assert request.notes == [f"options of the run that goes on: {run / 'config.yaml'}"]
     assert command_line.parse(["--resume=auto", f"--run.dir={run}"], prog="train").config.optim.lr == 0.125
+
+
+def test_what_a_folder_from_elsewhere_reads_and_where_it_reports_is_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "  wandb: stranger\ndata: {source: folder, root: /etc}\n")
+    for arguments in ([f"--resume={run}"], ["--resume=auto", f"--run.dir={run}"]):
+        assert command_line.parse(arguments, prog="train").notes == [
+            f"{config}: it reads the images of data.root=/etc",
+            f"{config}: it sends options and metrics to W&B's project run.wandb=stranger",
+            f"options of the run that goes on: {config}",
+        ]
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/model.pt"])
+def test_a_folder_called_checkpoints_makes_no_run_of_the_one_around_it(tmp_path: Path, place: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.pt").touch()
+    assert folder_of(tmp_path / place) is None
+    path, inside = tmp_path / place, {"optim": {"lr": 0.25}, "run": {"dir": "elsewhere"}}
+    request = command_line.parse([f"--resume={path}"], prog="train", checkpoint_config=lambda _: inside)
+    assert (request.config.optim.lr, request.config.run.dir) == (0.25, "")
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).touch()
+        assert folder_of(tmp_path / place) == tmp_path
+        (tmp_path / name).unlink()
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path) -> None:

@@ -324,6 +324,13 @@ def test_a_checkpoint_of_before_is_compared_under_the_present_names():
     assert before == {"part": {"old": 4}, "before": "y", "other": 1}
 
 
+def test_an_option_of_before_moves_into_the_section_of_its_present_name():
+    moved = type("Moved", (), {"renamed": {"part.old": "new.name", "part.up": "up", "down": "part.down"}})
+    before = {"part": {"old": 4, "up": 5}, "down": 6}
+    assert under_present_names(moved, before) == {"part": {"down": 6}, "new": {"name": 4}, "up": 5}
+    assert under_present_names(moved, {"part": {"old": 4}, "new": {"other": 1}})["new"] == {"other": 1, "name": 4}
+
+
 @pytest.mark.parametrize("cls", [Config, TransferConfig, *TASK_OPTIONS.values()])
 def test_an_old_name_is_no_option_of_today_and_leads_to_one(cls):
     kinds = option_kinds(cls)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,63 @@ def test_a_folder_that_was_moved_is_taken_anew_where_it_lies(tmp_path):
     after = hold_folder(tmp_path / "b")
     assert after is not before and after.present()
     release_folder(after)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_lock_that_leads_to_another_file_leaves_it_as_it_was(tmp_path, link):
+    other, folder = tmp_path / "important.txt", tmp_path / "downloaded"
+    other.write_text("kept")
+    folder.mkdir()
+    getattr(folder / ".lock", link)(other)
+    with pytest.raises(UsageError, match=r"downloaded': \.lock there is a link or no regular file: remove it"):
+        prepare_folder(folder, resume=True)
+    assert other.read_text() == "kept"
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")
+    with pytest.raises(UsageError, match="no regular file"):
+        prepare_folder(folder, resume=True)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "config.yaml", "env.json", "curves.png", "reading_1.txt"])
+@pytest.mark.parametrize("target", ["there", "nowhere"])
+def test_a_file_of_the_run_that_is_a_link_is_refused_by_name(tmp_path, name, target):
+    (tmp_path / "there").touch()
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / name).symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match=rf"run\.dir '.*downloaded': {name} there is a link"):
+        prepare_folder(folder, resume=True)
+    assert not lock._locks.get(lock.identity_of(folder)) and not (tmp_path / "nowhere").exists()
+
+
+def test_checkpoints_may_lie_on_another_disk_but_not_in_another_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
+    prepare_folder(tmp_path / "run", resume=True)
+    (tmp_path / "disk" / "config.yaml").touch()
+    with pytest.raises(UsageError, match="checkpoints there is a link to those of another run"):
+        prepare_folder(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, None])
+def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, code):
+    def flock(*_):
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    make_trainer(tmp_path, max_steps=1).fit()
+    assert (tmp_path / "log.txt").read_text().count("has no locks: start no second run there") == int(code is not None)
+
+
+def test_the_last_state_is_gathered_before_an_evaluation_of_process_0_alone(tmp_path):
+    trainer, order = make_trainer(tmp_path, max_steps=1), []
+    state_dict, evaluate = trainer.state_dict, trainer.evaluate
+    trainer.state_dict = lambda: order.append("state") or state_dict()
+    trainer.evaluate = lambda: order.append("evaluation") or evaluate()
+    trainer.fit()
+    assert order[-2:] == ["state", "evaluation"]
 
 
 def test_what_is_refused_is_not_held(tmp_path):
@@ -148,6 +207,17 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(t
     with pytest.raises(UsageError, match=r"10000 bytes are free, and the checkpoints of this run need \d{6}"):
         trainer.fit()
     assert trainer.step == 0
+
+
+def test_room_is_asked_for_the_momentum_of_what_is_trained_alone(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    state, trained = trainer.loop.state_dict(), sum(4 * p.numel() for p in trainer.model.online.parameters())
+    needed = 3 * (checkpoint._size(state) + trained)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with pytest.raises(UsageError, match=f"need {needed}:") if free < needed else nullcontext():
+            trainer.loop.check_room()
 
 
 def test_a_failed_write_leaves_the_options_as_they_were_and_names_the_file(tmp_path, monkeypatch):

@@ -17,12 +17,15 @@ import pytest
 from conftest import num_threads
 from tiny_transfer import arguments, transfer
 
+from scrl_fast.data import identity_of
 from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.data.sources.coco import read_coco
 from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.transfer import trainer
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.trainer import Transfer
 
@@ -155,6 +158,24 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
         assert time.monotonic() - started < 30 and run.loop.saved == run.step == 1
     assert summary["interrupted"] == ("SIGTERM" if which == "this" else "a signal to another process")
     assert summary["step"] == 1 and "result" not in summary
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_the_processes_compare_the_images_that_they_measure_on(data_root, tmp_path, monkeypatch, only):
+    told = []
+
+    def compare(world, config, more):
+        told.append(more)
+        raise InterruptedError  # no more is needed here
+
+    monkeypatch.setattr(trainer, "check_same_everywhere", compare)
+    (tmp_path / "last.pt").touch()
+    more = ["--eval.only=true", f"--resume={tmp_path / 'last.pt'}"] if only else []
+    with pytest.raises(InterruptedError):
+        Transfer(parse(arguments("detection", data_root, tmp_path / "a", *more)))
+    val = read_coco(str(data_root), "val2017")
+    assert told[0]["data.val images"] == len(val) and told[0]["data.val names"] == identity_of(val)["names"]
+    assert ("images" in told[0]) is not only
 
 
 def test_an_image_that_cannot_be_read_ends_the_run_with_a_checkpoint(data_root, tmp_path, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
@@ -31,8 +30,8 @@ from scrl_fast.config.files import (
 from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, folder_of, moved_to
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import clean_path, to_plain
-from scrl_fast.config.yaml_text import as_yaml, dump
-from scrl_fast.errors import UsageError, did_you_mean
+from scrl_fast.config.yaml_text import as_yaml, dump, shortened
+from scrl_fast.errors import UsageError, did_you_mean, tell
 
 DEBUG_NOTE = (
     "--debug  ->  --train.max_steps=4: two epochs of two batches in the published implementation; here it shows the "
@@ -58,7 +57,7 @@ class Request(Generic[Options]):
         """The options, once the notes are on stderr. Raises SystemExit(0) after printing them for --print_config."""
         if os.environ.get("RANK", "0") == "0":
             for note in self.notes:
-                print(note, file=sys.stderr)
+                tell(note)
         if self.print_config:
             print(dump(to_plain(self.config)), end="")
             raise SystemExit(0)
@@ -168,8 +167,10 @@ def load_run_config(resume: str, run_dir: str, checkpoint_config: ReadConfig | N
     if folder is not None and (folder / CONFIG).is_file():
         settings = read_settings(str(folder / CONFIG))
         if settings.options:  # else it was lost to a full disk; each checkpoint holds the options as well
-            return settings
-    checkpoint = resume if resume not in ("", "auto") and Path(resume).is_file() else ""
+            notes = (*settings.notes, *_reaches(settings.options, settings.origin))
+            return dataclasses.replace(settings, notes=notes)
+    outside = Path(resume).is_dir() and folder is None  # a folder of checkpoints that were copied away
+    checkpoint = resume if resume not in ("", "auto") and (outside or Path(resume).is_file()) else ""
     if not checkpoint and folder is not None and any((folder / CHECKPOINTS).glob("*.pt")):
         checkpoint = str(folder)
     if checkpoint and checkpoint_config is not None:
@@ -185,10 +186,16 @@ def _of_checkpoint(options: dict[str, Any], origin: str) -> Settings:
     run = options.get("run")
     taken = {name: run.pop(name, "") for name in ("dir", "wandb")} if isinstance(run, dict) else {}
     notes = [f"{origin}: its run.{name}={value} is not taken" for name, value in taken.items() if value]
-    data = options.get("data")
+    return Settings(options, origin, (*notes, *_reaches(options, origin)))
+
+
+def _reaches(options: Mapping[str, Any], origin: str) -> Iterator[str]:
+    """A line for what a run from elsewhere would read, and for where it would send its metrics."""
+    data, run = options.get("data"), options.get("run")
     if isinstance(data, dict) and data.get("root"):
-        notes.append(f"{origin}: it reads the images of data.root={data['root']}")
-    return Settings(options, origin, tuple(notes))
+        yield f"{origin}: it reads the images of data.root={shortened(data['root'])}"
+    if isinstance(run, dict) and run.get("wandb"):
+        yield f"{origin}: it sends options and metrics to W&B's project run.wandb={shortened(run['wandb'])}"
 
 
 def _base_settings(tokens: Sequence[str], checkpoint_config: ReadConfig | None) -> Settings:

@@ -156,11 +156,20 @@ def under_present_names(cls: type, options: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested options, as a checkpoint of an earlier release holds them, under their present names."""
     copy = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
     for old, new in renamed_options(cls).items():
-        section, _, field = old.rpartition(".")
+        (section, field), (new_section, new_field) = (_split_name(name) for name in (old, new))
         group = copy.get(section) if section else copy
-        if isinstance(group, dict) and field in group:
-            group[new.rpartition(".")[2]] = group.pop(field)
+        if not isinstance(group, dict) or field not in group:
+            continue
+        target = copy.setdefault(new_section, {}) if new_section else copy
+        if isinstance(target, dict):
+            target[new_field] = group.pop(field)
     return copy
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Section, or '', and field of a dotted name."""
+    section, _, field = name.rpartition(".")
+    return section, field
 
 
 def renaming_notes(cls: type, options: dict[str, Any], origin: str) -> list[str]:

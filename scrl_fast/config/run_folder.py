@@ -8,6 +8,7 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -30,14 +31,19 @@ def is_step_file(path: Path) -> bool:
 def folder_of(path: str | os.PathLike[str]) -> Path | None:
     """The run folder that a path names or lies in: the folder itself, its config, its checkpoints or one of them.
 
-    None for a file outside any run, such as a checkpoint that was copied away.
+    None for what lies outside any run, such as a checkpoint that was copied away, also into a folder ``checkpoints``.
     """
     path = Path(path)
     if path.is_dir():
-        return path.parent if path.name == CHECKPOINTS else path
+        return path if path.name != CHECKPOINTS else path.parent if is_run(path.parent) else None
     if path.name == CONFIG:
         return path.parent if (path.parent / CHECKPOINTS).is_dir() else None
-    return path.parent.parent if path.parent.name == CHECKPOINTS else None
+    return path.parent.parent if path.parent.name == CHECKPOINTS and is_run(path.parent.parent) else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has written its options or its metrics into the folder."""
+    return any((folder / name).is_file() for name in (CONFIG, METRICS))
 
 
 def moved_to(config_file: str, named: str) -> str:

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -99,11 +99,14 @@ class CheckpointManager:
         """`scrl_fast.weights.checkpoint_files.newest_good` of this run's folder."""
         return newest_good(self.folder)
 
-    def check_room(self, state: dict[str, Any], files: int) -> None:
-        """Raises UsageError unless the disk has room for so many checkpoints like this state, as it says itself."""
+    def check_room(self, state: dict[str, Any], groups: Sequence[dict[str, Any]], files: int) -> None:
+        """Raises UsageError unless the disk has room for so many checkpoints like this state, as it says itself.
+
+        groups: those of the optimizer, whose parameters get momentum.
+        """
         size = _size(state)
         if not state["optimizer"].get("state"):  # before the first step: momentum comes
-            size += _size(state["model"])
+            size += sum(_size(group["params"]) for group in groups if group.get("momentum", True))
         folder, needed = existing(self.folder), files * size
         disk = shutil.disk_usage(folder)
         if disk.free < needed and disk.total:  # some file systems tell nothing

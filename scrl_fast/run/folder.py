@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,14 @@ from scrl_fast.distributed.rendezvous import get_or_set_in_store
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.run.lock import hold_folder, release_folder
-from scrl_fast.run.paths import CHECKPOINTS, CONFIG, ENVIRONMENT, LOG, METRICS, folder_of
+from scrl_fast.run.paths import BOXES, CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, LOG, METRICS, folder_of, is_run
 
 Options = TypeVar("Options", bound=Any)
+WRITTEN = (
+    *(METRICS, f"{METRICS}.damaged", LOG, CONFIG, ENVIRONMENT, CURVES, BOXES),
+    *("bad_files*.jsonl", "reading*.txt", f"{Path(CURVES).stem}.tmp", ".*.tmp"),
+)
+"""Names and patterns of the files that a run writes into its folder."""
 RESTART_PATIENCE = 60.0  # seconds after a restart by torchrun in which the process before this one may still end
 
 
@@ -102,9 +108,14 @@ def prepare_folder(path: str | os.PathLike[str], *, resume: bool, patience: floa
 
 
 def _check_content(folder: Path, resume: bool) -> None:
-    for name in (METRICS, LOG, CONFIG, ENVIRONMENT):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise UsageError(f"run.dir {str(folder)!r}: {name} there is no regular file")
+    for path in (path for path in sorted(folder.iterdir()) if any(fnmatchcase(path.name, name) for name in WRITTEN)):
+        if path.is_symlink():  # what is written would go into another file, outside a folder from elsewhere
+            raise UsageError(f"run.dir {str(folder)!r}: {path.name} there is a link: remove it, or copy its file there")
+        if not path.is_file():
+            raise UsageError(f"run.dir {str(folder)!r}: {path.name} there is no regular file")
+    checkpoints = folder / CHECKPOINTS
+    if checkpoints.is_symlink() and is_run(checkpoints.resolve().parent):  # a link to a larger disk is none
+        raise UsageError(f"run.dir {str(folder)!r}: {CHECKPOINTS} there is a link to those of another run: remove it")
     used = [name for name in (METRICS, CHECKPOINTS) if _holds_something(folder / name)]
     if used and not resume:
         raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -29,10 +30,14 @@ class RunFolderLost(OSError):
 
 
 class FolderLock:
-    """The hold of this process on one run folder; made by `hold_folder`."""
+    """The hold of this process on one run folder; made by `hold_folder`.
 
-    def __init__(self, folder: Path, handle: int) -> None:
+    exclusive: False where the file system has no locks, so that another process may use the folder as well.
+    """
+
+    def __init__(self, folder: Path, handle: int, exclusive: bool = True) -> None:
         self.folder, self.handle, self.identity = folder, handle, identity_of(folder)
+        self.exclusive = exclusive
 
     def present(self) -> bool:
         """Whether the folder is still where it was."""
@@ -50,7 +55,7 @@ class FolderLock:
 def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
     """Takes the folder for this process, which may take it again. patience: seconds to wait for another process.
 
-    Raises UsageError naming the process that holds it.
+    Raises UsageError naming the process that holds it, and for a ``.lock`` that no run has made.
     """
     folder = folder.absolute()
     identity = identity_of(folder)
@@ -58,11 +63,9 @@ def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
         if held.present():
             return held
         release_folder(held)  # of a folder that was moved here, or of one that is gone and whose inode this one has
-    path = folder / NAME
-    with naming(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = _open(folder)
     end = time.monotonic() + patience
-    while not _lock(handle):
+    while (locked := _lock(handle)) is False:
         if time.monotonic() >= end:
             holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             os.close(handle)
@@ -73,7 +76,7 @@ def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
         time.sleep(0.2)
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    lock = FolderLock(folder, handle)
+    lock = FolderLock(folder, handle, exclusive=locked is True)
     if lock.identity is not None:
         _locks[lock.identity] = lock
     return lock
@@ -94,12 +97,27 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _lock(handle: int) -> bool:
-    """False where another process holds it; True also where the file system knows no locks."""
+def _open(folder: Path) -> int:
+    """The lock's file, open. A folder from elsewhere may hold a link to another file there, which would be cut."""
+    path = folder / NAME
+    refused = UsageError(f"run.dir {str(folder)!r}: {NAME} there is a link or no regular file: remove it")
+    if path.is_symlink():
+        raise refused
+    with naming(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        raise refused
+    return handle
+
+
+def _lock(handle: int) -> bool | None:
+    """False where another process holds it; None where the file system knows no locks."""
     if fcntl is None:
-        return True
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in _HELD
+        return False if error.errno in _HELD else None
     return True

@@ -113,9 +113,9 @@ class TrainingLoop(Generic[T]):
 
     def check_room(self) -> None:
         """Raises UsageError where the disk has no room for the checkpoints that are to come."""
-        state = self.state_dict()
+        state, groups = self.state_dict(), self.task.optimizer.param_groups
         files = 1 if self.found.own else self.task.config.run.keep + 1  # the oldest goes when the newest is whole
-        self.world.broadcast_from_rank0(lambda: self.checkpoints.check_room(state, files))
+        self.world.broadcast_from_rank0(lambda: self.checkpoints.check_room(state, groups, files))
 
     def synchronized_batches(self, stream: Iterator[T]) -> Generator[tuple[T, int], None, None]:
         """Batches with their weight in all processes, as long as every process has one and none was told to stop."""
@@ -276,6 +276,8 @@ class TrainingLoop(Generic[T]):
 
     def log_run_header(self, notes: list[str]) -> None:
         """What this run is, on the terminal and in the run folder's files."""
+        if self.lock is not None and not self.lock.exclusive:
+            notes = [*notes, "the file system of the run folder has no locks: start no second run there"]
         for line in (*notes, *self.task.describe(), f"run folder: {self.folder}"):
             self.log.say(line)
         if self.world.rank == 0:
@@ -305,8 +307,10 @@ class TrainingLoop(Generic[T]):
         row = self.last_row or (read_metrics(self.folder / METRICS) or [{}])[-1]
         summary = {"run_dir": str(self.folder), "step": self.step} | self.task.summary(row)
         self.draw_curves()
+        # every process takes part in the state, and some evaluations are process 0's alone: nobody waits for their end
+        state = self.state_dict() if self.task.trains else None
         summary |= self.task.evaluate()
-        self.check_folder(self.state_dict() if self.task.trains else None)
+        self.check_folder(state)
         last = self.checkpoints.folder / "last.pt"
         summary["interrupted"] = self.stop.signal_name
         summary["checkpoint"] = str(last if last.exists() else self.found.path or "")

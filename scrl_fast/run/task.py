@@ -29,6 +29,7 @@ class TrainingTask(ABC, Generic[T]):
     config: Any
     world: World
     device: torch.device
+    optimizer: Any
     steps_per_epoch: int
     last_step: int
     loop: TrainingLoop[T]

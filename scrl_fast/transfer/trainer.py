@@ -70,7 +70,9 @@ class Transfer(TrainingTask[list[Example]]):
         self.trains = not config.eval.only
         self.val = read_split(config, config.data.val) if val is None else val
         self.train = None if not self.trains else read_split(config, config.data.train) if train is None else train
-        check_same_everywhere(self.world, config.to_dict(), {"device": self.device.type, **self.data_identity()})
+        measured = {f"data.val {name}": value for name, value in identity_of(self.val).items()}
+        same = {"device": self.device.type, **self.data_identity(), **measured}
+        check_same_everywhere(self.world, config.to_dict(), same)
         check_splits(self.train, self.val, keypoints=self.keypoints > 0)
         self.indices: list[int] = []
         if self.train is not None:
