@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from scrl_fast.run.checkpoint import load_optimizer_state
 from scrl_fast.weights.errors import CheckpointError
 from scrl_fast.weights.training_state import check_training_state
 
@@ -26,6 +27,7 @@ def pretraining():
         "rng": {"torch": torch.get_rng_state()},
         "loader": {"epoch": 0, "batch": 3, "world_size": 1, "processes": [{"bad": {0: ["a.jpg"]}}]},
         "version": "0.1.0",
+        "data": {"images": 5, "names": "0" * 64},
         "log": {"pending": [[0.5, 1.0]], "scores": [0.25], "best": -math.inf},
     }
 
@@ -38,6 +40,7 @@ def transfer():
 @pytest.mark.parametrize("make", [pretraining, transfer])
 def test_what_runs_write_passes(make):
     check_training_state("a.pt", make())
+    check_training_state("a.pt", {**make(), "data": {}, "config": {"train": {"threads": 4096}}})
     check_training_state("a.pt", {**make(), "loader": {"world_size": 2, "bad": {3: []}}})  # from before `processes`
 
 
@@ -52,6 +55,13 @@ def test_what_runs_write_passes(make):
         ("config", "train:", r"config cannot be used: must be a dict, is 'train:'"),
         ("config.train.seed", torch.zeros(1), "'train' 'seed' must be a plain value, is a Tensor"),
         ("config.train", {1: 2}, "'train' has the key 1"),
+        *(
+            ("config.train.threads", value, f"train.threads must be a whole number from 0 to 4096, is {value!r}")
+            for value in ("x", -3, 2.5, 10**6, True, None)
+        ),
+        ("data", 5, "data cannot be used: must be a dict, is 5"),
+        ("data.images", "5", "images must be a whole number from 0"),
+        ("data.names", ["a"], "names must be text, is a list"),
         ("model", [], "model cannot be used: must be a dict"),
         ("model.online.w", 3.0, "'online' 'w' must be a tensor, is 3.0"),
         ("model.online", {0: torch.zeros(1)}, "'online' has the key 0"),
@@ -61,6 +71,10 @@ def test_what_runs_write_passes(make):
         ("optimizer.param_groups", [{"params": [-1]}], "'params' of a group"),
         ("optimizer.state", {"0": {}}, "has the key '0'"),
         ("optimizer.state", {0: {"momentum_buffer": [1]}}, "'momentum_buffer' is a list"),
+        *(
+            ("optimizer.state", {0: {"momentum_buffer": value}}, f"'momentum_buffer' must be a tensor, is {value!r}")
+            for value in ("x", None, 3, 0.5)
+        ),
         ("rng", 7, "rng cannot be used"),
         ("rng.torch", torch.zeros(16, dtype=torch.uint8), "state of torch's generator"),
         ("rng.torch", torch.zeros(5056), "state of torch's generator"),
@@ -90,3 +104,17 @@ def test_other_kinds_are_named(place, value, message):
     ) as refused:
         check_training_state("a.pt", state)
     assert re.search(message, str(refused.value))
+
+
+@pytest.mark.parametrize(
+    "buffer, found",
+    [(torch.tensor(1.0), r"\[\]"), (torch.ones(3), r"\[3\]"), ("x", "str"), (None, "NoneType"), (1, "int")],
+)
+def test_momentum_of_another_shape_is_named(buffer, found):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    state = {**optimizer.state_dict(), "state": {0: {"momentum_buffer": buffer}}}
+    with pytest.raises(
+        CheckpointError, match=rf"optimizer cannot be used \(momentum_buffer is {found} for a parameter"
+    ):
+        load_optimizer_state(optimizer, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import io
 import json
@@ -12,17 +13,20 @@ import pickle
 import subprocess
 import sys
 import tarfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import weight_file_sweep as sweep
 
-from scrl_fast import weights
+from scrl_fast import atomic_files, weights
 from scrl_fast.weights.checkpoint_files import load
+from scrl_fast.weights.file_kinds import check_regular
 from scrl_fast.weights.files import read_file
+from scrl_fast.weights.momentum import parameter_order
 
 
 @pytest.fixture
@@ -147,6 +151,112 @@ def test_options_beside_the_weights_are_left_out(tmp_path):
     assert weights.read(tmp_path / "c.pth").encoder()["conv1.weight"].sum() == 6
 
 
+class Unknown:
+    """A class of the file's own making, with state."""
+
+    def __init__(self, *content):
+        self.content = content
+
+    def __reduce__(self):
+        return Unknown, (functools.partial(print, 1),), {"content": self.content}, iter([1]), iter([(1, 2)])
+
+
+def options_of_omegaconf():
+    """A DictConfig as OmegaConf pickles it: metadata, and nodes that hold typing.Any, under its own classes."""
+
+    def instance(module, name, state):
+        return f"c{module}\n{name}\n)\x81".encode() + state + b"b"
+
+    metadata = instance("omegaconf.base", "ContainerMetadata", b"}(" + sweep.body("k") + b"ctyping\nAny\nu")
+    node = instance("omegaconf.nodes", "AnyNode", b"}(" + sweep.body("_val") + b"K\x01u")
+    content = b"}(" + sweep.body("lr") + node + b"u"
+    state = b"}(" + sweep.body("_metadata") + metadata + sweep.body("_content") + content + b"u"
+    return instance("omegaconf.dictconfig", "DictConfig", state)
+
+
+def test_what_a_skipped_object_holds_is_never_an_error(tmp_path):
+    held = {"f": functools.partial(int, base=2), "x": Unknown(Fraction(1, 2)), "set": {Unknown, 1}, Unknown: 1}
+    beside = {"args": argparse.Namespace(**{"all": held}), "losses": deque([1.0, Fraction(1, 2)], maxlen=5)}
+    torch.save({"state_dict": {"conv1.weight": torch.ones(2, 3)}, **beside}, tmp_path / "a.pth")
+    assert torch.equal(weights.read(tmp_path / "a.pth").encoder()["conv1.weight"], torch.ones(2, 3))
+    pickled = b"\x80\x02}(" + sweep.body("cfg") + options_of_omegaconf() + sweep.body("n") + b"K\x03u."
+    (tmp_path / "b.pth").write_bytes(sweep.torch_file(pickled))
+    found = load(tmp_path / "b.pth")
+    assert found["n"] == 3 and repr(found["cfg"]) == "<omegaconf.dictconfig.DictConfig, not read>"
+
+
+@pytest.mark.parametrize("make", [Unknown, lambda: [{"a": (Unknown(),)}], lambda: Unknown, lambda: {"p": {Unknown()}}])
+def test_a_foreign_object_is_an_error_where_it_can_be_reached(tmp_path, make):
+    torch.save({"state_dict": {}, "x": make()}, tmp_path / "a.pth")
+    if isinstance(make(), dict):  # a member of a set is left out as a key is
+        assert load(tmp_path / "a.pth")["x"] == {"p": set()}
+        return
+    with pytest.raises(weights.WeightsError, match=r"a\.pth.*: test_weight_files\.Unknown\. "):
+        load(tmp_path / "a.pth")
+
+
+def test_keys_other_than_text(tmp_path):
+    keys = {torch.float32: 1, ((1, "a"), (2, (3,))): 2, frozenset({1, (2, "b")}): 3, (1, torch.int8): 4}
+    torch.save(keys | {Unknown: {"best": 1}, (1, Unknown): 5}, tmp_path / "a.pt")  # as old Lightning's callbacks
+    assert load(tmp_path / "a.pt") == keys
+    torch.save({tuple(range(100)): 1}, tmp_path / "b.pt")
+    with pytest.raises(weights.WeightsError, match=r"b\.pt.*dict keys of more than 64 values"):
+        load(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
+def test_expanded_tensors_come_back_with_memory_of_their_own(tmp_path, as_zip):
+    written = {"std": torch.tensor([0.5]).expand(3), "grid": torch.arange(4.0)[1:3, None].expand(2, 5)}
+    torch.save(written, tmp_path / "a.pt", _use_new_zipfile_serialization=as_zip)
+    found = load(tmp_path / "a.pt")
+    for name, tensor in written.items():
+        assert torch.equal(found[name], tensor) and found[name].is_contiguous()
+    torch.save({"a": torch.tensor([0.5]).expand(1 << 22)}, tmp_path / "b.pt", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(weights.WeightsError, match="many times larger than the file"):
+        load(tmp_path / "b.pt")
+
+
+def test_a_file_without_checksums_is_read_where_a_digest_matches(tmp_path):
+    path, had = tmp_path / "a.pt", torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"a": torch.arange(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(had)
+    with pytest.raises(
+        weights.WeightsError, match=r"a\.pt.*no checksums.*set_crc32_options.*sha256sum a\.pt > a\.pt\.sha"
+    ):
+        load(path)
+    atomic_files.sidecar_of(path).write_text(f"{atomic_files.digest_of(path)}  a.pt\n")
+    assert load(path)["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("blocks, digest", [(0, False), (1, True)])
+def test_a_whole_file_on_a_file_system_that_counts_few_blocks(tmp_path, monkeypatch, blocks, digest):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.arange(3)}, path)
+    if digest:
+        atomic_files.sidecar_of(path).write_text(f"{atomic_files.digest_of(path)}  a.pt\n")
+    status = SimpleNamespace(st_mode=path.stat().st_mode, st_size=2 << 30, st_blocks=blocks)
+    monkeypatch.setattr("scrl_fast.weights.file_kinds.os", SimpleNamespace(stat=lambda path: status))
+    assert check_regular(path) is status
+    atomic_files.sidecar_of(path).write_text("0" * 64)
+    status.st_blocks = 1
+    with pytest.raises(weights.WeightsError, match="a sparse file"):
+        check_regular(path)
+
+
+@pytest.mark.parametrize("config", [[1], "x", 3])
+def test_metadata_of_another_kind_is_left_out(tmp_path, config):
+    state = {"backbone.conv1.weight": torch.ones(2, 3)}
+    torch.save({"meta": {"scrl_fast": "1", "config": json.dumps(config)}, "state_dict": state}, tmp_path / "a.pth")
+    torch.save({"__metadata__": [config], "conv1.weight": torch.ones(2, 3)}, tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        found = weights.read(tmp_path / name)
+        assert not isinstance(found.metadata.get("config", {}), (list, str, int)) and parameter_order(found)
+    assert parameter_order(weights.Weights("a", "scrl_fast", {}, {"config": config})) == [[], [], []]
+
+
 def test_an_object_of_another_class_is_named_with_the_way_round(tmp_path):
     torch.save({"state_dict": {}, "ratio": Fraction(1, 2)}, tmp_path / "a.pth")
     with pytest.raises(weights.WeightsError, match=r"a\.pth.*: fractions\.Fraction\. .*python -c .*weights_only=False"):
@@ -231,6 +341,7 @@ def test_other_files_are_called_what_they_are(tmp_path, name, suffix):
 
 def test_what_is_no_regular_file_is_not_opened(folder):
     with open(folder / "sparse.pkl", "wb") as file:
+        file.write(pickle.dumps({"a": bytes(1 << 16)}))
         file.truncate(1 << 40)
     devices = [(path, "a device") for path in ("/dev/zero", "/dev/urandom") if os.path.exists(path)]
     for path, message in [(folder / "pipe", "a named pipe"), (folder / "sparse.pkl", "a sparse file"), *devices]:

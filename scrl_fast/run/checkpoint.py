@@ -164,7 +164,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """Momentum and the like from a checkpoint; rates and other options of the groups stay as they are.
 
     Raises CheckpointError where there is no momentum, though the optimizer has some from its first step on, and where a
-    tensor does not have the shape of its parameter.
+    tensor, or whatever stands for momentum, does not have the shape of its parameter.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -174,8 +174,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         raise CheckpointError("the checkpoint's optimizer cannot be used (it holds no momentum)")
     for parameter, buffers in optimizer.state.items():
         for name, value in buffers.items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                shapes = f"{list(value.shape)} for a parameter of {list(parameter.shape)}"
+            shape = value.shape if isinstance(value, torch.Tensor) else None
+            if (shape or name == "momentum_buffer") and shape != parameter.shape:
+                found = type(value).__name__ if shape is None else list(shape)
+                shapes = f"{found} for a parameter of {list(parameter.shape)}"
                 raise CheckpointError(f"the checkpoint's optimizer cannot be used ({name} is {shapes})")
 
 

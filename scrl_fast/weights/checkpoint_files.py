@@ -121,7 +121,7 @@ def _check_without_digest(path: Path) -> None:
         with ZipArchive(path) as archive:
             archive.check()
     except (ArchiveError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged or cannot be checked: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -66,9 +66,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     """
     found, document = read_file(path)
     name = str(found)
-    metadata = plain(document.pop("__metadata__", {}))
-    if not isinstance(metadata.get("config", {}), dict):  # metadata of another program
-        del metadata["config"]
+    metadata = _metadata(document.pop("__metadata__", {}))
     if isinstance(document.get("model"), dict) and "online" in document["model"]:
         return _scrl_fast_weights(name, document)
     if "online_network_state_dict" in document:
@@ -83,10 +81,19 @@ def read(path: str | os.PathLike[str]) -> Weights:
         return _backbone_weights(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
     layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
     if isinstance(wrapped.get("meta"), dict) and "scrl_fast" in wrapped["meta"]:
-        metadata = unflattened({key: value for key, value in plain(wrapped["meta"]).items() if isinstance(value, str)})
+        texts = {key: value for key, value in plain(wrapped["meta"]).items() if isinstance(value, str)}
+        metadata = _metadata(unflattened(texts))
     if found.suffix == ".onnx":
         layout = "onnx"
     return _backbone_weights(name, layout, state, str, "conv1.weight", metadata)
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    """Metadata of ours; what another program wrote under that name is left out where it is of another kind."""
+    found = plain(value)
+    if not isinstance(found, dict):
+        return {}
+    return {name: item for name, item in found.items() if name != "config" or isinstance(item, dict)}
 
 
 def _scrl_fast_weights(path: str, document: Mapping[str, Any]) -> Weights:

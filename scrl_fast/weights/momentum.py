@@ -44,7 +44,9 @@ def parameter_order(weights: Weights) -> list[list[str]]:
     Both implementations put parameters under LARS before those outside it, each in the order of the modules. The
     published one divides them by name and includes the probe, for which its optimizer keeps two places in any case.
     """
-    published = weights.layout == "scrl-reference" or weights.metadata.get("config", {}).get("compat") == "kakaobrain"
+    config = weights.metadata.get("config")
+    compat = config.get("compat") if isinstance(config, dict) else None
+    published = weights.layout == "scrl-reference" or compat == "kakaobrain"
     named = [
         (f"{part}.{name}", tensor.detach().requires_grad_())
         for part in ("online", "predictor", "probe")

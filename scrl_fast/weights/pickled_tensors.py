@@ -43,7 +43,10 @@ def storage_dtype(kind: Any) -> torch.dtype:
 
 
 def _view(reader: PickleReader, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-    """The tensor at ``offset`` of a flat tensor ``storage``. Raises PickleError for one that leaves it."""
+    """The tensor at ``offset`` of a flat tensor ``storage``. Raises PickleError for one that leaves it.
+
+    An expanded tensor, which has more elements than its storage, comes back with memory of its own.
+    """
     if type(storage) is not Tensor or type(dtype) is not torch.dtype or type(offset) is not int or offset < 0:
         raise PickleError("a tensor without a storage, or before its start")
     sizes = checked_shape(tuple(shape) if type(shape) is torch.Size else shape)
@@ -55,14 +58,16 @@ def _view(reader: PickleReader, storage: Any, dtype: Any, offset: Any, shape: An
     for size in sizes:
         count *= size
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) if count else 0
-    if last >= max(flat.numel(), 1) or count > flat.numel():
+    if last >= max(flat.numel(), 1) or (count and not flat.numel()):
         raise PickleError(
             f"a tensor of shape {list(sizes)}, strides {list(steps)} and offset {offset} in a storage of {flat.numel()}"
         )
-    reader.spend(64 + count * dtype.itemsize * 4 // MAX_SHARING)
+    expanded = count > flat.numel()
+    reader.spend(64 + count * dtype.itemsize * (MAX_SHARING if expanded else 4) // MAX_SHARING)
     if not count:
         return torch.zeros(sizes, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset() + offset, sizes, steps)
+    view = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset() + offset, sizes, steps)
+    return view.clone(memory_format=torch.contiguous_format) if expanded else view
 
 
 def _tensor(reader: PickleReader, arguments: tuple[Any, ...]) -> Tensor:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 MAX_OPCODES = 1_500_000
 """Opcodes of one pickle: two seconds of work; a list of 1.3 million numbers passes."""
@@ -20,7 +22,9 @@ MAX_DEPTH = 64
 """Containers inside containers."""
 MAX_INTEGER_BYTES = 256
 MAX_TUPLE_KEYS = 10_000
-"""Tuples as keys or in sets; Python's hash of tuples can be made to collide."""
+"""Tuples and frozensets as keys or in sets; Python's hash of these can be made to collide."""
+MAX_KEY_ITEMS, MAX_KEYS_ITEMS = 64, 80_000
+"""Values in one of them, and in all together."""
 
 _DICTS = (dict, OrderedDict)
 
@@ -47,13 +51,20 @@ class Named:
 
 
 class Skipped:
-    """The place of an object that weights do not need, such as an ``argparse.Namespace``; its state is dropped."""
+    """The place of an object that is not made; its arguments, its items and its state are dropped.
+
+    name: of its class. An object that weights do not need, such as an ``argparse.Namespace``, stays such a place.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __repr__(self) -> str:
         return f"<{self.name}, not read>"
+
+
+class Foreign(Skipped):
+    """The place of an object of any other class: an error, unless a `Skipped` object drops it."""
 
 
 class Pending:
@@ -90,7 +101,7 @@ class PickleReader:
         self.constructors = {**CONTAINERS, **constructors}
         self.constants = constants or {}
         self.persistent = persistent
-        self.tuple_keys = 0
+        self.tuple_keys = self.key_items = 0
 
     def spend(self, amount: int) -> None:
         """Count bytes that a constructor makes, so that a small file cannot ask for the same bytes a million times."""
@@ -161,22 +172,37 @@ class PickleReader:
             return
         if type(target) not in _DICTS:
             raise PickleError("it sets items of something that is no dict")
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            self.check_key(key)
-            target[key] = value
+        target.update(self.kept(zip(pairs[::2], pairs[1::2], strict=True)))
 
-    def check_key(self, key: Any) -> None:
-        """Refuse keys whose hash costs more than its length, or that could be made to collide."""
-        if type(key) is tuple and len(key) <= 8:
+    def kept(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """The pairs whose keys can be read; a class as key, as in old logs of callbacks, is no name of a tensor."""
+        return ((key, value) for key, value in pairs if self.is_readable(key))
+
+    def is_readable(self, key: Any) -> bool:
+        """False for a key with a class or a foreign object in it.
+
+        Raises PickleError for keys whose hash costs more than their length, or that could be made to collide.
+        """
+        items, readable = [key], True
+        for item in items:
+            if type(item) in (tuple, frozenset):
+                if len(items) + len(item) > MAX_KEY_ITEMS:
+                    raise PickleError(f"it has dict keys of more than {MAX_KEY_ITEMS} values")
+                items += item
+            elif isinstance(item, (Named, Skipped)):
+                readable = False
+            elif not (
+                item is None
+                or type(item) in (str, bytes, bool, float, torch.dtype)
+                or (type(item) is int and abs(item) < 1 << 60)
+            ):
+                raise PickleError("it has dict keys other than text and numbers")
+        if type(key) in (tuple, frozenset):
             self.tuple_keys += 1
-            items, plain = key, self.tuple_keys <= MAX_TUPLE_KEYS
-        else:
-            items, plain = (key,), True
-        if not plain or not all(
-            item is None or type(item) in (str, bytes, bool, float) or (type(item) is int and abs(item) < 1 << 60)
-            for item in items
-        ):
-            raise PickleError("it has dict keys other than text and numbers")
+            self.key_items += len(items)
+            if self.tuple_keys > MAX_TUPLE_KEYS or self.key_items > MAX_KEYS_ITEMS:
+                raise PickleError(f"it has more than {MAX_TUPLE_KEYS} tuples as dict keys, or very long ones")
+        return readable
 
     def add_to_list(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -187,12 +213,11 @@ class PickleReader:
         target.extend(items)
 
     def add_to_set(self, items: list[Any]) -> None:
-        self.stack[-1] |= self.new_set(items)
+        if not isinstance(self.stack[-1], Skipped):
+            self.stack[-1] |= self.new_set(items)
 
-    def new_set(self, items: list[Any]) -> set[Any]:
-        for item in items:
-            self.check_key(item)
-        return set(items)
+    def new_set(self, items: Iterable[Any]) -> set[Any]:
+        return {item for item in items if self.is_readable(item)}
 
     def name(self, text: str) -> None:
         name = text.replace(" ", ".")
@@ -207,16 +232,21 @@ class PickleReader:
         self.stack.append(self.call(function, arguments))
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """The value of a constructor of the table; `Skipped` for classes that weights do not need."""
+        """The value of a constructor of the table, `Skipped` for classes that weights do not need, or `Foreign`."""
+        if isinstance(function, Skipped):  # what a foreign function returned
+            return Foreign(function.name)
         if type(function) is not Named or type(arguments) is not tuple:
             raise PickleError("it calls something that is no name")
-        if function.name in ("copyreg._reconstructor", "copy_reg._reconstructor") and type(arguments[0]) is Named:
+        if function.name in _OBJECT_MAKERS and arguments and type(arguments[0]) is Named:
             function, arguments = arguments[0], ()
-        if function.name in self.constructors:
-            return self.constructors[function.name](self, arguments)
         if function.name in SKIPPED:
             return Skipped(function.name)
-        raise ForeignObjectError(function.name)
+        if function.name not in self.constructors:
+            return Foreign(function.name)
+        for argument in arguments[:8]:  # as many as a constructor takes; that of a defaultdict is never used
+            if isinstance(argument, Skipped) and function.name != "collections.defaultdict":
+                return Foreign(argument.name)
+        return self.constructors[function.name](self, arguments)
 
     def new_object(self, count: int) -> None:
         cls, arguments, *_ = self.take(count)
@@ -241,9 +271,7 @@ def _containers() -> dict[str, Constructor]:
     def dict_of(reader: PickleReader, arguments: tuple[Any, ...]) -> OrderedDict[Any, Any]:
         pairs = list(arguments[0].items() if type(arguments[0]) in _DICTS else arguments[0]) if arguments else []
         reader.spend(64 * len(pairs))
-        for key, _ in pairs:
-            reader.check_key(key)
-        return OrderedDict(pairs)
+        return OrderedDict(reader.kept(pairs))
 
     def set_of(reader: PickleReader, arguments: tuple[Any, ...]) -> set[Any]:
         reader.spend(64 * len(arguments[0]) if arguments else 0)
@@ -277,11 +305,16 @@ def _containers() -> dict[str, Constructor]:
 
 
 CONTAINERS = _containers()
+_OBJECT_MAKERS = frozenset(
+    f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj_ex__")
+)
+"""Functions of Python's own whose first argument is the class of the object."""
 
 SKIPPED = frozenset(
     f"{module}.{name}"
     for modules, names in [
         (("argparse",), ("Namespace",)),
+        (("collections",), ("deque",)),
         (("types",), ("SimpleNamespace",)),
         (("datetime",), ("datetime", "date", "timedelta")),
         (("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
@@ -310,9 +343,7 @@ def _collect(make: Callable[[PickleReader, list[Any]], Any]) -> Callable[[Pickle
 
 
 def _new_dict(reader: PickleReader, items: list[Any]) -> dict[Any, Any]:
-    for key in items[::2]:
-        reader.check_key(key)
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(reader.kept(zip(items[::2], items[1::2], strict=True)))
 
 
 _ACTIONS: dict[str, Callable[[PickleReader, Any], None]] = {
@@ -374,7 +405,7 @@ class _Finished:
         if isinstance(value, Pending):
             return value.value(), 1, 0
         if type(value) not in (dict, OrderedDict, list, tuple):
-            if isinstance(value, Named):
+            if isinstance(value, (Named, Foreign)):
                 raise ForeignObjectError(value.name)
             return value, 1, 0
         if depth > MAX_DEPTH:

@@ -13,6 +13,8 @@ from scrl_fast.weights.errors import CheckpointError
 
 LARGEST_STEP = 1 << 53
 """Steps are counted in numbers that a float64 holds exactly."""
+LARGEST_THREADS = 4096
+"""CPU threads that a run goes on with; more are a mistake in the file."""
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -26,7 +28,8 @@ def check_training_state(path: object, state: Mapping[str, Any]) -> None:
         "step": _count,
         "epoch": _count,
         "version": lambda value: "" if type(value) is str else "must be text",
-        "config": _options,
+        "config": _config,
+        "data": _data,
         "model": _model,
         "optimizer": _optimizer,
         "rng": _generators,
@@ -66,6 +69,25 @@ def _named(value: Any, fault_of: Callable[[Any], str], names: type = str) -> str
     return _first(_in(f"{name!r:.60}", fault_of(item)) for name, item in value.items())
 
 
+def _config(value: Any) -> str:
+    if fault := _options(value):
+        return fault
+    train = value.get("train")
+    threads = train.get("threads", 0) if isinstance(train, dict) else 0
+    good = type(threads) is int and 0 <= threads <= LARGEST_THREADS
+    return "" if good else f"train.threads must be a whole number from 0 to {LARGEST_THREADS}, is {_shown(threads)}"
+
+
+def _data(value: Any) -> str:
+    """The images of the run: empty, or their number and a hash of their names."""
+    if not isinstance(value, dict):
+        return f"must be a dict, is {_shown(value)}"
+    if fault := _in("images", _count(value["images"]) if "images" in value else ""):
+        return fault
+    names = value.get("names", "")
+    return "" if type(names) is str else f"names must be text, is {_shown(names)}"
+
+
 def _options(value: Any) -> str:
     return _named(value, _option)
 
@@ -99,8 +121,14 @@ def _optimizer(value: Any) -> str:
         numbers = group.get("params")
         if not isinstance(numbers, list) or any(_count(number) for number in numbers):
             return "'params' of a group must be a list of numbers"
-    momentum = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {_shown(item)}"  # noqa: E731
-    return _in("'state'", _named(value["state"], lambda state: _named(state, momentum), int))
+    return _in("'state'", _named(value["state"], _parameter_state, int))
+
+
+def _parameter_state(value: Any) -> str:
+    plain = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {_shown(item)}"  # noqa: E731
+    if fault := _named(value, plain):
+        return fault
+    return _in("'momentum_buffer'", _tensor(value["momentum_buffer"])) if "momentum_buffer" in value else ""
 
 
 def _generators(value: Any) -> str:
