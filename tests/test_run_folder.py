@@ -212,7 +212,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(t
 def test_room_is_asked_for_the_momentum_of_what_is_trained_alone(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     usage = shutil.disk_usage(tmp_path)
-    state, trained = trainer.loop.state_dict(), sum(4 * p.numel() for p in trainer.model.online.parameters())
+    state = trainer.loop.state_dict()
+    trained = sum(4 * p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert trained < sum(4 * p.numel() for p in trainer.model.parameters()), "the target network gets no momentum"
     needed = 3 * (checkpoint._size(state) + trained)
     for free in (needed - 1, needed):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
