@@ -67,7 +67,11 @@ def _view(reader: PickleReader, storage: Any, dtype: Any, offset: Any, shape: An
     if not count:
         return torch.zeros(sizes, dtype=dtype)
     view = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), flat.storage_offset() + offset, sizes, steps)
-    return view.clone(memory_format=torch.contiguous_format) if expanded else view
+    if not expanded:
+        return view
+    own = view.clone(memory_format=torch.contiguous_format)
+    reader.copies.append((own.detach(), view))
+    return own
 
 
 def _tensor(reader: PickleReader, arguments: tuple[Any, ...]) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from scrl_fast.weights.skipped_classes import SKIPPED
+
 MAX_OPCODES = 1_500_000
 """Opcodes of one pickle: two seconds of work; a list of 1.3 million numbers passes."""
 MAX_DEPTH = 64
@@ -102,6 +104,8 @@ class PickleReader:
         self.constants = constants or {}
         self.persistent = persistent
         self.tuple_keys = self.key_items = 0
+        self.copies: list[tuple[Any, Any]] = []
+        """(copy, view of a storage): to be copied again where storages are filled after the pickle."""
 
     def spend(self, amount: int) -> None:
         """Count bytes that a constructor makes, so that a small file cannot ask for the same bytes a million times."""
@@ -309,27 +313,6 @@ _OBJECT_MAKERS = frozenset(
     f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj_ex__")
 )
 """Functions of Python's own whose first argument is the class of the object."""
-
-SKIPPED = frozenset(
-    f"{module}.{name}"
-    for modules, names in [
-        (("argparse",), ("Namespace",)),
-        (("collections",), ("deque",)),
-        (("types",), ("SimpleNamespace",)),
-        (("datetime",), ("datetime", "date", "timedelta")),
-        (("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-        (("omegaconf.dictconfig", "omegaconf.listconfig"), ("DictConfig", "ListConfig")),
-        (("yacs.config", "fvcore.common.config", "detectron2.config.config"), ("CfgNode",)),
-        (("easydict",), ("EasyDict",)),
-        (("mmengine.logging.history_buffer",), ("HistoryBuffer",)),
-        (("mmengine.config.config", "mmcv.utils.config"), ("ConfigDict",)),
-        (("pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing"), ("AttributeDict",)),
-        (("lightning_fabric.utilities.data", "lightning.fabric.utilities.data"), ("AttributeDict",)),
-    ]
-    for module in modules
-    for name in names
-)
-"""Classes of options and logs beside the weights of training scripts: `Skipped` stands in their place."""
 
 
 def _collect(make: Callable[[PickleReader, list[Any]], Any]) -> Callable[[PickleReader, Any], None]:

@@ -145,4 +145,6 @@ def _read_legacy(path: Path) -> Any:
                 raise PickleError(f"storage {key} has another size than its tensors expect")
             if file.readinto(flat.numpy().data) != flat.numel():
                 raise PickleError("it is cut off")
+    for own, view in reader.copies:
+        own.copy_(view)
     return found
