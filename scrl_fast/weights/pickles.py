@@ -104,8 +104,7 @@ class PickleReader:
         self.constants = constants or {}
         self.persistent = persistent
         self.tuple_keys = self.key_items = 0
-        self.copies: list[tuple[Any, Any]] = []
-        """(copy, view of a storage): to be copied again where storages are filled after the pickle."""
+        self.copies: list[tuple[Any, Any]] = []  # (copy, view of a storage that may be filled after the pickle)
 
     def spend(self, amount: int) -> None:
         """Count bytes that a constructor makes, so that a small file cannot ask for the same bytes a million times."""
@@ -309,10 +308,7 @@ def _containers() -> dict[str, Constructor]:
 
 
 CONTAINERS = _containers()
-_OBJECT_MAKERS = frozenset(
-    f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj_ex__")
-)
-"""Functions of Python's own whose first argument is the class of the object."""
+_OBJECT_MAKERS = ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj_ex__")  # of a class
 
 
 def _collect(make: Callable[[PickleReader, list[Any]], Any]) -> Callable[[PickleReader, Any], None]:

@@ -21,4 +21,4 @@ SKIPPED = frozenset(
     for module in modules
     for name in names
 )
-"""Classes of options and logs beside the weights of training scripts; `pickles.Skipped` stands in their place."""
+"""Classes of options and logs beside the weights of training scripts: they are not read."""
