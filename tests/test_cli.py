@@ -1,4 +1,7 @@
-"""The command line: who wins, what is refused and how it is said, and the exit codes."""
+"""The command line: precedence, refusals and their messages, and the exit codes.
+
+This file is long because every kind of argument has a case of its own.
+"""
 
 from __future__ import annotations
 

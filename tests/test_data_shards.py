@@ -1,3 +1,8 @@
+"""Tar shards: order, labels, exact resume, and archives that are cut, hostile or written by other tools.
+
+This file is long because each kind of odd archive is made here, header by header.
+"""
+
 from __future__ import annotations
 
 import io

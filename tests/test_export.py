@@ -1,4 +1,7 @@
-"""Export: every format loads in the library that it is for, strictly where that library can, with equal numbers."""
+"""Export: every format loads in the library that it is for, strictly where that library can, with equal numbers.
+
+This file is long because every format has a test of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Hostile and damaged files of weights, and a process of limited memory that reads them all.
 
 Run by test_weight_files.py; ``python tests/weight_file_sweep.py FOLDER COUNT`` reads COUNT mutated files of each
-format, as many as one likes, and prints one JSON object. The length of this file is that of its lists.
+format, as many as one likes, and prints one JSON object. This file is long because of its
+lists of faults.
 """
 
 from __future__ import annotations

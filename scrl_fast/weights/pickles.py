@@ -22,8 +22,7 @@ MAX_OPCODES = 1_500_000
 """Opcodes of one pickle: two seconds of work; a list of 1.3 million numbers passes."""
 MAX_DEPTH = 64
 """Containers inside containers."""
-MAX_INTEGER_BYTES = 256
-MAX_TUPLE_KEYS = 10_000
+MAX_INTEGER_BYTES, MAX_TUPLE_KEYS = 256, 10_000
 """Tuples and frozensets as keys or in sets; Python's hash of these can be made to collide."""
 MAX_KEY_ITEMS, MAX_KEYS_ITEMS = 64, 80_000
 """Values in one of them, and in all together."""
