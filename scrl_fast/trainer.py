@@ -337,7 +337,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         with using("model"):
             self.model.load_state(state["model"])
         with using("optimizer"):
-            load_optimizer_state(self.optimizer, state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         with using("rng"):
             torch.set_rng_state(state["rng"]["torch"])
         with using("loader"):

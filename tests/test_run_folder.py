@@ -336,7 +336,8 @@ def test_a_tracker_that_fails_in_use_gets_no_more(tmp_path):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_a_lost_session_and_a_limit_of_time_save_like_sigterm(tmp_path):
+def test_a_lost_session_and_a_limit_of_time_save_like_sigterm(tmp_path, monkeypatch):
+    monkeypatch.setattr("scrl_fast.run.signals.signal.getsignal", lambda _: signal.SIG_DFL)  # also under nohup
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU} == set(STOP_SIGNALS)
     trainer = make_trainer(tmp_path)
     lose(trainer, lambda: os.kill(os.getpid(), signal.SIGHUP))

@@ -158,7 +158,8 @@ def test_our_roi_align_in_the_detector_is_torchvisions():
     theirs = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
     assert len(level_of(boxes[0], strides).unique()) == 3
     exact = {name: map.detach().double().requires_grad_() for name, map in features.items()}
-    pooled = ours(features, boxes, shapes), theirs(features, boxes, shapes), theirs(exact, boxes, shapes)
+    wide = [each.double() for each in boxes]  # torchvision wants maps and boxes of one type
+    pooled = ours(features, boxes, shapes), theirs(features, boxes, shapes), theirs(exact, wide, shapes)
     assert_as_accurate(*pooled)
     cotangent = torch.randn_like(pooled[0])
     gradients = [

@@ -160,9 +160,10 @@ def using(part: str) -> Iterator[None]:
         raise CheckpointError(f"the checkpoint's {part} cannot be used ({cause})") from error
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any], step: int) -> None:
     """Momentum and the like from a checkpoint; rates and other options of the groups stay as they are.
 
+    step: updates made before the checkpoint.
     Raises CheckpointError where there is no momentum, though the optimizer has some from its first step on, and where a
     tensor, or whatever stands for momentum, does not have the shape of its parameter.
     """
@@ -170,7 +171,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
-    if not optimizer.state and any(group.get("momentum") for group in optimizer.param_groups):
+    if step and not optimizer.state and any(group.get("momentum") for group in optimizer.param_groups):
         raise CheckpointError("the checkpoint's optimizer cannot be used (it holds no momentum)")
     for parameter, buffers in optimizer.state.items():
         for name, value in buffers.items():

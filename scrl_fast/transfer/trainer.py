@@ -245,7 +245,7 @@ class Transfer(TrainingTask[list[Example]]):
             check_same_detector(self.network, dict(state), str(self.loop.found.path))
             self.network.load_state_dict(state["model"])
         with using("optimizer"):
-            load_optimizer_state(self.optimizer, state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         with using("rng"):
             self.scaler.load_state_dict(state["rng"]["scaler"])
         with using("log"):
