@@ -31,16 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.trainer import SCRLTrainer
 
-        try:
+        with rendezvous.one_of_a_job():
             trainer = SCRLTrainer(config)
             report.log = trainer.folder / "log.txt"
             trainer.fit()
-        except Exception as error:
-            told = rendezvous.to_peer_error(error)
-            if told is error:
-                raise
-            raise told from error
-        rendezvous.leave()
     return 0
 
 

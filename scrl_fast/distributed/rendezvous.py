@@ -10,8 +10,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -72,6 +72,22 @@ def _check_group(device: torch.device) -> None:
             f"torch.distributed runs with {carried}, which carries nothing for {' and '.join(lacking)}: "
             f"begin with init_process_group({needed!r})"
         )
+
+
+@contextmanager
+def one_of_a_job() -> Iterator[None]:
+    """For the work of a command that may be one process of several: leaves what `join` began when it has ended.
+
+    An error ends the process as what `to_peer_error` makes of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = to_peer_error(error)
+        if told is error:
+            raise
+        raise told from error
+    leave()
 
 
 def leave() -> None:

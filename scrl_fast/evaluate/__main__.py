@@ -46,14 +46,8 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     from scrl_fast.run.numerics import keep_memory
 
     keep_memory()  # an eighth of the time on a CPU
-    try:
+    with rendezvous.one_of_a_job():
         document = _run(task, options, argv, rendezvous.join(rendezvous.device_of(options.device)))
-    except Exception as error:
-        told = rendezvous.to_peer_error(error)
-        if told is error:
-            raise
-        raise told from error
-    rendezvous.leave()
     return document
 
 

@@ -131,6 +131,9 @@ def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore
 
 # ---- tasks ----
 
+TRAINING_RANGES = {"size": at_least(0), "crop_scale": within(0, 1), "epochs": at_least(1), "warmup_epochs": at_least(0)}
+"""Ranges of the options that every task which trains on crops has."""
+
 
 @dataclass
 class LinearOptions(Common):
@@ -166,12 +169,9 @@ class LinearOptions(Common):
         check_fields(
             self,
             "",
-            size=at_least(0),
-            crop_scale=within(0, 1),
             lrs=above(0),
             fixed_lr=above(0),
-            epochs=at_least(1),
-            warmup_epochs=at_least(0),
+            **TRAINING_RANGES,
         )
 
 
@@ -203,12 +203,9 @@ class FinetuneOptions(Common):
         check_fields(
             self,
             "",
-            size=at_least(0),
-            crop_scale=within(0, 1),
             lr=above(0),
             weight_decay=at_least(0),
-            epochs=at_least(1),
-            warmup_epochs=at_least(0),
+            **TRAINING_RANGES,
         )
 
 

@@ -13,15 +13,8 @@ from scrl_fast.run.resume import flatten
 
 OWN_OPTIONS = (
     *("run.dir", "resume", "init", "json"),  # process 0 decides these for all
-    *(
-        "data.root",
-        "data.workers",
-        "data.prefetch",
-        "data.decode_memory",
-        "train.device",
-        "train.threads",
-        "train.keep_memory",
-    ),
+    *("data.root", "data.workers", "data.prefetch", "data.decode_memory"),
+    *("train.device", "train.threads", "train.keep_memory"),
 )
 """Options that may differ from machine to machine."""
 NAMED = 4  # differences that the error names

@@ -27,18 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.transfer.trainer import Transfer
 
-        try:
+        with rendezvous.one_of_a_job():
             transfer = Transfer(config)
             report.log = transfer.folder / "log.txt"
             summary = transfer.fit()
-        except Exception as error:
-            told = rendezvous.to_peer_error(error)
-            if told is error:
-                raise
-            raise told from error
         if config.json and "result" in summary and transfer.world.rank == 0:
             write_result(config, summary)
-        rendezvous.leave()
     return 0
 
 
