@@ -121,6 +121,9 @@ def test_without_a_name_the_run_goes_under_runs(tmp_path, monkeypatch):
     (tmp_path / "x" / "checkpoints").mkdir(parents=True)
     (tmp_path / "x" / "checkpoints" / "last.pt").touch()
     (tmp_path / "downloaded.pt").touch()
+    config.resume = "x/checkpoints/last.pt"  # no options and no metrics beside it: a folder that a file was put in
+    assert folder.choose_folder(config, "demo-scrl").startswith("runs/demo-scrl-")
+    (tmp_path / "x" / "config.yaml").touch()
     for path in ("x", "x/checkpoints", "x/checkpoints/last.pt"):
         config.resume = path
         assert folder.choose_folder(config, "demo-scrl") == "x"
