@@ -155,7 +155,7 @@ def test_images_that_are_not_measured_are_not_compared(data_root, tmp_path):
         document["images"][-1].update(height=HEIGHT // 2)
     run = transfer("detection", tmp_path / "data", tmp_path / "run", "--eval.images=2")
     with pytest.raises(BadImage, match="has 48 x 64 pixels"):
-        run.val.read(len(run.val) - 1)
+        run.data.val.read(len(run.data.val) - 1)
 
 
 def test_a_large_set_is_compared_by_a_sample(data_root, tmp_path, monkeypatch):
@@ -239,4 +239,4 @@ def test_notes_on_the_data_are_logged(data_root, tmp_path):
 
 @pytest.mark.parametrize("task", ["detection", "instance", "keypoints", "voc", "cityscapes"])
 def test_sound_data_are_not_commented_on(data_root, tmp_path, task):
-    assert transfer(task, data_root, tmp_path / "run").data_notes == []
+    assert transfer(task, data_root, tmp_path / "run").data.notes == []

@@ -25,7 +25,7 @@ from scrl_fast.distributed.world import PeerFailed, World
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 from scrl_fast.run.metrics_file import read_metrics
-from scrl_fast.transfer import trainer
+from scrl_fast.transfer import training_data
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.trainer import Transfer
 
@@ -99,12 +99,12 @@ def test_stalled_data_end_the_run_with_a_checkpoint(data_root, tmp_path):
 
 def test_a_signal_while_data_are_waited_for_stops_there_and_then(data_root, tmp_path):
     run, released = transfer("detection", data_root, tmp_path / "a"), threading.Event()
-    plain, read = run.train_step, run.train.read
+    plain, read = run.train_step, run.data.train.read
 
     def step(batch, weight):
         plain(batch)
         if run.step == 2:
-            run.train.read = lambda index: released.wait(60) and read(index)
+            run.data.train.read = lambda index: released.wait(60) and read(index)
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     run.train_step, started = step, time.monotonic()
@@ -132,7 +132,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
 
     options = ["--train.steps=1", "--run.checkpoint_every=9", "--data.timeout=0.3"]
     run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", *options)), world=Fellow())
-    released, plain, read = threading.Event(), run.detections, run.val.read
+    released, plain, read = threading.Event(), run.detections, run.data.val.read
 
     def detections(indices):
         measuring.append(True)
@@ -140,7 +140,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
             return []
         if why == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
-        run.val.read = lambda index: released.wait(60 if why == "signal" else 0.6) or read(index)
+        run.data.val.read = lambda index: released.wait(60 if why == "signal" else 0.6) or read(index)
         return plain(indices)
 
     run.detections, started = detections, time.monotonic()
@@ -168,7 +168,7 @@ def test_the_processes_compare_the_images_that_they_measure_on(data_root, tmp_pa
         told.append(more)
         raise InterruptedError  # no more is needed here
 
-    monkeypatch.setattr(trainer, "check_same_everywhere", compare)
+    monkeypatch.setattr(training_data, "check_same_everywhere", compare)
     (tmp_path / "last.pt").touch()
     more = ["--eval.only=true", f"--resume={tmp_path / 'last.pt'}"] if only else []
     with pytest.raises(InterruptedError):

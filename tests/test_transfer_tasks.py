@@ -81,7 +81,7 @@ def test_objects_without_a_mask_are_left_out_and_counted(data_root, tmp_path):
     task, option = without_masks(data_root, tmp_path, every=2)
     run = Transfer(parse([*arguments(task, data_root, tmp_path / "a"), option, "--train.steps=2", "--eval.images=1"]))
     run.fit()
-    lost = count_without_masks(run.train, run.indices)
+    lost = count_without_masks(run.data.train, run.data.indices)
     assert lost > 3 and f"{lost} objects without a mask are left out" in (tmp_path / "a" / "log.txt").read_text()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -12,35 +11,25 @@ from torch import nn
 
 from scrl_fast import info
 from scrl_fast.config.validation import validated
-from scrl_fast.data import identity_of
 from scrl_fast.data.bad_images import BadImage
-from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
-from scrl_fast.run.agreement import check_same_everywhere
 from scrl_fast.run.checkpoint import load_optimizer_state, using
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import set_numerics, step_seed
 from scrl_fast.run.task import TrainingTask
-from scrl_fast.transfer.checks import check_batch_size, check_data, check_splits
 from scrl_fast.transfer.config import TransferConfig
-from scrl_fast.transfer.dataset import (
-    KEYPOINTS,
-    Example,
-    Examples,
-    count_without_masks,
-    read_split,
-    trainable,
-)
+from scrl_fast.transfer.dataset import KEYPOINTS, Example
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.detector import build_detector, check_same_detector
-from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_step, training_batches
+from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_step
 from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.pyramid import SUPERVISED
+from scrl_fast.transfer.training_data import TransferData
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,21 +54,9 @@ class Transfer(TrainingTask[list[Example]]):
         self.device = rendezvous.device_of(config.train.device)
         patience = rendezvous.exchange_timeout(config.data.timeout)
         self.world = rendezvous.join(self.device, timeout=patience) if world is None else world
-        self.masks = config.model.detector == "mask_rcnn"
-        self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
         self.trains = not config.eval.only
-        self.val = read_split(config, config.data.val) if val is None else val
-        self.train = None if not self.trains else read_split(config, config.data.train) if train is None else train
-        measured = {f"data.val {name}": value for name, value in identity_of(self.val).items()}
-        same = {"device": self.device.type, **self.data_identity(), **measured}
-        check_same_everywhere(self.world, config.to_dict(), same)
-        check_splits(self.train, self.val, keypoints=self.keypoints > 0)
-        self.indices: list[int] = []
-        if self.train is not None:
-            self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
-            check_batch_size(config.train.batch_size, len(self.indices), self.world.size)
-        self.data_notes = check_data(config, self.train, self.val, self.indices)
-        self.steps_per_epoch = max(1, len(self.indices) // config.train.batch_size)
+        self.data = TransferData(config, self.world, self.device.type, train=train, val=val)
+        self.steps_per_epoch = self.data.steps_per_epoch
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
         self.evaluate_every = config.eval.every
         kind = f"{config.task}-{config.model.detector}"
@@ -114,7 +91,7 @@ class Transfer(TrainingTask[list[Example]]):
         config = self.config
         return build_detector(
             config.model.detector,
-            len(self.val.classes),
+            len(self.data.val.classes),
             backbone=config.model.backbone,
             init="random" if self.loop.found.path else config.init or "random",
             branch=config.model.branch,
@@ -126,30 +103,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     def batches(self) -> Generator[list[Example], None, None]:
         """This process's part of the batches, from the present step on."""
-        data, train = self.config.data, self.config.train
-        examples = Examples(
-            self.train,
-            first_label=int(self.network.first_label),  # type: ignore[arg-type]
-            masks=self.masks,
-            keypoints=self.keypoints,
-            flip=data.flip,
-            seed=train.seed,
-        )
-        name_of = getattr(self.train, "name_of", str)
-        with closing(
-            Prefetcher(max(1, data.workers), data.prefetch, timeout=data.timeout, name_of=lambda item: name_of(item[0]))
-        ) as prefetcher:
-            yield from training_batches(
-                examples,
-                self.indices,
-                train.batch_size,
-                seed=train.seed,
-                start=self.step,
-                stop=self.last_step,
-                prefetcher=prefetcher,
-                rank=self.world.rank,
-                world_size=self.world.size,
-            )
+        return self.data.batches(int(self.network.first_label), self.step, self.last_step)  # type: ignore[arg-type]
 
     def batch_weight(self, batch: list[Example]) -> int:
         """Images."""
@@ -208,19 +162,16 @@ class Transfer(TrainingTask[list[Example]]):
     def describe(self) -> list[str]:
         config, model, train = self.config, self.config.model, self.config.train
         lines = [
-            *self.data_notes,
+            *self.data.notes,
             f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision}",
         ]
-        if self.train is None:
+        if not self.trains:
             return lines
         if self.world.is_distributed:
             lines.append(f"{self.world.size} processes with {train.batch_size // self.world.size} images each")
-        plan = f"{self.last_step} steps of {train.batch_size}, {self.steps_per_epoch} an epoch"
         rate = config.optim.lr * train.batch_size / config.optim.reference_batch
-        lines.append(f"{len(self.indices)} of {len(self.train)} images, {plan}, learning rate {rate:.4g}")
-        if self.masks and (lost := count_without_masks(self.train, self.indices)):
-            lines.append(f"{lost} objects without a mask are left out of training")
-        return lines
+        lines.append(f"{self.last_step} steps of {train.batch_size} images, learning rate {rate:.4g}")
+        return lines + self.data.describe()
 
     def resume_arguments(self) -> list[str]:
         """A measurement writes no checkpoint of its own: it starts again from the one that was named."""
@@ -253,7 +204,7 @@ class Transfer(TrainingTask[list[Example]]):
             self.pending = [{str(name): float(value) for name, value in row.items()} for row in pending]
 
     def data_identity(self) -> dict[str, Any]:
-        return {} if self.train is None else identity_of(self.train)
+        return self.data.identity()
 
     def initialise(self) -> list[str]:
         """What `build` took from ``init``."""
@@ -266,7 +217,7 @@ class Transfer(TrainingTask[list[Example]]):
 
         Empty when a signal to any process came before or ended it there and then.
         """
-        count = min(len(self.val), self.config.eval.images or len(self.val))
+        count = min(len(self.data.val), self.config.eval.images or len(self.data.val))
         if not self.loop.stop:
             self.loop.log.say(f"measuring on {count} images of {self.config.data.val} ...")
         mine = range(self.world.rank, count, self.world.size)
@@ -276,7 +227,7 @@ class Transfer(TrainingTask[list[Example]]):
         found = sorted(self.world.gather_objects(own), key=lambda image: image.index)
         stop = self.loop.stop
         result = self.world.broadcast_from_rank0(
-            lambda: stop.run_interruptible(lambda: measure(self.config.task, found, self.val))
+            lambda: stop.run_interruptible(lambda: measure(self.config.task, found, self.data.val))
         )
         if result is None:
             self.loop.stop_all()
@@ -290,7 +241,7 @@ class Transfer(TrainingTask[list[Example]]):
         return list(
             detect(
                 self.network,
-                self.val,
+                self.data.val,
                 indices,
                 batch_size=self.config.eval.batch_size,
                 workers=self.config.data.workers,

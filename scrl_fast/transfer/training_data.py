@@ -1,0 +1,88 @@
+"""The annotated images of one run: both splits, the images to train on, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+from scrl_fast.data import identity_of
+from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.distributed.world import World
+from scrl_fast.run.agreement import check_same_everywhere
+from scrl_fast.transfer.checks import check_batch_size, check_data, check_splits
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.dataset import KEYPOINTS, Example, Examples, count_without_masks, read_split, trainable
+from scrl_fast.transfer.fine_tuning import training_batches
+
+
+class TransferData:
+    """Both splits of a run, read and checked against its options.
+
+    train, val: `ImagesWithBoxes` to use instead of those that ``config.data`` names; ``train`` stays None where
+    ``config.eval.only`` trains nothing. indices: the images to train on. notes: what the user should know of them.
+    Raises UsageError naming the option, the path or the file.
+    """
+
+    def __init__(
+        self, config: TransferConfig, world: World, device_type: str, *, train: Any = None, val: Any = None
+    ) -> None:
+        self.config, self.world = config, world
+        self.masks = config.model.detector == "mask_rcnn"
+        self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
+        self.val = read_split(config, config.data.val) if val is None else val
+        self.train = train
+        if config.eval.only:
+            self.train = None
+        elif train is None:
+            self.train = read_split(config, config.data.train)
+        measured = {f"data.val {name}": value for name, value in identity_of(self.val).items()}
+        check_same_everywhere(world, config.to_dict(), {"device": device_type, **self.identity(), **measured})
+        check_splits(self.train, self.val, keypoints=self.keypoints > 0)
+        self.indices: list[int] = []
+        if self.train is not None:
+            self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
+            check_batch_size(config.train.batch_size, len(self.indices), world.size)
+        self.notes = check_data(config, self.train, self.val, self.indices)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.indices) // self.config.train.batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """What checkpoints keep of the training images; nothing where nothing is trained."""
+        return {} if self.train is None else identity_of(self.train)
+
+    def describe(self) -> list[str]:
+        """Lines about the training images for the head of the log."""
+        lines = [f"{len(self.indices)} of {len(self.train)} images, {self.steps_per_epoch} steps an epoch"]
+        if self.masks and (lost := count_without_masks(self.train, self.indices)):
+            lines.append(f"{lost} objects without a mask are left out of training")
+        return lines
+
+    def batches(self, first_label: int, start: int, stop: int) -> Generator[list[Example], None, None]:
+        """This process's part of the batches of steps ``start`` to ``stop``, read ahead."""
+        data, train = self.config.data, self.config.train
+        examples = Examples(
+            self.train,
+            first_label=first_label,
+            masks=self.masks,
+            keypoints=self.keypoints,
+            flip=data.flip,
+            seed=train.seed,
+        )
+        name_of = getattr(self.train, "name_of", str)
+        with closing(
+            Prefetcher(max(1, data.workers), data.prefetch, timeout=data.timeout, name_of=lambda item: name_of(item[0]))
+        ) as prefetcher:
+            yield from training_batches(
+                examples,
+                self.indices,
+                train.batch_size,
+                seed=train.seed,
+                start=start,
+                stop=stop,
+                prefetcher=prefetcher,
+                rank=self.world.rank,
+                world_size=self.world.size,
+            )
