@@ -34,6 +34,7 @@ def pretraining():
 
 def transfer():
     state = pretraining() | {"model": {"body.w": torch.zeros(2)}, "log": {"pending": [{"loss": 0.5}]}}
+    state |= {"categories": {"names": ["fish", "stingray"], "ids": [0, "7"]}}
     return state | {"rng": {"scaler": {"scale": 65536.0, "_growth_tracker": 0}}}
 
 
@@ -86,6 +87,9 @@ def test_what_runs_write_passes(make):
         ("loader.processes", "ab", "'processes' must be a list"),
         ("loader.processes", [{"bad": {0: [1]}}], "'bad' 0 must be names"),
         ("loader.processes", [{"bad": {"0": []}}], "'bad' has the key '0'"),
+        ("categories", ["fish"], "must be a dict of 'names' and 'ids'"),
+        ("categories", {"names": ["fish"], "ids": [1, 2]}, "'ids' must be a list of as many"),
+        ("categories", {"names": [1], "ids": [1]}, "'names' must be a list of text"),
         ("log", 3, "log cannot be used"),
         ("log.pending", [3], "'pending' must be a list of rows"),
         ("log.pending", [["a"]], "must hold numbers"),

@@ -21,6 +21,7 @@ from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import set_numerics, step_seed
 from scrl_fast.run.task import TrainingTask
+from scrl_fast.transfer.categories import categories_of
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import KEYPOINTS, Example
 from scrl_fast.transfer.detections import Detections
@@ -180,7 +181,7 @@ class Transfer(TrainingTask[list[Example]]):
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Detector, optimizer, loss scale and the losses since the last row."""
+        """Detector, optimizer, loss scale, the losses since the last row, and the names of the classes."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         return {
             "model": self.network.state_dict(),
@@ -188,6 +189,7 @@ class Transfer(TrainingTask[list[Example]]):
             "rng": {"scaler": self.scaler.state_dict()},  # every step seeds torch's generator anew
             "loader": {"epoch": epoch, "batch": done, "world_size": self.world.size},
             "log": {"pending": self.pending},
+            "categories": categories_of(self.data.val).to_plain(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ def check_training_state(path: object, state: Mapping[str, Any]) -> None:
         "rng": _generators,
         "loader": _loader,
         "log": _log,
+        "categories": _categories,
     }
     for section, fault_of in checks.items():
         if section in state and (fault := fault_of(state[section])):
@@ -160,6 +161,18 @@ def _loader(value: Any) -> str:
         return "'processes' must be a list of dicts"
     names = lambda item: "" if isinstance(item, list) and all(type(n) is str for n in item) else "must be names"  # noqa: E731
     return _first(_in("'bad'", _named(process.get("bad", {}), names, int)) for process in [*processes, value])
+
+
+def _categories(value: Any) -> str:
+    """The classes of a detector: as many numbers as names."""
+    if not isinstance(value, dict) or not {"names", "ids"} <= value.keys():
+        return "must be a dict of 'names' and 'ids'"
+    names, ids = value["names"], value["ids"]
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        return "'names' must be a list of text"
+    if not isinstance(ids, list) or len(ids) != len(names) or any(type(number) not in (int, str) for number in ids):
+        return "'ids' must be a list of as many numbers or texts as there are names"
+    return ""
 
 
 def _log(value: Any) -> str:
