@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import select
+import stat
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,22 @@ EXIT_USAGE = 2
 
 class UsageError(ValueError):
     """What the user asked for cannot be done: a wrong option, file or folder. Commands exit with code 2."""
+
+
+FILE_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def irregular_kind(mode: int) -> str:
+    """What a file of this ``st_mode`` is in words, such as ``a named pipe``; an empty text for a regular file."""
+    if stat.S_ISREG(mode):
+        return ""
+    return next((kind for is_kind, kind in FILE_KINDS if is_kind(mode)), "something else")
 
 
 def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -129,7 +129,7 @@ def test_what_people_write_is_read(text, value):
 def test_only_small_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
-        (tmp_path / "pipe", "pipe is a pipe, not a file"),
+        (tmp_path / "pipe", "pipe is a named pipe, not a file"),
         ("/dev/urandom", "/dev/urandom is a device, not a file"),
         ("/dev/zero", "/dev/zero is a device, not a file"),
         ("/dev/stdin", "not a file|UTF-8|No such"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scrl_fast.errors import UsageError
+from scrl_fast.errors import UsageError, irregular_kind
 
 MAX_BYTES = 1 << 18
 """Largest file of options; one with every option has 4 kB."""
@@ -19,13 +19,6 @@ MAX_VALUES = 10_000
 """Most values of a file of options, with every alias counted as often as it is used."""
 MAX_DIGITS = 40
 """Longest whole number."""
-
-_KINDS = {
-    stat.S_ISFIFO: "a pipe",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-    stat.S_ISSOCK: "a socket",
-}
 
 
 def read_yaml(path: Path) -> Any:
@@ -115,9 +108,9 @@ def shortened(value: object, limit: int = 120) -> str:
 
 
 def _check_regular(path: Path, mode: int) -> None:
-    for is_kind, kind in _KINDS.items():
-        if is_kind(mode):
-            raise UsageError(f"{path} is {kind}, not a file")
+    kind = irregular_kind(mode)
+    if kind and not stat.S_ISDIR(mode):  # opening a folder has a message of its own
+        raise UsageError(f"{path} is {kind}, not a file")
 
 
 def _check_events(text: str) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 from scrl_fast.config.image_limits import ImageLimitOptions
+from scrl_fast.errors import irregular_kind
 
 
 class BadImage(Exception):
@@ -113,13 +113,6 @@ def printable(text: str) -> str:
 _OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):  # a pipe must not be waited for, not even to open it
     _OPEN_FLAGS |= getattr(os, _flag, 0)
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
 
 
 def read_file(
@@ -143,8 +136,7 @@ def read_file(
         raise BadImage(name, str(error)) from error
     try:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "something else")
+        if kind := irregular_kind(status.st_mode):
             raise BadImage(name, f"is {kind}, not a regular file")
         check_size(status.st_size, limit, name, option)
         return read_at(handle, status.st_size, 0)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 import time
 from pathlib import Path
 
 from scrl_fast.atomic_files import naming
-from scrl_fast.errors import UsageError
+from scrl_fast.errors import UsageError, irregular_kind
 
 try:
     import fcntl
@@ -106,7 +105,7 @@ def _open(folder: Path) -> int:
     with naming(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
     status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if irregular_kind(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
         raise refused
     return handle

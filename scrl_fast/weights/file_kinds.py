@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 from scrl_fast import atomic_files
+from scrl_fast.errors import irregular_kind
 from scrl_fast.weights.errors import WeightsError
 
 START_BYTES = 512
@@ -49,11 +49,8 @@ def check_regular(path: Path, noun: str = "weights", error: type[WeightsError] =
     except (OSError, ValueError) as cause:
         reason = "" if isinstance(cause, FileNotFoundError) else f" ({getattr(cause, 'strerror', None) or cause})"
         raise error(f"no {noun} at {path}{reason}") from cause
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
-    kinds |= {stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    for test, kind in kinds.items():
-        if test(status.st_mode):
-            raise error(f"no {noun} at {path}: it is {kind}")
+    if kind := irregular_kind(status.st_mode):
+        raise error(f"no {noun} at {path}: it is {kind}")
     if status.st_size == 0:
         raise error(f"{path} is damaged: it is empty; copy or download it again")
     held = getattr(status, "st_blocks", 0) * 512
