@@ -159,7 +159,7 @@ class Encoded:
                 picture, self._picture = self._picture or open_picture(self.data), None
                 pixels = to_rgb(picture)
                 del picture
-            pixels = _upright(pixels, orientation)
+            pixels = upright(pixels, orientation)
             height, width = -(-self.height // shrink), -(-self.width // shrink)
             if pixels.shape != (height, width, 3):  # views are drawn for the size in the header
                 raise BadImage(self.name, f"{height} x {width} pixels announced, {pixels.shape[:2]} found")
@@ -202,6 +202,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
-def _upright(image: Pixels, orientation: int) -> Pixels:
+def upright(image: Pixels, orientation: int) -> Pixels:
+    """The pixels turned as EXIF's number says, in memory without gaps; as they are for a number it does not know."""
     turn = _TURNS.get(orientation)
     return np.ascontiguousarray(turn(image) if turn else image)

@@ -14,11 +14,11 @@ class Terminal:
     """A stream for lines, with a progress bar where it is a terminal.
 
     A stream that goes away (a lost session, a pipe whose reader has ended) ends nothing: log.txt holds the same lines.
-    stream: None where the process has none. total, done: steps of the bar.
+    stream: None where the process has none. total, done: steps of the bar. unit: what a step is called there.
     """
 
-    def __init__(self, stream: TextIO | None, *, total: int, done: int) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None, *, total: int, done: int, unit: str = "step") -> None:
+        self.stream, self.unit = stream, unit
         self.bar: Any = None
         self.lost = ""
         """Why nothing is written any more."""
@@ -27,7 +27,7 @@ class Terminal:
             self._try(lambda: self._open_bar(total, done))
 
     def _open_bar(self, total: int, done: int) -> None:
-        self.bar = tqdm(total=total, initial=done, file=self.stream, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=done, file=self.stream, unit=self.unit, dynamic_ncols=True)
 
     def write(self, line: str) -> None:
         """One line, above the bar."""

@@ -1,5 +1,7 @@
 """``python -m scrl_fast.transfer TASK --data.root=... --init=WEIGHTS``: fine-tune a detector and measure it.
 
+``python -m scrl_fast.transfer predict`` uses a trained one (`scrl_fast.transfer.commands`).
+
 Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or input; 1 anything else.
 """
 
@@ -13,6 +15,7 @@ from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.transfer.commands import COMMANDS, SUMMARIES
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"
@@ -23,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
+        if (name := next((word for word in argv if word != "--debug"), "")) in COMMANDS:
+            argv.remove(name)
+            COMMANDS[name](argv)
+            return 0
         config = parse(argv)
         from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.transfer.trainer import Transfer
@@ -38,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> TransferConfig:
     """Options of a task: its own defaults, the detector's, then files, then the command line. Raises UsageError."""
-    task = take_task(argv, TASK_SUMMARIES, USAGE)
+    task = take_task(argv, {**TASK_SUMMARIES, **SUMMARIES}, USAGE)
     settings = [Settings({"task": task, **TASK_DEFAULTS[task]}, f"the defaults of {task}")]
     description = (
         f"Fine-tune a detector from pre-trained weights and measure it: {task}. The defaults below are those of "

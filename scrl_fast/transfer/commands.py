@@ -1,0 +1,50 @@
+"""What ``python -m scrl_fast.transfer`` does besides its tasks. torch is imported once the options are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scrl_fast.config.command_line import CommandParser
+from scrl_fast.config.validation import check_device, clean_path
+from scrl_fast.errors import UsageError
+
+PROG = "python -m scrl_fast.transfer"
+SUMMARIES = {"predict": "use a trained detector on a folder of images"}
+"""A line on each command."""
+
+
+def predict(argv: Sequence[str]) -> None:
+    """``predict --detector=RUN --images=DIR --out=OUT``: pictures with boxes, and COCO results."""
+    parser = CommandParser(
+        prog=f"{PROG} predict",
+        description="Detect objects in images: pictures with boxes in OUT/pictures, COCO results in OUT/results.json.",
+    )
+    _add_detector(parser)
+    parser.add_argument("--images", type=clean_path, required=True, help="folder of images, at any depth, or one image")
+    parser.add_argument("--out", type=clean_path, required=True, help="folder to write to, new or empty")
+    parser.add_argument("--score", type=float, default=0.5, help="keep objects that score more (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
+    args = parser.parse(argv)
+    if not 0 <= args.score <= 1:
+        raise UsageError(f"--score={args.score}: must be from 0 to 1")
+    if args.workers < 0:
+        raise UsageError(f"--workers={args.workers}: must be at least 0")
+    check_device("device", args.device)
+    from scrl_fast.transfer.predict_folder import predict_folder
+    from scrl_fast.transfer.trained import load_detector
+
+    detector = load_detector(args.detector, device=args.device)
+    options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
+    done = predict_folder(detector, args.images, args.out, **options)
+    left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
+    print(f"{done['objects']} objects in {done['images']} images{left_out}: {args.out}")
+
+
+def _add_detector(parser: CommandParser) -> None:
+    parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict}
