@@ -9,7 +9,7 @@ from scrl_fast.config.schema import Config, TrainConfig, check_enough
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL
 from scrl_fast.ops import backends
-from scrl_fast.optim import LARS, lars_param_groups
+from scrl_fast.optim import LARS, AdamW, lars_param_groups
 from scrl_fast.run.trackers import check_wandb
 
 
@@ -50,7 +50,7 @@ def check_compiled(train: TrainConfig, world_size: int, device_type: str) -> Non
             raise UsageError(f"train.cuda_graphs=True does not go with {reason}: leave it out, or use train.compile")
 
 
-def build(config: Config, *, num_classes: int, global_batch: int, device: torch.device) -> tuple[SCRL, LARS]:
+def build(config: Config, *, num_classes: int, global_batch: int, device: torch.device) -> tuple[SCRL, LARS | AdamW]:
     """Model and optimizer of a run, on the device, as memory format, compiler and recomputation are asked for.
 
     num_classes: of the data set, 0 without labels. global_batch: images a step in all processes.
@@ -96,8 +96,8 @@ def compile_encoders(model: SCRL, train: TrainConfig) -> None:
             branch.encoder.compile(dynamic=False, **({"mode": "reduce-overhead"} if train.cuda_graphs else {}))
 
 
-def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:
-    """LARS over online network and predictor, with the target's EMA attached, and the probe by plain SGD beside it.
+def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS | AdamW:
+    """LARS or AdamW over online network and predictor, with the target's EMA attached, and the probe by plain SGD.
 
     Every group carries ``peak_lr``, its learning rate at the top of the schedule, scaled by the global batch.
     With ``compat=kakaobrain`` the probe is one more head under LARS, as in the published implementation. Only the
@@ -114,22 +114,28 @@ def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS:
     groups = lars_param_groups(named, optim.weight_decay, compat=config.compat)
     for group in groups:
         group["peak_lr"] = optim.lr * scale
+        if optim.name == "adamw":  # biases and norms go without decay, but are adapted like the rest
+            group["adapt"] = True
     if model.probe is not None and not probe_too:
-        peak = optim.probe_lr * scale
-        groups.append({"params": list(model.probe.parameters()), "adapt": False, "weight_decay": 0.0, "peak_lr": peak})
-    optimizer = LARS(
-        groups,
-        lr=optim.lr * scale,
-        momentum=optim.momentum,
-        trust_coefficient=optim.trust_coefficient,
-        eps=optim.eps,
-        skip_nonfinite=True,
-    )
+        plain = {"adapt": False, "momentum": optim.momentum, "weight_decay": 0.0}
+        groups.append({"params": list(model.probe.parameters()), "peak_lr": optim.probe_lr * scale, **plain})
+    optimizer: LARS | AdamW
+    if optim.name == "adamw":
+        optimizer = AdamW(groups, lr=optim.lr * scale, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    else:
+        optimizer = LARS(
+            groups,
+            lr=optim.lr * scale,
+            momentum=optim.momentum,
+            trust_coefficient=optim.trust_coefficient,
+            eps=optim.eps,
+            skip_nonfinite=True,
+        )
     optimizer.attach_ema(*model.ema_pairs())
     return optimizer
 
 
-def initialise(model: SCRL, optimizer: LARS, path: str, *, momentum: bool) -> list[str]:
+def initialise(model: SCRL, optimizer: LARS | AdamW, path: str, *, momentum: bool) -> list[str]:
     """Fills the networks (for ``momentum`` also the optimizer's buffers) from a file of any known layout.
 
     path: ``init``, empty for none. Returns what there is to say about it.
@@ -138,7 +144,7 @@ def initialise(model: SCRL, optimizer: LARS, path: str, *, momentum: bool) -> li
         return ["random weights"] if path else []
     source = weights.read(path)
     notes = [f"init: {weights.load_into_scrl(model, source)}"]
-    if momentum:
+    if momentum and isinstance(optimizer, LARS):
         filled = weights.load_momentum(model, optimizer, source)
         if not filled:
             raise UsageError(f"init_momentum=True: {path} ({source.layout}) holds no optimizer state that fits")

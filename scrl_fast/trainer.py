@@ -176,6 +176,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         for each in batches:
             with self.reducing_after(each is batches[-1]):
                 rows.append(self.accumulate(each, each.pairs / total, labelled))
+        if clip_norm := self.config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.trained_parameters(), clip_norm)
         self.optimizer.step(ema_momentum=momentum)
         self.optimizer.zero_grad(set_to_none=True)
         self.loop.advance(self.global_batch)

@@ -199,7 +199,9 @@ def test_published_recipes(name, expected):
 
 
 def test_the_recipes_are_these():
-    assert recipe_names() == ("byol_1000ep", "byol_200ep", "demo", "scrl_1000ep", "scrl_200ep")
+    assert recipe_names() == (
+        *("byol_1000ep", "byol_200ep", "continue", "convnext", "demo", "scrl_1000ep", "scrl_200ep"),
+    )
     demo = load_recipe("demo")
     demo.check_ready()
     assert demo.data.source == "demo" and demo.eval.roi_linear

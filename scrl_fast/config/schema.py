@@ -216,20 +216,29 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """LARS with warm-up and cosine, and the momentum of the target network."""
+    """The optimizer with warm-up and cosine, and the momentum of the target network."""
 
+    name: Literal["lars", "adamw"] = "lars"
+    """lars: for large batches and ResNets; adamw: for ConvNeXt and transformers, and to continue from trained weights
+    (then give lr and weight_decay as well: the defaults are those of lars)."""
     lr: float = 0.45
     """Learning rate for reference_batch images; scaled by the global batch."""
     reference_batch: int = 256
     """Batch for which lr is given."""
     momentum: float = 0.9
-    """Momentum of SGD inside LARS."""
+    """Momentum of SGD inside LARS, and of the probe's."""
     weight_decay: float = 1.0e-6
     """Weight decay of parameters with two or more axes."""
     trust_coefficient: float = 1.0e-3
     """LARS trust coefficient."""
     eps: float = 1.0e-8
-    """Added to the LARS denominator."""
+    """Added to the denominator of LARS or AdamW."""
+    beta1: float = 0.9
+    """Decay rate of AdamW's average of the gradient."""
+    beta2: float = 0.999
+    """Decay rate of AdamW's average of the squared gradient."""
+    clip_norm: float = 0.0
+    """Gradients of encoder and heads together are scaled down to this norm; 0 is off."""
     warmup_epochs: float = 10.0
     """Epochs of linear warm-up, counted per step."""
     ema_momentum: float = 0.97
@@ -247,6 +256,9 @@ class OptimConfig:
             weight_decay=at_least(0),
             trust_coefficient=above(0),
             eps=at_least(0),
+            beta1=from_below(0, 1),
+            beta2=from_below(0, 1),
+            clip_norm=at_least(0),
             warmup_epochs=at_least(0),
             ema_momentum=FRACTION_RANGE,
             probe_lr=at_least(0),
@@ -392,6 +404,12 @@ class Config:
             if self.views.size <= self.boxes.min_size:
                 reason = f"views of views.size={self.views.size} pixels have no room for such boxes; choose less"
                 raise option_error("boxes.min_size", self.boxes.min_size, reason)
+        if self.optim.name != "lars":
+            if self.compat == "kakaobrain":
+                reason = "compat=kakaobrain reproduces an implementation that trains with lars"
+                raise option_error("optim.name", self.optim.name, reason)
+            if self.init_momentum:
+                raise option_error("init_momentum", True, f"takes the momentum of lars, not of {self.optim.name}")
         if self.init_momentum and self.init in ("", "random"):
             raise UsageError(
                 "init_momentum=True takes the momentum out of the file that --init names, and there is none"

@@ -152,6 +152,10 @@ class SCRL(nn.Module):
         """(targets, sources): parameters of the target branch and, in the same order, of the online branch."""
         return list(self.target.parameters()), list(self.online.parameters())
 
+    def trained_parameters(self) -> list[Tensor]:
+        """Parameters of encoder, projector and predictor: all that the loss moves. The probe has a loss of its own."""
+        return [p for part in (self.online, self.predictor) for p in part.parameters() if p.requires_grad]
+
     def state(self) -> dict[str, Any]:
         """State dicts of the parts for checkpoints: ``{online, target, predictor, probe}``, probe None without one."""
         return {name: None if part is None else part.state_dict() for name, part in self._parts().items()}

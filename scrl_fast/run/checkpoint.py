@@ -106,7 +106,7 @@ class CheckpointManager:
         """
         size = _size(state)
         if not state["optimizer"].get("state"):  # before the first step: momentum comes
-            size += sum(_size(group["params"]) for group in groups if group.get("momentum", True))
+            size += sum(_size(group["params"]) * _averages(group) for group in groups)
         folder, needed = existing(self.folder), files * size
         disk = shutil.disk_usage(folder)
         if disk.free < needed and disk.total:  # some file systems tell nothing
@@ -180,6 +180,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                 found = type(value).__name__ if shape is None else list(shape)
                 shapes = f"{found} for a parameter of {list(parameter.shape)}"
                 raise CheckpointError(f"the checkpoint's optimizer cannot be used ({name} is {shapes})")
+
+
+def _averages(group: dict[str, Any]) -> int:
+    """Tensors of a parameter's size that the optimizer keeps for each parameter of a group."""
+    return 2 if "betas" in group and group["adapt"] else int(bool(group.get("momentum", True)))
 
 
 def _check_plain(value: Any, place: str = "state") -> None:

@@ -28,9 +28,10 @@ def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:
 
 
 def momentum_by_name(weights: Weights) -> dict[str, Tensor]:
-    """Momentum buffers by the parameter's name in `SCRL`; empty without momentum in the file."""
-    state = (weights.optimizer or {}).get("state")
-    if not isinstance(state, dict):
+    """Momentum buffers by the parameter's name in `SCRL`; empty without momentum in the file, as of AdamW."""
+    optimizer = weights.optimizer or {}
+    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(state, dict) or (isinstance(groups, list) and any("betas" in group for group in groups)):
         return {}
     order = [name for group in parameter_order(weights) for name in group]
     entries = {name: state.get(i) for i, name in enumerate(order)}

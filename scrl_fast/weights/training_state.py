@@ -15,6 +15,7 @@ LARGEST_STEP = 1 << 53
 """Steps are counted in numbers that a float64 holds exactly."""
 LARGEST_THREADS = 4096
 """CPU threads that a run goes on with; more are a mistake in the file."""
+_AVERAGES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -129,7 +130,7 @@ def _parameter_state(value: Any) -> str:
     plain = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {_shown(item)}"  # noqa: E731
     if fault := _named(value, plain):
         return fault
-    return _in("'momentum_buffer'", _tensor(value["momentum_buffer"])) if "momentum_buffer" in value else ""
+    return _first(_in(repr(name), _tensor(value[name])) for name in _AVERAGES if name in value)
 
 
 def _generators(value: Any) -> str:
