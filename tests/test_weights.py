@@ -160,6 +160,17 @@ def test_wrong_backbone_is_named(tmp_path, source):
         weights.load_into(build_encoder("resnet18"), tmp_path / "b.pt")
 
 
+def test_a_deeper_network_is_refused_and_one_without_its_last_stage_is_filled(tmp_path, source):
+    deeper = source | {"layer1.2.conv1.weight": torch.zeros(8, 8, 3, 3)}
+    torch.save(deeper, tmp_path / "a.pth")
+    with pytest.raises(weights.WeightsError, match=r"deeper network than .* has no layer1\.2\.conv1\.weight"):
+        weights.load_into(build_encoder(NAME), tmp_path / "a.pth")
+    torch.save(source, tmp_path / "b.pth")
+    shorter = build_encoder(NAME).body
+    del shorter.layer4
+    assert any(name.startswith("layer4.") for name in weights.load_into(shorter, tmp_path / "b.pth").unexpected)
+
+
 class Evil:
     def __init__(self, marker):
         self.marker = marker

@@ -104,6 +104,20 @@ def _refuse_misfits(state: State, own: Mapping[str, Tensor], weights: Weights, n
                 f"{source} does not fit the encoder {name}: {key} is {list(state[key].shape)}, must be "
                 f"{list(own[key].shape)}. {hint}"
             )
+    if beyond := _blocks_beyond(state, own):
+        raise WeightsError(
+            f"{source} is of a deeper network than the encoder {name}, which has no {_shortened(beyond, 1)}. {hint}"
+        )
+
+
+def _blocks_beyond(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of residual blocks that a ResNet's own stages lack: ResNet-34's file fills a ResNet-18, and more.
+
+    A network may stop before the last stage; further tensors in a stage that it has are another network's.
+    """
+    stages = {key.partition(".")[0] for key in own}
+    further = [key for key in state if key not in own and not key.endswith(BATCH_COUNTER)]
+    return [key for key in further if key.startswith("layer") and key.partition(".")[0] in stages]
 
 
 def load_into_scrl(model: SCRL, source: Source) -> LoadReport:
@@ -198,7 +212,7 @@ def guess_backbone(weights: Weights) -> str:
         with torch.device("meta"):
             own: dict[str, Any] = build_encoder(name).body.state_dict()
         shapes = {key: tensor.shape for key, tensor in own.items() if not key.endswith(BATCH_COUNTER)}
-        if not shapes.keys() <= state.keys() or any(key.startswith("layer") and key not in own for key in state):
+        if not shapes.keys() <= state.keys() or _blocks_beyond(state, own):
             continue
         wrong = [key for key, shape in shapes.items() if state[key].shape != shape]
         if not wrong:
