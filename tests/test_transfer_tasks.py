@@ -31,7 +31,7 @@ RESULTS = {
     "cityscapes": {"AP", "AP50", "AP_car", "AP_person", "AP_bus", "AP_train", "AP_truck", "AP_rider"}
     | {"AP_motorcycle", "AP_bicycle"},
 }
-RESULTS["coco10"] = RESULTS["detection"]
+RESULTS["coco10"] = RESULTS["custom"] = RESULTS["detection"]
 
 
 @pytest.mark.parametrize("task", TASK_DEFAULTS)

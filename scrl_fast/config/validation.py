@@ -183,8 +183,8 @@ def _converted(option: str, value: Any, kind: Any) -> Any:
         return value
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
-        if items[1:] == (...,) and isinstance(value, (list, tuple)) and value:
-            items = items[:1] * len(value)
+        if items[1:] == (...,) and isinstance(value, (list, tuple)) and (value or items[0] is str):
+            items = items[:1] * len(value)  # each number is tried, so there is one; names may be left out
         if not isinstance(value, (list, tuple)) or len(value) != len(items):
             raise _wrong_type(option, value, kind)
         return tuple(_converted(option, item, item_kind) for item, item_kind in zip(value, items, strict=True))

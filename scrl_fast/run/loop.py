@@ -91,6 +91,8 @@ class TrainingLoop(Generic[T]):
                     task.first_batch(batch)
                 task.train_step(batch, weight)
                 self.log.tick()
+                if note := task.step_note():
+                    self.log.say(note)
                 if self.step % run.log_every == 0 or self.step in (1, task.last_step):
                     self.log_step()
                 if self.step % save_every == 0 or self.step == task.last_step:
@@ -221,9 +223,9 @@ class TrainingLoop(Generic[T]):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
 
-    def save(self, planned: bool = True) -> None:
-        """Writes a checkpoint of this step. planned: it may become best.pt."""
-        best = planned and self.task.is_best()
+    def save(self, planned: bool = True, best: bool = False) -> None:
+        """Writes a checkpoint of this step. planned: it may become best.pt, as the task says. best: it does."""
+        best = best or (planned and self.task.is_best())
         state = self.state_dict()
         if self.world.rank == 0:
             self.check_folder(state)

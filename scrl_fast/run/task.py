@@ -73,6 +73,10 @@ class TrainingTask(ABC, Generic[T]):
     def train_step(self, batch: T, weight: int | None = None, /) -> None:
         """One update, told to the loop by `TrainingLoop.advance`. weight: of this step in all processes, if known."""
 
+    def step_note(self) -> str:
+        """A line for the log after a step, '' for none; every process calls it."""
+        return ""
+
     @abstractmethod
     def log_row(self) -> dict[str, Any]:
         """The means since the last row, in every process; step, epoch and speed are the loop's."""

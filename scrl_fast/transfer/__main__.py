@@ -71,7 +71,7 @@ def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:
         "config": config.to_dict(),
         "checkpoint": summary["checkpoint"],
         "seconds": summary["seconds"],
-    }
+    } | {name: summary[name] for name in ("best",) if name in summary}
     write_json(config.json, document)
 
 

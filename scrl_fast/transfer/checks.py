@@ -32,7 +32,9 @@ def check_data(config: TransferConfig, train: Any, val: Any, indices: Sequence[i
     for source, chosen in ((train, indices), (val, range(count))):
         notes += getattr(source, "notes", [])
         notes += check_sizes(source, chosen, config.data.workers)
-    return list(dict.fromkeys([*notes, *check_metric(config.task, val, count)]))
+    return list(
+        dict.fromkeys([*notes, *check_metric(config.task, val, count, masks=config.model.detector == "mask_rcnn")])
+    )
 
 
 def check_splits(train: Any, val: Any, *, keypoints: bool) -> None:
@@ -102,17 +104,22 @@ def check_sizes(source: Any, indices: Sequence[int], workers: int) -> list[str]:
     ]
 
 
-def check_metric(task: str, source: Any, images: int = 0) -> list[str]:
+def check_metric(task: str, source: Any, images: int = 0, *, masks: bool = False) -> list[str]:
     """Compute the metric once without detections, so that what it lacks is known before training; returns notes.
 
-    images: measure on the first so many; 0: all. Raises UsageError.
+    images: measure on the first so many; 0: all. masks: the detector finds masks, which custom then measures.
+    Raises UsageError.
     """
     kinds = KINDS.get(task, ())
+    if task == "custom":
+        kinds = ("bbox", "segm") if masks else ("bbox",)
     count = min(images or len(source), len(source)) if kinds else 1  # the others look at one image at a time
     none = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
     notes = _check_masks(source) if "segm" in kinds else []
     try:
-        measure(task, [Detections(index, *none, masks=[]) for index in range(count)], source)
+        measure(
+            task, [Detections(index, *none, masks=[] if "segm" in kinds else None) for index in range(count)], source
+        )
     except UsageError:
         raise
     except Exception as error:

@@ -50,22 +50,44 @@ def evaluator(backend: str = "auto") -> tuple[Any, Any]:
         ) from error
 
 
-def ground_truth(source: ImagesWithBoxes) -> dict[str, Any]:
-    """The boxes of any images as a document in COCO's format; an image's id is its index, a category's its label."""
-    objects = getattr(source, "objects", None)
+def ground_truth(source: ImagesWithBoxes, kind: Kind = "bbox") -> dict[str, Any]:
+    """The objects of any images as a document in COCO's format; an image's id is its index, a category's its label.
+
+    kind: ``segm`` and ``keypoints`` need annotated images; for ``segm`` objects without a mask are left out.
+    """
+    annotated = getattr(source, "objects", None)
     rows: list[dict[str, Any]] = []
     for index in range(len(source)):
         boxes, labels = source.boxes(index), source.labels(index)
-        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) if objects is None else objects[index].areas
-        crowds = [False] * len(labels) if objects is None else objects[index].crowd.tolist()
-        for (x0, y0, x1, y1), label, area, crowd in zip(
-            boxes.tolist(), labels.tolist(), areas.tolist(), crowds, strict=True
+        objects = None if annotated is None else annotated[index]
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) if objects is None else objects.areas
+        crowds = [False] * len(labels) if objects is None else objects.crowd.tolist()
+        for place, ((x0, y0, x1, y1), label, area, crowd) in enumerate(
+            zip(boxes.tolist(), labels.tolist(), areas.tolist(), crowds, strict=True)
         ):
             row = {"image_id": index, "category_id": label, "area": area, "iscrowd": int(crowd)}
-            rows.append(row | {"bbox": [x0, y0, x1 - x0, y1 - y0]})
+            row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            if kind == "bbox" or objects is None:
+                rows.append(row)
+            elif kind == "keypoints":
+                points = None if objects.keypoints is None else objects.keypoints[place].reshape(-1).tolist()
+                rows.append(row | _keypoint_fields(points))
+            elif has_mask(objects.segmentations[place]):
+                rows.append(row | {"segmentation": areas_of(objects.segmentations[place])})
     classes = getattr(source, "classes", None)
     count = len(classes) if classes is not None else max((row["category_id"] for row in rows), default=0) + 1
-    return _document([{"id": index} for index in range(len(source))], rows, count)
+    images = [{"id": i} | _size(annotated[i] if annotated is not None else None) for i in range(len(source))]
+    return _document(images, rows, count)
+
+
+def _size(objects: Any) -> dict[str, int]:
+    return {} if objects is None else {"height": objects.height, "width": objects.width}
+
+
+def _keypoint_fields(points: list[float] | None) -> dict[str, Any]:
+    """Keypoints of a row and the number of those that are labelled; none are COCO's seventeen, unlabelled."""
+    points = points or [0.0] * 3 * KEYPOINTS
+    return {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}
 
 
 def file_ground_truth(source: AnnotatedImages, kind: Kind = "bbox") -> dict[str, Any]:
@@ -97,8 +119,7 @@ def file_ground_truth(source: AnnotatedImages, kind: Kind = "bbox") -> dict[str,
                     continue
                 row["segmentation"] = areas_of(mask)
             if kind == "keypoints":
-                points = annotation.keypoints or [0.0] * 3 * KEYPOINTS
-                row |= {"keypoints": points, "num_keypoints": sum(value > 0 for value in points[2::3])}
+                row |= _keypoint_fields(annotation.keypoints)
             rows.append(row)
     images = [{"id": i, "height": o.height, "width": o.width} for i, o in enumerate(source.objects)]
     return _document(images, rows, len(source.classes))

@@ -38,11 +38,22 @@ class TransferDataConfig(ImageLimitOptions):
 
     root: str = ""
     """Folder in the data set's official layout: COCO's with annotations/ and the images, VOCdevkit, or Cityscapes'
-    with leftImg8bit/ and gtFine/."""
+    with leftImg8bit/ and gtFine/. custom: any folder in the layout of YOLO, COCO or VOC."""
     train: str = "train2017"
-    """Split to train on. COCO: name of the split; voc: YEAR_SPLIT, several joined by +; cityscapes: name."""
+    """Split to train on. COCO: name of the split; voc: YEAR_SPLIT, several joined by +; cityscapes: name. custom: the
+    name of a split, several joined by +, or FILE.json:FOLDER with COCO's annotations and their images; empty: found by
+    its name."""
     val: str = "val2017"
-    """Split to measure on."""
+    """Split to measure on. custom: as data.train; empty: found by its name, or a part of the training images."""
+    layout: Literal["auto", "yolo", "coco", "voc"] = "auto"
+    """How labels are written in data.root (custom)."""
+    classes: tuple[str, ...] = ()
+    """Classes to detect, by label (custom); objects of others are left out. Empty: all that the annotations name, which
+    the run then keeps here."""
+    val_share: float = 0.2
+    """Share of the training images that is measured on and not trained on, where there is no other part (custom)."""
+    val_seed: int = 0
+    """Which images that share has."""
     subset: float = 1.0
     """Share of the training images that is used, the same for the same subset_seed."""
     subset_seed: int = 0
@@ -61,10 +72,13 @@ class TransferDataConfig(ImageLimitOptions):
     def __post_init__(self) -> None:
         share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
-        check_fields(self, "data", flip=share, subset=share, timeout=TIMEOUT_RANGE, **counts, **IMAGE_LIMIT_RANGES)
+        counts |= {"subset_seed": SEED_RANGE, "val_seed": SEED_RANGE}
+        shares = {"flip": share, "subset": share, "val_share": from_below(0, 1)}
+        check_fields(self, "data", timeout=TIMEOUT_RANGE, **shares, **counts, **IMAGE_LIMIT_RANGES)
         clean_paths(self, "root")
-        if self.subset == 0:
-            raise option_error("data.subset", self.subset, "must be above 0")
+        for name in ("subset", "val_share"):
+            if getattr(self, name) == 0:
+                raise option_error(f"data.{name}", getattr(self, name), "must be above 0")
 
 
 @dataclass
@@ -171,11 +185,12 @@ class TransferOptimConfig:
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers."""
     lr_steps: tuple[int, int] = (60000, 80000)
-    """Steps at which the learning rate falls; a change of train.steps leaves them as they are."""
+    """Steps at which the learning rate falls; a change of train.steps leaves them as they are. -1: two thirds and eight
+    ninths of train.steps."""
     lr_gamma: float = 0.1
     """Factor of the learning rate at each of lr_steps."""
     warmup_steps: int = 1000
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; -1: a tenth of train.steps, at most 1,000."""
     warmup_factor: float = 0.001
     """Where the warm-up starts, as a share of the learning rate."""
     clip_norm: float = 0.0
@@ -190,9 +205,9 @@ class TransferOptimConfig:
             momentum=from_below(0, 1),
             weight_decay=at_least(0),
             norm_weight_decay=at_least(0),
-            lr_steps=at_least(0),
+            lr_steps=at_least(-1),
             lr_gamma=FRACTION_RANGE,
-            warmup_steps=at_least(0),
+            warmup_steps=at_least(-1),
             warmup_factor=FRACTION_RANGE,
             clip_norm=at_least(0),
         )
@@ -213,7 +228,11 @@ class TransferTrainConfig:
     batch_size: int = 16
     """Images a step, over all processes together."""
     steps: int = 90000
-    """Updates."""
+    """Updates; -1: as many as train.passes need."""
+    passes: float = 0.0
+    """Passes over the training images, where train.steps is -1; 0: 36, kept within train.steps_range."""
+    steps_range: tuple[int, int] = (1000, 36000)
+    """Fewest and most steps where both train.steps and train.passes are left to the data."""
     max_steps: int = 0
     """Stop after this many; schedules stay as planned. 0 is off."""
     seed: int = 0
@@ -232,11 +251,15 @@ class TransferTrainConfig:
             self,
             "train",
             batch_size=at_least(1),
-            steps=at_least(0),
+            steps=at_least(-1),
+            passes=at_least(0),
+            steps_range=at_least(1),
             max_steps=at_least(0),
             seed=SEED_RANGE,
         )
         check_device("train.device", self.device)
+        if self.steps_range[0] > self.steps_range[1]:
+            raise option_error("train.steps_range", self.steps_range, "must be a range, the smaller number first")
 
 
 @dataclass
@@ -244,7 +267,7 @@ class TransferEvalConfig:
     """When and on what it is measured."""
 
     every: int = 0
-    """Steps between measurements; 0: at the end only."""
+    """Steps between measurements, of which the best by AP is kept as best.pt; 0: at the end only."""
     only: bool = False
     """Measure the detector of --resume, without training."""
     images: int = 0
@@ -260,7 +283,7 @@ class TransferEvalConfig:
 class TransferConfig:
     """Fine-tune a detector from pre-trained weights and measure it."""
 
-    task: Literal["detection", "instance", "keypoints", "coco10", "voc", "cityscapes"] = "detection"
+    task: Literal["detection", "instance", "keypoints", "coco10", "voc", "cityscapes", "custom"] = "detection"
     """Data set and metric."""
     data: TransferDataConfig = field(default_factory=TransferDataConfig)
     """Where images and annotations come from."""
@@ -298,7 +321,7 @@ class TransferConfig:
 
     def check_ready(self) -> None:
         """Raise UsageError when what a task leaves to the user is missing."""
-        if not self.data.root:
+        if not self.data.root and not (self.task == "custom" and self.data.train):
             raise UsageError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
         check_writable("json", self.json)
         if self.eval.only and not self.resume:
@@ -334,6 +357,12 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {"batch_size": 8, "steps": 24000},
         "optim": {"lr": 0.01, "reference_batch": 8, "lr_steps": [18000, 24000]},
     },
+    # the length follows the data: scrl_fast.transfer.schedule
+    "custom": {
+        "data": {"train": "", "val": ""},
+        "train": {"steps": -1},
+        "optim": {"lr_steps": [-1, -1], "warmup_steps": -1},
+    },
 }
 """What differs from the defaults above, for each task."""
 
@@ -344,6 +373,7 @@ TASK_SUMMARIES = {
     "coco10": "boxes on a tenth of COCO",
     "voc": "boxes on VOC 2007 and 2012",
     "cityscapes": "masks on Cityscapes",
+    "custom": "boxes or masks on your own images, labelled in YOLO's, COCO's or VOC's way",
 }
 """A line on each task."""
 

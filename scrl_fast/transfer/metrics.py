@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scrl_fast.transfer.coco_metric import Kind, coco_average_precision
+from scrl_fast.transfer.coco_metric import Kind, coco_average_precision, ground_truth
 from scrl_fast.transfer.detections import Detections
 
 KINDS: dict[str, tuple[Kind, ...]] = {
@@ -17,7 +17,10 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 
 def measure(task: str, found: Sequence[Detections], source: Any) -> dict[str, float]:
-    """The task's average precisions: of COCO ``bbox_AP``, ``segm_AP``, ``keypoints_AP``, ...; of others AP, ...."""
+    """The task's average precisions: of COCO ``bbox_AP``, ``segm_AP``, ``keypoints_AP``, ...; of others AP, ....
+
+    custom: COCO's of what the detector gives (masks and keypoints beside boxes), against the objects as they were read.
+    """
     if task == "voc":
         from scrl_fast.transfer.voc_metric import voc_average_precision
 
@@ -27,10 +30,22 @@ def measure(task: str, found: Sequence[Detections], source: Any) -> dict[str, fl
 
         return points(cityscapes_average_precision(found, source))
     result: dict[str, float] = {}
-    for kind in KINDS[task]:
-        numbers = coco_average_precision(source.annotation_file, found, source, kind)
+    own = task == "custom"
+    for kind in kinds_of(found) if own else KINDS[task]:
+        truth = ground_truth(source, kind) if own else source.annotation_file
+        numbers = coco_average_precision(truth, found, source, kind)
         result |= {f"{kind}_{name}": value for name, value in numbers.items()}
     return points(result)
+
+
+def kinds_of(found: Sequence[Detections]) -> tuple[Kind, ...]:
+    """What these detections can be measured by."""
+    kinds: list[Kind] = ["bbox"]
+    if any(image.masks is not None for image in found):
+        kinds.append("segm")
+    if any(image.keypoints is not None for image in found):
+        kinds.append("keypoints")
+    return tuple(kinds)
 
 
 def points(numbers: dict[str, float]) -> dict[str, float]:

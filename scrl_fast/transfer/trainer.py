@@ -21,6 +21,7 @@ from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import set_numerics, step_seed
 from scrl_fast.run.task import TrainingTask
+from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.categories import categories_of
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import KEYPOINTS, Example
@@ -30,6 +31,7 @@ from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_
 from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.pyramid import SUPERVISED
+from scrl_fast.transfer.schedule import Pace
 from scrl_fast.transfer.training_data import TransferData
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +59,7 @@ class Transfer(TrainingTask[list[Example]]):
         self.world = rendezvous.join(self.device, timeout=patience) if world is None else world
         self.trains = not config.eval.only
         self.data = TransferData(config, self.world, self.device.type, train=train, val=val)
+        config = self.data.config
         self.steps_per_epoch = self.data.steps_per_epoch
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
         self.evaluate_every = config.eval.every
@@ -78,6 +81,8 @@ class Transfer(TrainingTask[list[Example]]):
         self.autocast = AUTOCAST.get(self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.pending: list[dict[str, float]] = []  # losses since the last row
+        self.pace = Pace(self.last_step)
+        self.best = Best()
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the plan, to ``train.max_steps`` or to a signal, and measures.
@@ -148,6 +153,10 @@ class Transfer(TrainingTask[list[Example]]):
 
     # ---- what is logged ----
 
+    def step_note(self) -> str:
+        """How long the run takes here, once that is known."""
+        return self.pace.step_done(self.step)
+
     def log_row(self) -> dict[str, Any]:
         """The mean losses since the last row."""
         rows, self.pending = self.pending, []
@@ -190,6 +199,7 @@ class Transfer(TrainingTask[list[Example]]):
             "loader": {"epoch": epoch, "batch": done, "world_size": self.world.size},
             "log": {"pending": self.pending},
             "categories": categories_of(self.data.val).to_plain(),
+            "best": self.best.to_plain(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,6 +214,8 @@ class Transfer(TrainingTask[list[Example]]):
         with using("log"):
             pending = state.get("log", {}).get("pending", [])
             self.pending = [{str(name): float(value) for name, value in row.items()} for row in pending]
+        with using("best"):
+            self.best = Best.of(state.get("best", {}))
 
     def data_identity(self) -> dict[str, Any]:
         return self.data.identity()
@@ -221,7 +233,7 @@ class Transfer(TrainingTask[list[Example]]):
         """
         count = min(len(self.data.val), self.config.eval.images or len(self.data.val))
         if not self.loop.stop:
-            self.loop.log.say(f"measuring on {count} images of {self.config.data.val} ...")
+            self.loop.log.say(f"measuring on {count} images of {self.data.val_name} ...")
         mine = range(self.world.rank, count, self.world.size)
         own, _ = self.loop.agree(lambda: self.detections(mine), f"the measurement after step {self.step}")
         if own is None:
@@ -236,7 +248,23 @@ class Transfer(TrainingTask[list[Example]]):
             return {}
         self.loop.log.amend({self.config.task: result})
         self.loop.log.say(f"step {self.step}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
-        return {"result": result}
+        return {"result": result} | self.keep_best(result)
+
+    def keep_best(self, result: Mapping[str, float]) -> dict[str, Any]:
+        """Keeps the detector as best.pt where no measurement before, each after eval.every steps, was better."""
+        if not (self.trains and self.evaluate_every):
+            return {}
+        path = self.loop.checkpoints.folder / "best.pt"
+        if self.best.improve(result, self.step):
+            self.loop.save(best=True)
+            self.loop.log.say(f"best so far: {self.best} ({path})")
+        elif self.step == self.last_step:
+            self.loop.log.say(f"best: {self.best} ({path})")
+        return {"best": self.best.to_plain() | {"checkpoint": str(path)}}
+
+    def is_best(self) -> bool:
+        """The last checkpoint, unless measurements decide."""
+        return self.step == self.last_step and not self.evaluate_every
 
     def detections(self, indices: Sequence[int]) -> list[Detections]:
         """Detections in these images of the validation split, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from scrl_fast.data import identity_of
@@ -12,8 +13,10 @@ from scrl_fast.distributed.world import World
 from scrl_fast.run.agreement import check_same_everywhere
 from scrl_fast.transfer.checks import check_batch_size, check_data, check_splits
 from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import KEYPOINTS, Example, Examples, count_without_masks, read_split, trainable
 from scrl_fast.transfer.fine_tuning import training_batches
+from scrl_fast.transfer.schedule import follow_data
 
 
 class TransferData:
@@ -30,6 +33,11 @@ class TransferData:
         self.config, self.world = config, world
         self.masks = config.model.detector == "mask_rcnn"
         self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
+        self.val_name, self.found = config.data.val, []
+        if config.task == "custom" and (train is None or val is None):
+            custom = read_custom(config)
+            self.val_name, self.found = custom.val_name, custom.found
+            train, val = custom.train if train is None else train, custom.val if val is None else val
         self.val = read_split(config, config.data.val) if val is None else val
         self.train = train
         if config.eval.only:
@@ -42,8 +50,20 @@ class TransferData:
         self.indices: list[int] = []
         if self.train is not None:
             self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
+            config = self.config = self.fitted(config)
             check_batch_size(config.train.batch_size, len(self.indices), world.size)
-        self.notes = check_data(config, self.train, self.val, self.indices)
+        self.notes = [*self.found, *check_data(config, self.train, self.val, self.indices)]
+
+    def fitted(self, config: TransferConfig) -> TransferConfig:
+        """The options with what follows the data: length and schedule; for custom the classes, and a batch of few."""
+        data, train = config.data, config.train
+        if config.task == "custom":
+            data = replace(data, classes=tuple(map(str, self.val.classes)))
+            if train.batch_size > len(self.indices) >= self.world.size:
+                fitting = len(self.indices) // self.world.size * self.world.size
+                self.found.append(f"train.batch_size={train.batch_size} is more than there are images: {fitting}")
+                train = replace(train, batch_size=fitting)
+        return follow_data(replace(config, data=data, train=train), len(self.indices))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,7 +75,12 @@ class TransferData:
 
     def describe(self) -> list[str]:
         """Lines about the training images for the head of the log."""
-        lines = [f"{len(self.indices)} of {len(self.train)} images, {self.steps_per_epoch} steps an epoch"]
+        train = self.config.train
+        passes = train.steps * train.batch_size / len(self.indices)
+        lines = [
+            f"{len(self.indices)} of {len(self.train)} images, {self.steps_per_epoch} steps an epoch; "
+            f"{passes:.3g} passes in all"
+        ]
         if self.masks and (lost := count_without_masks(self.train, self.indices)):
             lines.append(f"{lost} objects without a mask are left out of training")
         return lines

@@ -57,28 +57,59 @@ def read_voc(
     Raises UsageError naming the path that was expected, or the file and the class that does not belong.
     """
     folder, limits = _folder(root, year), limits.with_pixels(max_pixels)
-    listing, images = folder / "ImageSets" / "Main" / f"{split}.txt", folder / "JPEGImages"
-    names = _listed(folder, listing)
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    names = listed_names(folder / "Annotations", listing)
+    return read_voc_folder(
+        folder / "Annotations", folder / "JPEGImages", names, classes=classes, origin=str(listing), limits=limits
+    )
+
+
+def read_voc_folder(
+    annotations: Path,
+    images: Path,
+    names: Sequence[str],
+    *,
+    classes: Sequence[str],
+    origin: str,
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> AnnotatedImages:
+    """The images of these XML files, wherever the two folders lie.
+
+    names: of the files in ``annotations``, without ``.xml``. origin: the list that names them, or their folder, for
+        messages.
+    Raises UsageError as `read_voc` does.
+    """
     label_of = {name: label for label, name in enumerate(classes)}
-    annotations = [_read_xml(folder / "Annotations" / f"{name}.xml", label_of) for name in names]
+    found = [_read_xml(annotations / f"{name}.xml", label_of) for name in names]
     if not images.is_dir():
-        raise UsageError(f"no folder of images at {images}, which {listing} belongs to")
-    files = _image_files(images, names, annotations)
-    files, notes = find_images(str(images), files, str(listing))
-    sizes, more = fill_sizes(str(images), files, [a.size for a in annotations], str(listing), limits=limits)
+        raise UsageError(f"no folder of images at {images}, which {origin} belongs to")
+    files, notes = find_images(str(images), _image_files(images, names, found), origin)
+    sizes, more = fill_sizes(str(images), files, [a.size for a in found], origin, limits=limits)
     faults: Counter[str] = Counter()
     objects = [
         _objects(name, file, size, annotation, faults)
-        for name, file, size, annotation in zip(names, files, sizes, annotations, strict=True)
+        for name, file, size, annotation in zip(names, files, sizes, found, strict=True)
     ]
     return AnnotatedImages(
         str(images),
         objects,
         classes,
-        annotation_file=str(listing),
+        annotation_file=origin,
         limits=limits,
-        notes=[*notes, *more, *box_notes(str(listing), faults)],
+        notes=[*notes, *more, *box_notes(origin, faults)],
     )
+
+
+def class_names(annotations: Path, names: Sequence[str]) -> set[str]:
+    """The names of all objects in these XML files. Raises UsageError naming a file that cannot be read."""
+    found: set[str] = set()
+    for name in names:
+        path = annotations / f"{name}.xml"
+        try:
+            found.update(_text(node, "name") for node in _document(path).iterfind("object"))
+        except ValueError as error:
+            raise UsageError(f"{path} is not in VOC's format: {error}") from error
+    return found
 
 
 class _Annotation(NamedTuple):
@@ -100,8 +131,11 @@ def _folder(root: str, year: str) -> Path:
     raise UsageError(f"no VOC annotations in {root!r}: expected {Path(root, f'VOC{year}', 'Annotations')}")
 
 
-def _listed(folder: Path, listing: Path) -> list[str]:
-    """The names that a list holds, without what the lists of single classes have behind them."""
+def listed_names(annotations: Path, listing: Path) -> list[str]:
+    """The names that a list holds, without what the lists of single classes have behind them.
+
+    Raises UsageError for a list that is missing, empty or names a file twice.
+    """
     try:
         lines = read_annotations(listing, _LARGEST_LIST).decode("utf-8-sig").replace("\r", "\n").split("\n")
     except FileNotFoundError:
@@ -110,7 +144,7 @@ def _listed(folder: Path, listing: Path) -> list[str]:
         raise UsageError(f"no list of images at {listing}{hint}") from None
     except ValueError as error:
         raise UsageError(f"{listing} is no list of names: {error}") from error
-    present = set(os.listdir(folder / "Annotations"))
+    present = set(os.listdir(annotations))
     names = [_listed_name(line.strip(), present) for line in lines if line.strip()]
     if not names:
         raise UsageError(f"{listing} names no images")
@@ -153,15 +187,22 @@ def _image_files(images: Path, names: Sequence[str], annotations: Sequence[_Anno
 
 def _read_xml(path: Path, label_of: Mapping[str, int]) -> _Annotation:
     try:
+        return _annotation(_document(path), label_of)
+    except UsageError as error:
+        raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
+    except (ValueError, LookupError) as error:
+        raise UsageError(f"{path} is not in VOC's format: {error}") from error
+
+
+def _document(path: Path) -> ElementTree.Element:
+    try:
         data = read_annotations(path, _LARGEST_XML)
     except FileNotFoundError:
         raise UsageError(f"no annotation at {path}, though the list of images names {path.stem}") from None
     if other := foreign_content(data):
         raise UsageError(f"{path} is {other}, not an annotation in XML")
     try:
-        return _annotation(_parsed(data), label_of)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        return _parsed(data)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UsageError(f"{path} is not in VOC's format: {error}") from error
 
