@@ -1,6 +1,7 @@
 """``python -m scrl_fast.transfer TASK --data.root=... --init=WEIGHTS``: fine-tune a detector and measure it.
 
-``python -m scrl_fast.transfer predict`` uses a trained one (`scrl_fast.transfer.commands`).
+``python -m scrl_fast.transfer predict`` uses a trained one (`scrl_fast.transfer.commands`), and ``compare TASK`` trains
+one from each of several starts (`scrl_fast.transfer.compare`).
 
 Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or input; 1 anything else.
 """
@@ -8,25 +9,34 @@ Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or in
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import UsageError, friendly_errors
 from scrl_fast.transfer.commands import COMMANDS, SUMMARIES
+from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 
 PROG = "python -m scrl_fast.transfer"
-USAGE = f"{PROG} TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
+USAGE = " TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
+COMPARE_USAGE = (
+    " TASK --data.root=... [--inits=random,RUN,...] [--shares=0.1,1] [--seeds=3] [--SECTION.OPTION=VALUE]..."
+)
+Options = TypeVar("Options", bound=TransferConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
-        if (name := next((word for word in argv if word != "--debug"), "")) in COMMANDS:
+        name = next((word for word in argv if word != "--debug"), "")
+        if name == "compare":
+            argv.remove(name)
+            return compare(argv)
+        if name in COMMANDS:
             argv.remove(name)
             COMMANDS[name](argv)
             return 0
@@ -43,19 +53,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def compare(argv: list[str]) -> int:
+    """``compare TASK``: the task from several starts; returns the exit code, 1 also where a row failed."""
+    config = parse_command(with_lists(argv), CompareConfig, f"{PROG} compare", TASK_SUMMARIES, COMPARE_USAGE)
+    from scrl_fast.transfer.compare.comparison import Comparison
+
+    return Comparison(config).run()
+
+
 def parse(argv: list[str]) -> TransferConfig:
     """Options of a task: its own defaults, the detector's, then files, then the command line. Raises UsageError."""
-    task = take_task(argv, {**TASK_SUMMARIES, **SUMMARIES}, USAGE)
+    return parse_command(argv, TransferConfig, PROG, {**TASK_SUMMARIES, **SUMMARIES}, USAGE)
+
+
+def parse_command(argv: list[str], cls: type[Options], prog: str, summaries: Mapping[str, str], usage: str) -> Options:
+    """`parse` for a command of this package. Raises UsageError.
+
+    cls: its options. prog: its name. summaries, usage: what may follow the name, and how, in its help.
+    """
+    task = take_task(argv, summaries, prog + usage)
     settings = [Settings({"task": task, **TASK_DEFAULTS[task]}, f"the defaults of {task}")]
     description = (
-        f"Fine-tune a detector from pre-trained weights and measure it: {task}. The defaults below are those of "
-        "detection; --print_config shows the task's own."
+        f"{(cls.__doc__ or '').splitlines()[0]} Task: {task}. The defaults below are those of detection; "
+        "--print_config shows the task's own."
     )
-    command: dict[str, Any] = {"prog": f"{PROG} {task}", "description": description}
-    request = parse_as(TransferConfig, argv, base=settings, **command)
+    command: dict[str, Any] = {"prog": f"{prog} {task}", "description": description}
+    request = parse_as(cls, argv, base=settings, **command)
     if defaults := DETECTOR_DEFAULTS.get(request.config.model.detector):
         settings.append(Settings(defaults, f"the defaults of {request.config.model.detector}"))
-        request = parse_as(TransferConfig, argv, base=settings, **command)
+        request = parse_as(cls, argv, base=settings, **command)
     config = request.options()
     if config.task != task:
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")

@@ -10,7 +10,10 @@ from scrl_fast.config.validation import check_device, clean_path
 from scrl_fast.errors import UsageError
 
 PROG = "python -m scrl_fast.transfer"
-SUMMARIES = {"predict": "use a trained detector on a folder of images"}
+SUMMARIES = {
+    "predict": "use a trained detector on a folder of images",
+    "compare": "a task from several starts, with error bars",
+}
 """A line on each command."""
 
 

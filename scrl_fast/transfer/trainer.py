@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -268,14 +268,16 @@ class Transfer(TrainingTask[list[Example]]):
 
     def detections(self, indices: Sequence[int]) -> list[Detections]:
         """Detections in these images of the validation split, in order."""
-        return list(
-            detect(
-                self.network,
-                self.data.val,
-                indices,
-                batch_size=self.config.eval.batch_size,
-                workers=self.config.data.workers,
-                timeout=self.config.data.timeout,
-                autocast=self.autocast,
-            )
+        return list(self.detect(indices))
+
+    def detect(self, indices: Sequence[int]) -> Iterator[Detections]:
+        """`detections` one by one."""
+        return detect(
+            self.network,
+            self.data.val,
+            indices,
+            batch_size=self.config.eval.batch_size,
+            workers=self.config.data.workers,
+            timeout=self.config.data.timeout,
+            autocast=self.autocast,
         )

@@ -1,0 +1,284 @@
+"""The life of a comparison: checks, rows one after another, the table after each of them."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scrl_fast.atomic_files import write_json, write_text
+from scrl_fast.distributed.rendezvous import announced_size
+from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell
+from scrl_fast.run.lock import hold_folder, release_folder
+from scrl_fast.run.log import format_seconds
+from scrl_fast.run.signals import SignalHandler
+from scrl_fast.transfer.checks import check_batch_size
+from scrl_fast.transfer.compare.config import CompareConfig
+from scrl_fast.transfer.compare.leaks import LeakCheck, Sharing, in_short, in_words
+from scrl_fast.transfer.compare.plot import draw_comparison
+from scrl_fast.transfer.compare.rows import Row, RowFiles, options_of, percent, rows_of, values_of
+from scrl_fast.transfer.compare.table import LABELLED, Results, markdown, seen_line, summary_of
+from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, OutOfTime, Pace, TimedTransfer
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.dataset import read_split, trainable
+
+
+class Comparison:
+    """Runs a `CompareConfig`. folder: ``compare.dir``.
+
+    After construction nothing is trained yet, and what can be refused is: a UsageError names the option.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        config.check_ready()
+        if announced_size() > 1:
+            raise UsageError(
+                "compare trains its rows one after another in one process: start it without torchrun. The command of "
+                "one row, in rows/*.json, takes several"
+            )
+        self.config, self.deadline = config, Deadline(config.minutes)
+        self.folder = Path(config.compare.dir or f"runs/compare-{config.task}").absolute()
+        self.rows = rows_of(config)
+        self.options = {row.name: options_of(row, config, self.folder) for row in self.rows}
+        self.results = Results(self.rows)
+        self.files = RowFiles(self.folder, config.inits)
+        for row in self.rows:
+            if (result := self.files.read(row, self.options[row.name])) is not None:
+                self.results.values[row.name] = self.values(row, result)
+        self.train, self.val = (read_split(config, split) for split in (config.data.train, config.data.val))
+        self.check_batches()
+        self.measured = min(config.eval.images or len(self.val), len(self.val))
+        self.seen: dict[str, Sharing] = {}
+        self.pace = Pace()
+
+    def check_batches(self) -> None:
+        """Raises UsageError where the smallest share does not fill a batch."""
+        model, row = self.config.model.detector, self.rows[0]
+        needed = {"masks": model == "mask_rcnn", "keypoints": model == "keypoint_rcnn"}
+        smallest = [row for row in self.rows if row.share == self.config.shares[0]]
+        for row in smallest[:: len(self.config.inits)]:
+            images = len(trainable(self.train, self.options[row.name].data, **needed))
+            try:
+                check_batch_size(self.config.train.batch_size, images, 1)
+            except UsageError as error:
+                raise UsageError(f"shares={row.share:g}, seed {row.seed}: {error}") from None
+
+    # ---- the whole ----
+
+    def run(self) -> int:
+        """Trains what is open, prints the table, and returns the exit code: 1 where a row failed."""
+        self.make_folder()
+        lock = self.hold()
+        try:
+            with SignalHandler() as stop:
+                self.say_plan()
+                if self.look_for_leaks(stop):
+                    self.run_rows(stop)
+            self.write()
+        finally:
+            release_folder(lock)
+        print(self.table(), end="", flush=True)
+        for line in self.last_words():
+            self.say(line)
+        return EXIT_FAILURE if self.results.failed else 0
+
+    def make_folder(self) -> None:
+        try:
+            (self.folder / "rows").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"compare.dir {str(self.folder)!r} cannot be written to: {error.strerror}") from error
+
+    def hold(self) -> Any:
+        """No other comparison may use the folder meanwhile."""
+        try:
+            return hold_folder(self.folder)
+        except UsageError as error:
+            raise UsageError(str(error).replace("run.dir", "compare.dir")) from None
+
+    def run_rows(self, stop: SignalHandler) -> None:
+        """The open rows in their order, until the end, a signal or the deadline."""
+        for row in self.results.open:
+            if stop or self.deadline.is_over():
+                return
+            number = self.rows.index(row) + 1
+            self.say(f"row {number} of {len(self.rows)}: {row.describe()}")
+            if not self.run_row(row):
+                return
+            self.write()
+            if self.results.open:
+                self.say(f"{self.counted()}{self.still()}")
+
+    def run_row(self, row: Row) -> bool:
+        """One row; False where a signal or the deadline ended it. A row that fails is noted, and the others go on."""
+        config, started = self.options[row.name], time.monotonic()
+        try:
+            self.files.write(row, config)
+            transfer = self.transfer(config)
+            begun = transfer.loop.found.path is None
+            summary = transfer.fit()
+        except Exception as error:
+            self.note_failure(row, error)
+            return True
+        if "result" not in summary:
+            return False
+        self.files.write(row, config, summary["result"])
+        self.results.values[row.name] = self.values(row, summary["result"])
+        if not self.config.compare.keep_detectors:
+            for path in transfer.loop.checkpoints.folder.glob("*.pt*"):
+                path.unlink()
+        if begun and self.pace.step is not None:
+            self.pace.beside = 0.0
+            spent = time.monotonic() - started
+            self.pace.beside = max(0.0, spent - self.pace.row(steps_of(config), self.measured))
+        return True
+
+    def transfer(self, config: TransferConfig) -> TimedTransfer:
+        """The training of a row, which goes on from its newest checkpoint where it has one."""
+        begun = Path(config.run.dir).exists()
+        return TimedTransfer(
+            replace(config, resume="auto" if begun else ""),
+            train=self.train,
+            val=self.val,
+            deadline=self.deadline,
+            pace=self.pace,
+            on_pace=lambda: self.say(f"measured here: {self.pace.step:.3g}s a step{self.whole()}"),
+        )
+
+    def note_failure(self, row: Row, error: Exception) -> None:
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        self.results.failed[row.name] = one_line(error)
+        self.say(f"failed: {row.describe()}: {one_line(error)} (traceback in {self.folder / 'log.txt'})")
+
+    def values(self, row: Row, result: dict[str, float]) -> dict[str, Any]:
+        return values_of(row, self.config.task, result) | {"command": self.files.command(row, self.config.task)}
+
+    # ---- validation images that were seen before ----
+
+    def look_for_leaks(self, stop: SignalHandler) -> bool:
+        """Fills ``seen``; False where a signal or the deadline ended it."""
+        if self.config.compare.leaks == "off":
+            return True
+        workers = self.config.data.workers
+        check = LeakCheck(
+            self.val, self.measured, self.config.compare, workers=workers, say=self.say, tick=self.deadline.check
+        )
+        starts = dict(zip(self.config.inits, self.results.labels, strict=True))
+        work = {label: partial(check.of_start, init) for init, label in starts.items()}
+        work[LABELLED] = partial(check.of_labelled, self.train)
+        try:
+            for name, look in work.items():
+                found = stop.run_interruptible(look)
+                if found is None:
+                    return False
+                self.seen[name] = found
+                if found.exact + found.alike:
+                    self.say(seen_line(name, in_words(found, self.measured, self.config.compare)))
+        except OutOfTime:
+            return False
+        return True
+
+    def seen_in_words(self) -> dict[str, tuple[str, str]]:
+        """Of each start and the labelled images, what they share with the validation images: short, and in words."""
+        off = "compare.leaks=off" if self.config.compare.leaks == "off" else "stopped before"
+        said = dict.fromkeys((*self.results.labels, LABELLED), ("not checked", f"not checked: {off}"))
+        for name, found in self.seen.items():
+            said[name] = in_short(found, self.measured), in_words(found, self.measured, self.config.compare)
+        return said
+
+    # ---- what is said and written ----
+
+    def say(self, line: str) -> None:
+        """A line on stderr and in log.txt."""
+        tell(line)
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def say_plan(self) -> None:
+        labels, shares = self.results.labels, ", ".join(map(percent, self.results.shares))
+        rows, config = len(self.rows), self.config
+        self.say(
+            f"compare {config.task}: {rows} rows: {len(labels)} starts ({', '.join(labels)}) x {shares} of the labels "
+            f"x {config.seeds} seeds, {steps_of(config)} steps each, measured on {self.measured} images"
+        )
+        if len(self.results.open) < rows:
+            self.say(f"{self.counted()} in {self.folder}, which goes on")
+        if self.results.open:
+            row = self.results.open[0]
+            first = f"first all starts with {percent(row.share)} of the labels and seed {row.seed}"
+            self.say(f"{first}; how long the whole takes is said after {TIMED_STEPS} steps of the first row")
+
+    def counted(self) -> str:
+        return f"{len(self.results.values)} of {len(self.rows)} rows are finished"
+
+    def seconds_left(self, rows: list[Row]) -> float:
+        return sum(self.pace.row(steps_of(self.options[row.name]), self.measured) for row in rows)
+
+    def whole(self) -> str:
+        """What the open rows take, for the first estimate."""
+        left, first = self.results.open, self.results.open[0]
+        block = [row for row in left if (row.share, row.seed) == (first.share, first.seed)]
+        text = (
+            f" and {self.pace.image:.3g}s a measured image: about {format_seconds(self.seconds_left(left[:1]))} a row, "
+            f"{format_seconds(self.seconds_left(left))} for all {len(left)} that are open; all starts with "
+            f"{percent(first.share)} of the labels and seed {first.seed} in {format_seconds(self.seconds_left(block))}"
+        )
+        seconds = self.deadline.left()
+        if seconds is not None and seconds < self.seconds_left(left):
+            fit = sum(self.seconds_left(left[: n + 1]) <= seconds for n in range(len(left)))
+            text += f"; --minutes={self.deadline.minutes:g} are enough for about {fit} of them"
+        return text
+
+    def still(self) -> str:
+        """What the open rows take, between two rows; nothing before a pace is known."""
+        return (
+            f", the others take about {format_seconds(self.seconds_left(self.results.open))}" if self.pace.step else ""
+        )
+
+    def title(self) -> str:
+        return f"{self.config.task}: {self.config.model.detector} with {self.config.model.backbone}"
+
+    def table(self) -> str:
+        alone = f"One row alone, to the same numbers: {self.files.command(self.rows[0], self.config.task)}"
+        return markdown(self.title(), self.results, self.seen_in_words(), [alone])
+
+    def write(self) -> None:
+        """table.md, compare.json, compare.png, and the file of ``--json``."""
+        document = {
+            "task": self.config.task,
+            "rows": [self.results.values[row.name] for row in self.rows if row.name in self.results.values],
+            "table": summary_of(self.results),
+            "failed": self.results.failed,
+            "open": [row.name for row in self.results.open],
+            "seen": {name: vars(found) for name, found in self.seen.items()},
+            "config": json.loads(json.dumps(self.config.to_dict())),
+        }
+        write_text(self.folder / "table.md", self.table())
+        for path in filter(None, (str(self.folder / "compare.json"), self.config.json)):
+            write_json(path, document)
+        self.optional(lambda: draw_comparison(self.folder / "compare.png", self.results, self.title()))
+
+    def optional(self, draw: Callable[[], None]) -> None:
+        """The picture, where matplotlib draws one: no comparison ends for want of it."""
+        try:
+            draw()
+        except Exception as error:
+            self.say(f"no compare.png: matplotlib fails or is not installed: {one_line(error)}")
+
+    def last_words(self) -> list[str]:
+        lines = [f"table, rows and picture: {self.folder}"]
+        if self.results.open:
+            lines.append(f"{self.counted()}; the same command goes on with the {len(self.results.open)} others")
+        if self.results.failed:
+            lines.append(f"{len(self.results.failed)} rows failed; the same command tries them again")
+        return lines
+
+
+def steps_of(config: TransferConfig) -> int:
+    """Steps of a row."""
+    return min(config.train.steps, config.train.max_steps or config.train.steps)

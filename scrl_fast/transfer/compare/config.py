@@ -1,0 +1,127 @@
+"""The options of a comparison: those of a transfer, and its starts, shares and seeds. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from scrl_fast.config.validation import (
+    at_least,
+    check_fields,
+    check_writable,
+    clean_path,
+    clean_paths,
+    from_above,
+    option_error,
+    within,
+)
+from scrl_fast.errors import UsageError, did_you_mean
+from scrl_fast.transfer.config import TransferConfig
+
+LIST_FLAGS = ("--inits", "--shares")
+NAMED_STARTS = ("random", "torchvision")
+"""Starts that are no path."""
+LARGEST_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
+
+INSTEAD = {
+    "init": "a comparison has several starts: --inits=random,torchvision,RUN",
+    "resume": "a comparison goes on by itself with what is in compare.dir",
+    "run.dir": "every row has a run folder of its own in --compare.dir",
+    "data.subset": "a comparison has shares of the training images: --shares=0.1,1",
+    "eval.only": "a comparison trains",
+}
+"""Options of a transfer that a comparison decides row by row."""
+
+
+@dataclass
+class CompareOptions:
+    """Where a comparison keeps its rows, and how it looks for validation images among those of pre-training."""
+
+    dir: str = ""
+    """Folder of rows, table and picture; empty: runs/compare-TASK. The same command goes on there."""
+    leaks: Literal["all", "exact", "off"] = "all"
+    """Look for validation images among the images that a start was pre-trained on: all: the same file, the same pixels,
+    and pictures that look alike; exact: the same file only, which decodes nothing; off."""
+    near_distance: int = 16
+    """Two pictures look alike from so many different bits of 256 on downwards (difference hash, 16 x 16)."""
+    keep_detectors: bool = True
+    """Keep the checkpoints of finished rows; false removes them once a row's result is written."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "compare", near_distance=within(0, LARGEST_DISTANCE))
+        clean_paths(self, "dir")
+
+
+@dataclass
+class CompareConfig(TransferConfig):
+    """Train the same detector from several starts, on shares of the labels, with several seeds, and compare."""
+
+    inits: tuple[str, ...] = ("random", "torchvision")
+    """Starts, separated by commas; the others are compared with the first one. Each is what --init takes."""
+    shares: tuple[float, ...] = (0.1, 1.0)
+    """Shares of the training images, above 0 to 1, separated by commas."""
+    seeds: int = 3
+    """Repeats, numbered from train.seed on. Each has its own images of a share, order of images and initial heads, the
+    same for every start."""
+    minutes: float = 0.0
+    """Stop in time with the table so far; the same command goes on. 0 is off."""
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    """Where the rows are kept, and what is checked."""
+    json: str = ""
+    """File for rows, table, shared images and options."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "", shares=from_above(0, 1), seeds=at_least(1), minutes=at_least(0))
+        self.inits = tuple(map(clean_path, self.inits))
+        for name in ("inits", "shares"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise option_error(name, values, "must not hold a value twice")
+        if "" in self.inits:
+            raise option_error("inits", self.inits, "must not hold an empty name")
+        self.shares = tuple(sorted(self.shares))
+
+    def check_ready(self) -> None:
+        """Raise UsageError when what the user must give is missing, and for options that the rows decide."""
+        if self.task == "coco10":
+            raise UsageError("the task coco10 is detection on a tenth of the labels: compare detection --shares=0.1")
+        given = {"init": self.init != "random", "resume": self.resume, "run.dir": self.run.dir}
+        given |= {"data.subset": self.data.subset != 1, "eval.only": self.eval.only}
+        for option, is_given in given.items():
+            if is_given:
+                section, _, name = option.rpartition(".")
+                raise option_error(option, getattr(getattr(self, section) if section else self, name), INSTEAD[option])
+        for init in self.inits:
+            if init not in NAMED_STARTS and not os.path.exists(init):
+                hint = did_you_mean(init, NAMED_STARTS)
+                raise UsageError(f"inits: there is no such checkpoint or run folder: {init!r}{hint}")
+        check_writable("json", self.json)
+        if self.compare.dir and os.path.exists(self.compare.dir) and not os.path.isdir(self.compare.dir):
+            raise option_error("compare.dir", self.compare.dir, "is a file; give the name of a folder")
+        super().check_ready()
+
+    def transfer_options(self) -> TransferConfig:
+        """The options that all rows share; start, share, seed and folder are not set yet."""
+        shared = {item.name: getattr(self, item.name) for item in fields(TransferConfig)}
+        return TransferConfig(**(shared | {"json": ""}))
+
+
+def with_lists(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``--inits=a,b`` and ``--shares=0.1,1`` as the lists that the parser takes."""
+    result: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in LIST_FLAGS:
+            result.append(word)
+            continue
+        value = value if equals else next(rest, "")
+        parts = [part.strip() for part in value.split(",")]
+        if value and not value.startswith("["):
+            value = json.dumps(parts) if flag == LIST_FLAGS[0] else f"[{','.join(parts)}]"
+        result.append(f"{flag}={value}" if value else flag)
+    return result

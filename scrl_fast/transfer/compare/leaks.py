@@ -1,0 +1,222 @@
+"""Were validation images among the images that a start was pre-trained on? And among the labelled ones?
+
+What a run was trained on is told by its config.yaml, and what it started from by its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scrl_fast.config.files import Settings, build, under_present_names
+from scrl_fast.config.run_folder import CONFIG, folder_of
+from scrl_fast.config.schema import Config
+from scrl_fast.config.yaml_text import read_yaml
+from scrl_fast.data.image_files import BadImage
+from scrl_fast.data.sources.base import identity_of
+from scrl_fast.data.sources.factory import make_source
+from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.batches import Progress, Say, silent
+from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareOptions
+from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.dataset import read_split
+from scrl_fast.weights.checkpoint_files import CheckpointError, load
+
+NAMED = 20  # pairs of images that are written down
+ANCESTORS = 4  # runs that started from one another, at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training that a start has behind it. source: its images, None where ``why`` says that they are not here."""
+
+    name: str
+    source: Any = None
+    why: str = ""
+
+
+def stages_of(init: str) -> Iterator[Stage]:
+    """The trainings behind a start, the last one first."""
+    for _ in range(ANCESTORS):
+        if init == "random":
+            return
+        if init in NAMED_STARTS:
+            yield Stage(init, why="its images, ImageNet's, are not here")
+            return
+        options, init, why = _options_of(init)
+        name = str(folder_of(init) or init)
+        if why:
+            yield Stage(name, why=why)
+            return
+        yield _stage(name, options)
+        init = options.get("init") or "random"
+        if init not in NAMED_STARTS and not Path(init).exists():
+            yield Stage(init, why=f"{name} started from it, and it is not here")
+            return
+
+
+def _options_of(init: str) -> tuple[dict[str, Any], str, str]:
+    """The options of the run behind a start, the start itself, and why there are none.
+
+    Those of config.yaml, where a folder that has moved can be put right; ``init`` is the checkpoint's, since a run
+    that goes on reads none.
+    """
+    folder, options = folder_of(init), {}
+    try:
+        if folder is not None and (folder / CONFIG).is_file():
+            options = read_yaml(folder / CONFIG)
+        saved = load(init).get("config")
+    except (UsageError, CheckpointError, OSError, ValueError):
+        saved = None
+    saved = saved if isinstance(saved, dict) else {}
+    options = options if isinstance(options, dict) and options else saved
+    if not isinstance(options.get("data"), dict):
+        return {}, init, "it does not say what it was trained on: no run of scrl_fast"
+    return options | {"init": saved.get("init") or options.get("init") or ""}, init, ""
+
+
+def _stage(name: str, options: dict[str, Any]) -> Stage:
+    data = options["data"]
+    if "task" not in options and data.get("source", "demo") == "demo":
+        return Stage(name, why="it was trained on drawn scenes")
+    try:
+        if "task" in options:
+            transfer = build(TransferConfig, Settings(under_present_names(TransferConfig, options), name))
+            return Stage(name, read_split(transfer, transfer.data.train))
+        seen = build(Config, Settings(under_present_names(Config, options) | {"resume": "", "init": ""}, name))
+        return Stage(name, make_source(seen))
+    except (UsageError, BadImage, OSError) as error:
+        return Stage(name, why=f"its images are not here ({' '.join(str(error).split())[:200]})")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which validation images a set of images holds.
+
+    name: the start, or the labelled images. images: compared of the set. unread: images of it that could not be read.
+    why: what could not be compared, in words; empty where all was. pairs: names of the first validation images found,
+    what they are in the set, and how they were recognised.
+    """
+
+    name: str
+    images: int = 0
+    unread: int = 0
+    exact: int = 0
+    alike: int = 0
+    why: str = ""
+    pairs: tuple[dict[str, Any], ...] = ()
+
+
+class LeakCheck:
+    """Compares sets of images with the validation images, which are read once.
+
+    val: the validation images. count: how many of them, the first ones, are measured. tick: called after every image;
+    what it raises ends the check.
+    """
+
+    def __init__(
+        self,
+        val: Any,
+        count: int,
+        options: CompareOptions,
+        *,
+        workers: int = 2,
+        say: Say = silent,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.val, self.options, self.workers, self.say, self.tick = val, options, workers, say, tick
+        self.indices = range(count)
+        self._prints: Fingerprints | None = None
+
+    def of_start(self, init: str) -> Sharing:
+        """Over all trainings that the start has behind it."""
+        total, reasons = Sharing(init), []
+        found: dict[int, dict[str, Any]] = {}
+        for stage in stages_of(init):
+            if stage.why:
+                reasons.append(f"{stage.name}: {stage.why}" if stage.name != init else stage.why)
+                continue
+            part = self.of_images(stage.name, stage.source, found)
+            total = Sharing(init, total.images + part.images, total.unread + part.unread)
+        return _summed(total, found, "; ".join(reasons))
+
+    def of_labelled(self, train: Any) -> Sharing:
+        """Among the labelled images, which all starts are fine-tuned on."""
+        found: dict[int, dict[str, Any]] = {}
+        return _summed(self.of_images("labelled images", train, found), found, "")
+
+    def of_images(self, name: str, source: Any, found: dict[int, dict[str, Any]]) -> Sharing:
+        """Adds what it finds to ``found``, by the number of the validation image."""
+        prints = self._read(source, range(len(source)), name)
+        if self._prints is None:
+            self._prints = self._read(self.val, self.indices, "validation images")
+        equal = lambda i, j: _same_pixels(self.val, i, source, j)  # noqa: E731
+        for match in matches(self._prints, prints, equal, distance=self.options.near_distance):
+            pair = _pair(match, self.val, source)
+            if match.index not in found or (found[match.index]["kind"] == "alike" and match.kind != "alike"):
+                found[match.index] = pair
+        return Sharing(name, len(prints.indices), prints.unread)
+
+    def _read(self, source: Any, indices: range, name: str) -> Fingerprints:
+        progress = Progress(f"comparing images: {name}", len(indices), "images", self.say)
+
+        def tick() -> None:
+            self.tick()
+            progress.advance()
+
+        looks = self.options.leaks == "all"
+        result = fingerprints(source, indices, looks=looks, workers=self.workers, tick=tick)
+        progress.finish()
+        return result
+
+    def key(self) -> dict[str, Any]:
+        """What the outcome depends on beside the set that is compared."""
+        kept = {"leaks": self.options.leaks, "near_distance": self.options.near_distance, "bits": BITS}
+        return kept | {"measured": len(self.indices), "validation": identity_of(self.val)}
+
+
+def _summed(total: Sharing, found: dict[int, dict[str, Any]], why: str) -> Sharing:
+    alike = sum(pair["kind"] == "alike" for pair in found.values())
+    pairs = tuple(found[index] for index in sorted(found)[:NAMED])
+    return Sharing(total.name, total.images, total.unread, len(found) - alike, alike, why, pairs)
+
+
+def _pair(match: Match, val: Any, source: Any) -> dict[str, Any]:
+    names = {"validation": val.name_of(match.index), "image": getattr(source, "name_of", str)(match.other)}
+    return names | {"kind": match.kind, "bits": match.bits}
+
+
+def _same_pixels(left: Any, i: int, right: Any, j: int) -> bool:
+    try:
+        return np.array_equal(left.read(i), right.read(j))
+    except BadImage:
+        return False
+
+
+def in_words(sharing: Sharing, measured: int, options: CompareOptions) -> str:
+    """What was found, in one sentence."""
+    if not sharing.images:
+        return f"not checked: {sharing.why}" if sharing.why else "nothing to check: it has seen no images"
+    unread = f" ({sharing.unread} more cannot be read)" if sharing.unread else ""
+    among = f"among {sharing.images} images{unread}"
+    how = "compared as files only" if options.leaks == "exact" else "compared by file, pixels and looks"
+    if sharing.exact or sharing.alike:
+        alike = f" and {sharing.alike} alike (at most {options.near_distance} of {BITS} bits differ)"
+        counts = f"{sharing.exact} the same{'' if options.leaks == 'exact' else alike}"
+        text = f"{sharing.exact + sharing.alike} of {measured} validation images are {among}: {counts}"
+    else:
+        text = f"none of {measured} validation images is {among}, {how}"
+    return f"{text}; not checked: {sharing.why}" if sharing.why else text
+
+
+def in_short(sharing: Sharing, measured: int) -> str:
+    """What was found, for a column of the table."""
+    found = sharing.exact + sharing.alike
+    if sharing.images or not sharing.why:
+        return f"{found} of {measured}" + (" or more" if sharing.why else "")
+    return "not checked"

@@ -1,0 +1,175 @@
+"""The rows of a comparison: which there are, in which order, where each is kept, and when one is finished."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scrl_fast.atomic_files import digest_of, expected_digest, write_json, write_text
+from scrl_fast.config.files import under_present_names
+from scrl_fast.config.run_folder import folder_of
+from scrl_fast.config.yaml_text import dump
+from scrl_fast.errors import UsageError
+from scrl_fast.run.resume import changed_options, flatten
+from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareConfig
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.weights.checkpoint_files import CheckpointError, find
+
+SAVES = 10  # checkpoints of a row where run.checkpoint_every leaves it open: an epoch of a small share is short
+HEADLINES = {"instance": "segm", "keypoints": "keypoints"}
+"""Whose AP is a row's ``AP`` where a task measures several kinds; boxes elsewhere."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector to train: a start, a share of the labels and a seed."""
+
+    init: str
+    label: str
+    """The start in tables and names of files; short, and no other start's."""
+    share: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its file and of its run folder."""
+        return f"{self.label}-{self.share:g}-seed{self.seed}"
+
+    def describe(self) -> str:
+        """The row in words."""
+        return f"{self.label}, {percent(self.share)} of the labels, seed {self.seed}"
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:g} %"
+
+
+def rows_of(config: CompareConfig) -> list[Row]:
+    """All rows in the order in which they run: seed by seed, in it from the smallest share on, there every start.
+
+    So a stop at any time leaves whole comparisons of all starts, and a repeat more of them with every seed.
+    """
+    labels = labels_of(config.inits)
+    seeds = range(config.train.seed, config.train.seed + config.seeds)
+    return [
+        Row(init, label, share, seed)
+        for seed in seeds
+        for share in config.shares
+        for init, label in zip(config.inits, labels, strict=True)
+    ]
+
+
+def labels_of(inits: Sequence[str]) -> list[str]:
+    """A short name for each start: that of its run folder or file, with a number behind it where two are alike."""
+    labels: list[str] = []
+    for init in inits:
+        path = Path(init)
+        named = path.name if init in NAMED_STARTS else ((folder_of(path) or path).absolute().name)
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.") or "start"
+        label, number = plain, 2
+        while label in labels:
+            label, number = f"{plain}-{number}", number + 1
+        labels.append(label)
+    return labels
+
+
+def options_of(row: Row, config: CompareConfig, folder: Path) -> TransferConfig:
+    """The options with which ``python -m scrl_fast.transfer`` trains this row, in a run folder of the comparison."""
+    base, repeat = config.transfer_options(), row.seed - config.train.seed
+    every = base.run.checkpoint_every or max(1, base.train.steps // SAVES)
+    return replace(
+        base,
+        init=row.init,
+        data=replace(base.data, subset=row.share, subset_seed=base.data.subset_seed + repeat),
+        train=replace(base.train, seed=row.seed),
+        run=replace(base.run, dir=str(folder / "runs" / row.name), checkpoint_every=every),
+    )
+
+
+# ---- what is kept of a row ----
+
+COUNTED = ("eval.images", "train.max_steps")
+"""Options that change a row's result, though a run may change them when it goes on."""
+
+
+def fingerprint_of(init: str) -> str:
+    """SHA-256 of the weights file that a start means; its name where it means none."""
+    if init in NAMED_STARTS:
+        return init
+    try:
+        path = find(init)
+        return expected_digest(path) or digest_of(path)
+    except (CheckpointError, OSError):  # a folder in another layout, or a start whose rows will fail
+        return "no checkpoint"
+
+
+class RowFiles:
+    """``rows/NAME.json`` of a comparison's folder: options and start of each row, and its result once it is finished.
+
+    ``rows/NAME.yaml`` beside it holds the options for the row alone.
+    """
+
+    def __init__(self, folder: Path, inits: Sequence[str]) -> None:
+        self.folder = folder / "rows"
+        self.starts = {init: fingerprint_of(init) for init in inits}
+
+    def path(self, row: Row) -> Path:
+        return self.folder / f"{row.name}.json"
+
+    def command(self, row: Row, task: str) -> str:
+        """The command that trains and measures this row alone, in a run folder of its own, to the same numbers."""
+        config = self.path(row).with_suffix(".yaml")
+        return shlex.join(["python", "-m", "scrl_fast.transfer", task, f"--config={config}"])
+
+    def write(self, row: Row, config: TransferConfig, result: Mapping[str, float] | None = None) -> None:
+        """The row begins, or with a result it is finished."""
+        document = {"row": asdict(row), "start": self.starts[row.init], "config": config.to_dict()}
+        write_json(str(self.path(row)), document | {"result": result and dict(result)})
+        if result is None:
+            alone = replace(config, run=replace(config.run, dir=""))
+            write_text(self.path(row).with_suffix(".yaml"), dump(alone.to_dict()))
+
+    def read(self, row: Row, config: TransferConfig) -> dict[str, float] | None:
+        """The result of a finished row; None of one that is not.
+
+        Raises UsageError where the row was begun with other options, or its start has changed since: the table would
+        compare what cannot be compared.
+        """
+        path = self.path(row)
+        if not path.is_file():
+            return None
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            before, start, result = document["config"], document["start"], document["result"]
+            result = result and {str(name): float(value) for name, value in result.items()}
+            before = under_present_names(TransferConfig, before)
+            changed = _changed(before, config.to_dict())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is no row of a comparison ({error}): remove it to make the row again") from None
+        way_out = f"choose another --compare.dir, or remove it and {config.run.dir} to make the row again"
+        if changed:
+            raise UsageError(f"{path} was made with other options ({', '.join(changed)}): {way_out}")
+        if before.get("init") != config.init or start != self.starts[row.init]:
+            raise UsageError(f"{path} was made from {before.get('init')} as it was then, not as it is now: {way_out}")
+        return result
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    defaults = TransferConfig().to_dict()
+    old, new = {**flatten(defaults), **flatten(before)}, flatten(now)
+    counted = [f"{name} {old.get(name)} -> {new[name]}" for name in COUNTED if old.get(name) != new[name]]
+    return changed_options(before, now, defaults=defaults) + counted
+
+
+def values_of(row: Row, task: str, result: Mapping[str, float]) -> dict[str, Any]:
+    """A row of the table: ``{init, share, seed, AP, AP50, ...}`` in points; None for what the data cannot tell (-1)."""
+    clean = {name: None if value == -1 else value for name, value in result.items()}
+    kind = HEADLINES.get(task, "bbox")
+    head = {name: clean[f"{kind}_{name}"] for name in ("AP", "AP50") if name not in clean and f"{kind}_{name}" in clean}
+    return {"init": row.init, "start": row.label, "share": row.share, "seed": row.seed, **head, **clean}

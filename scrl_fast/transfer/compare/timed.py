@@ -1,0 +1,101 @@
+"""A transfer that is timed, and that stops when the time is up as it does on a signal: saved, to go on later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.detections import Detections
+from scrl_fast.transfer.trainer import Transfer
+
+TIMED_STEPS = 5  # of the first row, before the first estimate; the first of them is not counted
+TIMED_IMAGES = 2  # measured then, for the time of a measurement
+
+
+class OutOfTime(Exception):
+    """``--minutes`` are over."""
+
+
+class Deadline:
+    """When ``--minutes`` are over; never for 0."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self.end = time.monotonic() + 60 * minutes if minutes else None
+
+    def is_over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    def check(self) -> None:
+        """Raises OutOfTime."""
+        if self.is_over():
+            raise OutOfTime
+
+    def left(self) -> float | None:
+        """Seconds; None where there is no end."""
+        return None if self.end is None else max(0.0, self.end - time.monotonic())
+
+
+class Pace:
+    """Seconds of a step, of an image that is measured, and of what a row takes beside them; None before the first."""
+
+    def __init__(self) -> None:
+        self.step: float | None = None
+        self.image = self.beside = 0.0
+
+    def row(self, steps: int, images: int) -> float:
+        """Seconds of a row of so many steps that is measured on so many images."""
+        return (self.step or 0.0) * steps + self.image * images + self.beside
+
+
+class TimedTransfer(Transfer):
+    """One row of a comparison. on_pace: called once the first row has told how long a step and an image take."""
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        *,
+        train: Any,
+        val: Any,
+        deadline: Deadline,
+        pace: Pace,
+        on_pace: Callable[[], None],
+    ) -> None:
+        super().__init__(config, train=train, val=val)
+        self.deadline, self.pace, self.on_pace = deadline, pace, on_pace
+        self.timed: list[float] = []
+        self.probing = False
+
+    def train_step(self, batch: Sequence[Any], weight: int | None = None) -> None:
+        super().train_step(batch, weight)
+        if self.pace.step is None:
+            self.time_step()
+        if self.deadline.is_over():
+            self.stop_in_time()
+
+    def time_step(self) -> None:
+        """Takes the time of this step; with enough of them, or the last one, the pace is known."""
+        self.timed.append(time.monotonic())
+        if len(self.timed) < TIMED_STEPS and self.step < self.last_step:
+            return
+        if len(self.timed) > 1:
+            self.pace.step = (self.timed[-1] - self.timed[0]) / (len(self.timed) - 1)
+            started, self.probing = time.monotonic(), True
+            images = range(min(TIMED_IMAGES, len(self.data.val)))
+            for _ in self.detect(images):  # in eval mode and without gradients: it changes no weight
+                pass
+            self.pace.image, self.probing = (time.monotonic() - started) / len(images), False
+            self.on_pace()
+
+    def stop_in_time(self) -> None:
+        """The loop stops after this step as on a signal."""
+        self.loop.stop.signal_name = self.loop.stop.signal_name or f"--minutes={self.deadline.minutes:g}"
+
+    def detect(self, indices: Sequence[int]) -> Iterator[Detections]:
+        for found in super().detect(indices):
+            if self.deadline.is_over() and not self.probing:
+                self.stop_in_time()
+                raise KeyboardInterrupt  # which the loop takes for the signal that it has just been told of
+            yield found
