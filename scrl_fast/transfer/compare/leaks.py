@@ -81,14 +81,13 @@ def _options_of(init: str) -> tuple[dict[str, Any], str, str]:
 
 
 def _stage(name: str, options: dict[str, Any]) -> Stage:
-    data = options["data"]
-    if "task" not in options and data.get("source", "demo") == "demo":
-        return Stage(name, why="it was trained on drawn scenes")
     try:
         if "task" in options:
             transfer = build(TransferConfig, Settings(under_present_names(TransferConfig, options), name))
             return Stage(name, read_split(transfer, transfer.data.train))
         seen = build(Config, Settings(under_present_names(Config, options) | {"resume": "", "init": ""}, name))
+        if seen.data.source == "demo":
+            return Stage(name, why="it was trained on drawn scenes")
         return Stage(name, make_source(seen))
     except (UsageError, BadImage, OSError) as error:
         return Stage(name, why=f"its images are not here ({' '.join(str(error).split())[:200]})")
