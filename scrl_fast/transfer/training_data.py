@@ -56,14 +56,12 @@ class TransferData:
 
     def fitted(self, config: TransferConfig) -> TransferConfig:
         """The options with what follows the data: length and schedule; for custom the classes, and a batch of few."""
-        data, train = config.data, config.train
         if config.task == "custom":
-            data = replace(data, classes=tuple(map(str, self.val.classes)))
-            if train.batch_size > len(self.indices) >= self.world.size:
-                fitting = len(self.indices) // self.world.size * self.world.size
-                self.found.append(f"train.batch_size={train.batch_size} is more than there are images: {fitting}")
-                train = replace(train, batch_size=fitting)
-        return follow_data(replace(config, data=data, train=train), len(self.indices))
+            config = replace(config, data=replace(config.data, classes=tuple(map(str, self.val.classes))))
+        fitted = fit_length(config, len(self.indices), self.world.size)
+        if (fitting := fitted.train.batch_size) != config.train.batch_size:
+            self.found.append(f"train.batch_size={config.train.batch_size} is more than there are images: {fitting}")
+        return fitted
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,3 +109,11 @@ class TransferData:
                 rank=self.world.rank,
                 world_size=self.world.size,
             )
+
+
+def fit_length(config: TransferConfig, images: int, processes: int = 1) -> TransferConfig:
+    """The options with the length and schedule that follow so many images, and for custom no larger batch than them."""
+    train = config.train
+    if config.task == "custom" and train.batch_size > images >= processes:
+        train = replace(train, batch_size=images // processes * processes)
+    return follow_data(replace(config, train=train), images)

@@ -21,10 +21,11 @@ from scrl_fast.transfer.checks import check_batch_size
 from scrl_fast.transfer.compare.config import CompareConfig
 from scrl_fast.transfer.compare.leaks import LeakCheck, Sharing, in_short, in_words
 from scrl_fast.transfer.compare.plot import draw_comparison
-from scrl_fast.transfer.compare.rows import Row, RowFiles, options_of, percent, rows_of, values_of
+from scrl_fast.transfer.compare.rows import Row, RowFiles, fitted_to, options_of, percent, rows_of, values_of
 from scrl_fast.transfer.compare.table import LABELLED, Results, markdown, seen_line, summary_of
-from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, OutOfTime, Pace, TimedTransfer
+from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, OutOfTime, RowTimes, TimedTransfer
 from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import read_split, trainable
 
 
@@ -44,29 +45,42 @@ class Comparison:
         self.config, self.deadline = config, Deadline(config.minutes)
         self.folder = Path(config.compare.dir or f"runs/compare-{config.task}").absolute()
         self.rows = rows_of(config)
-        self.options = {row.name: options_of(row, config, self.folder) for row in self.rows}
         self.results = Results(self.rows)
+        self.found: list[str] = []
+        self.train, self.val, self.val_name = self.read_data()
+        self.measured = min(config.eval.images or len(self.val), len(self.val))
+        self.options = self.read_options()
         self.files = RowFiles(self.folder, config.inits)
         for row in self.rows:
             if (result := self.files.read(row, self.options[row.name])) is not None:
                 self.results.values[row.name] = self.values(row, result)
-        self.train, self.val = (read_split(config, split) for split in (config.data.train, config.data.val))
-        self.check_batches()
-        self.measured = min(config.eval.images or len(self.val), len(self.val))
         self.seen: dict[str, Sharing] = {}
-        self.pace = Pace()
+        self.times = RowTimes()
 
-    def check_batches(self) -> None:
-        """Raises UsageError where the smallest share does not fill a batch."""
-        model, row = self.config.model.detector, self.rows[0]
+    def read_data(self) -> tuple[Any, Any, str]:
+        """Images to train on, images to measure on, and what the latter are called; read once for all rows."""
+        config = self.config.transfer_options()
+        if config.task == "custom":
+            data = read_custom(config)
+            self.found = data.found
+            return data.train, data.val, data.val_name
+        return read_split(config, config.data.train), read_split(config, config.data.val), config.data.val
+
+    def read_options(self) -> dict[str, TransferConfig]:
+        """The options of each row by its name. Raises UsageError where a share does not fill a batch."""
+        model, options = self.config.model.detector, {}
         needed = {"masks": model == "mask_rcnn", "keypoints": model == "keypoint_rcnn"}
-        smallest = [row for row in self.rows if row.share == self.config.shares[0]]
-        for row in smallest[:: len(self.config.inits)]:
-            images = len(trainable(self.train, self.options[row.name].data, **needed))
+        images: dict[tuple[float, int], int] = {}
+        for row in self.rows:
+            asked, key = options_of(row, self.config, self.folder), (row.share, row.seed)
+            if key not in images:
+                images[key] = len(trainable(self.train, asked.data, **needed))
+            options[row.name] = fitted = fitted_to(asked, images[key])
             try:
-                check_batch_size(self.config.train.batch_size, images, 1)
+                check_batch_size(fitted.train.batch_size, images[key], 1)
             except UsageError as error:
                 raise UsageError(f"shares={row.share:g}, seed {row.seed}: {error}") from None
+        return options
 
     # ---- the whole ----
 
@@ -119,6 +133,7 @@ class Comparison:
         try:
             self.files.write(row, config)
             transfer = self.transfer(config)
+            transfer.data.val_name = self.val_name
             begun = transfer.loop.found.path is None
             summary = transfer.fit()
         except Exception as error:
@@ -131,10 +146,10 @@ class Comparison:
         if not self.config.compare.keep_detectors:
             for path in transfer.loop.checkpoints.folder.glob("*.pt*"):
                 path.unlink()
-        if begun and self.pace.step is not None:
-            self.pace.beside = 0.0
+        if begun and self.times.step is not None:
+            self.times.beside = 0.0
             spent = time.monotonic() - started
-            self.pace.beside = max(0.0, spent - self.pace.row(steps_of(config), self.measured))
+            self.times.beside = max(0.0, spent - self.times.row(steps_of(config), self.measured))
         return True
 
     def transfer(self, config: TransferConfig) -> TimedTransfer:
@@ -145,8 +160,8 @@ class Comparison:
             train=self.train,
             val=self.val,
             deadline=self.deadline,
-            pace=self.pace,
-            on_pace=lambda: self.say(f"measured here: {self.pace.step:.3g}s a step{self.whole()}"),
+            times=self.times,
+            on_times=lambda: self.say(f"measured here: {self.times.step:.3g}s a step{self.whole()}"),
         )
 
     def note_failure(self, row: Row, error: Exception) -> None:
@@ -202,9 +217,12 @@ class Comparison:
     def say_plan(self) -> None:
         labels, shares = self.results.labels, ", ".join(map(percent, self.results.shares))
         rows, config = len(self.rows), self.config
+        for line in self.found:
+            self.say(line)
+        steps = sorted({steps_of(options) for options in self.options.values()})
         self.say(
             f"compare {config.task}: {rows} rows: {len(labels)} starts ({', '.join(labels)}) x {shares} of the labels "
-            f"x {config.seeds} seeds, {steps_of(config)} steps each, measured on {self.measured} images"
+            f"x {config.seeds} seeds, {' or '.join(map(str, steps))} steps each, measured on {self.measured} images"
         )
         if len(self.results.open) < rows:
             self.say(f"{self.counted()} in {self.folder}, which goes on")
@@ -217,15 +235,15 @@ class Comparison:
         return f"{len(self.results.values)} of {len(self.rows)} rows are finished"
 
     def seconds_left(self, rows: list[Row]) -> float:
-        return sum(self.pace.row(steps_of(self.options[row.name]), self.measured) for row in rows)
+        return sum(self.times.row(steps_of(self.options[row.name]), self.measured) for row in rows)
 
     def whole(self) -> str:
         """What the open rows take, for the first estimate."""
         left, first = self.results.open, self.results.open[0]
         block = [row for row in left if (row.share, row.seed) == (first.share, first.seed)]
         text = (
-            f" and {self.pace.image:.3g}s a measured image: about {format_seconds(self.seconds_left(left[:1]))} a row, "
-            f"{format_seconds(self.seconds_left(left))} for all {len(left)} that are open; all starts with "
+            f" and {self.times.image:.3g}s a measured image: about {format_seconds(self.seconds_left(left[:1]))} "
+            f"a row, {format_seconds(self.seconds_left(left))} for all {len(left)} that are open; all starts with "
             f"{percent(first.share)} of the labels and seed {first.seed} in {format_seconds(self.seconds_left(block))}"
         )
         seconds = self.deadline.left()
@@ -237,7 +255,7 @@ class Comparison:
     def still(self) -> str:
         """What the open rows take, between two rows; nothing before a pace is known."""
         return (
-            f", the others take about {format_seconds(self.seconds_left(self.results.open))}" if self.pace.step else ""
+            f", the others take about {format_seconds(self.seconds_left(self.results.open))}" if self.times.step else ""
         )
 
     def title(self) -> str:

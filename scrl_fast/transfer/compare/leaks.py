@@ -24,6 +24,7 @@ from scrl_fast.evaluate.batches import Progress, Say, silent
 from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareOptions
 from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
 from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import read_split
 from scrl_fast.weights.checkpoint_files import CheckpointError, load
 
@@ -84,7 +85,8 @@ def _stage(name: str, options: dict[str, Any]) -> Stage:
     try:
         if "task" in options:
             transfer = build(TransferConfig, Settings(under_present_names(TransferConfig, options), name))
-            return Stage(name, read_split(transfer, transfer.data.train))
+            custom = transfer.task == "custom"
+            return Stage(name, read_custom(transfer).train if custom else read_split(transfer, transfer.data.train))
         seen = build(Config, Settings(under_present_names(Config, options) | {"resume": "", "init": ""}, name))
         if seen.data.source == "demo":
             return Stage(name, why="it was trained on drawn scenes")

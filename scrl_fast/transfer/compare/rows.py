@@ -18,6 +18,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.run.resume import changed_options, flatten
 from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareConfig
 from scrl_fast.transfer.config import TransferConfig
+from scrl_fast.transfer.training_data import fit_length
 from scrl_fast.weights.checkpoint_files import CheckpointError, find
 
 SAVES = 10  # checkpoints of a row where run.checkpoint_every leaves it open: an epoch of a small share is short
@@ -82,14 +83,20 @@ def labels_of(inits: Sequence[str]) -> list[str]:
 def options_of(row: Row, config: CompareConfig, folder: Path) -> TransferConfig:
     """The options with which ``python -m scrl_fast.transfer`` trains this row, in a run folder of the comparison."""
     base, repeat = config.transfer_options(), row.seed - config.train.seed
-    every = base.run.checkpoint_every or max(1, base.train.steps // SAVES)
     return replace(
         base,
         init=row.init,
         data=replace(base.data, subset=row.share, subset_seed=base.data.subset_seed + repeat),
         train=replace(base.train, seed=row.seed),
-        run=replace(base.run, dir=str(folder / "runs" / row.name), checkpoint_every=every),
+        run=replace(base.run, dir=str(folder / "runs" / row.name)),
     )
+
+
+def fitted_to(config: TransferConfig, images: int) -> TransferConfig:
+    """A row's options with what follows its number of images."""
+    config = fit_length(config, images)
+    every = config.run.checkpoint_every or max(1, config.train.steps // SAVES)
+    return replace(config, run=replace(config.run, checkpoint_every=every))
 
 
 # ---- what is kept of a row ----

@@ -38,7 +38,7 @@ class Deadline:
         return None if self.end is None else max(0.0, self.end - time.monotonic())
 
 
-class Pace:
+class RowTimes:
     """Seconds of a step, of an image that is measured, and of what a row takes beside them; None before the first."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Pace:
 
 
 class TimedTransfer(Transfer):
-    """One row of a comparison. on_pace: called once the first row has told how long a step and an image take."""
+    """One row of a comparison. on_times: called once the first row has told how long a step and an image take."""
 
     def __init__(
         self,
@@ -60,34 +60,38 @@ class TimedTransfer(Transfer):
         train: Any,
         val: Any,
         deadline: Deadline,
-        pace: Pace,
-        on_pace: Callable[[], None],
+        times: RowTimes,
+        on_times: Callable[[], None],
     ) -> None:
         super().__init__(config, train=train, val=val)
-        self.deadline, self.pace, self.on_pace = deadline, pace, on_pace
+        self.deadline, self.times, self.on_times = deadline, times, on_times
         self.timed: list[float] = []
         self.probing = False
 
+    def step_note(self) -> str:
+        """Nothing: the comparison tells how long its rows take."""
+        return ""
+
     def train_step(self, batch: Sequence[Any], weight: int | None = None) -> None:
         super().train_step(batch, weight)
-        if self.pace.step is None:
+        if self.times.step is None:
             self.time_step()
         if self.deadline.is_over():
             self.stop_in_time()
 
     def time_step(self) -> None:
-        """Takes the time of this step; with enough of them, or the last one, the pace is known."""
+        """Takes the time of this step; with enough of them, or the last one, the times are known."""
         self.timed.append(time.monotonic())
         if len(self.timed) < TIMED_STEPS and self.step < self.last_step:
             return
         if len(self.timed) > 1:
-            self.pace.step = (self.timed[-1] - self.timed[0]) / (len(self.timed) - 1)
+            self.times.step = (self.timed[-1] - self.timed[0]) / (len(self.timed) - 1)
             started, self.probing = time.monotonic(), True
             images = range(min(TIMED_IMAGES, len(self.data.val)))
             for _ in self.detect(images):  # in eval mode and without gradients: it changes no weight
                 pass
-            self.pace.image, self.probing = (time.monotonic() - started) / len(images), False
-            self.on_pace()
+            self.times.image, self.probing = (time.monotonic() - started) / len(images), False
+            self.on_times()
 
     def stop_in_time(self) -> None:
         """The loop stops after this step as on a signal."""
