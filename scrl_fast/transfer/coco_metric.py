@@ -50,10 +50,11 @@ def evaluator(backend: str = "auto") -> tuple[Any, Any]:
         ) from error
 
 
-def ground_truth(source: ImagesWithBoxes, kind: Kind = "bbox") -> dict[str, Any]:
+def ground_truth(source: ImagesWithBoxes, kind: Kind = "bbox", *, ignore_difficult: bool = False) -> dict[str, Any]:
     """The objects of any images as a document in COCO's format; an image's id is its index, a category's its label.
 
     kind: ``segm`` and ``keypoints`` need annotated images; for ``segm`` objects without a mask are left out.
+    ignore_difficult: VOC's difficult objects count neither way, as crowds do.
     """
     annotated = getattr(source, "objects", None)
     rows: list[dict[str, Any]] = []
@@ -61,9 +62,11 @@ def ground_truth(source: ImagesWithBoxes, kind: Kind = "bbox") -> dict[str, Any]
         boxes, labels = source.boxes(index), source.labels(index)
         objects = None if annotated is None else annotated[index]
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) if objects is None else objects.areas
-        crowds = [False] * len(labels) if objects is None else objects.crowd.tolist()
+        ignored = np.zeros(len(labels), bool) if objects is None else objects.crowd
+        if objects is not None and ignore_difficult:
+            ignored = ignored | objects.difficult
         for place, ((x0, y0, x1, y1), label, area, crowd) in enumerate(
-            zip(boxes.tolist(), labels.tolist(), areas.tolist(), crowds, strict=True)
+            zip(boxes.tolist(), labels.tolist(), areas.tolist(), ignored.tolist(), strict=True)
         ):
             row = {"image_id": index, "category_id": label, "area": area, "iscrowd": int(crowd)}
             row["bbox"] = [x0, y0, x1 - x0, y1 - y0]

@@ -32,7 +32,7 @@ def measure(task: str, found: Sequence[Detections], source: Any) -> dict[str, fl
     result: dict[str, float] = {}
     own = task == "custom"
     for kind in kinds_of(found) if own else KINDS[task]:
-        truth = ground_truth(source, kind) if own else source.annotation_file
+        truth = ground_truth(source, kind, ignore_difficult=True) if own else source.annotation_file
         numbers = coco_average_precision(truth, found, source, kind)
         result |= {f"{kind}_{name}": value for name, value in numbers.items()}
     return points(result)

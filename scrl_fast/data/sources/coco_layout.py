@@ -37,7 +37,8 @@ def coco_split(file: str, images: str = "", *, name: str = "") -> LabelledSplit:
     folder = os.path.dirname(file) or "."
 
     def read(_: Sequence[str], limits: ImageLimits) -> AnnotatedImages:
-        there = images or _image_folder(file, [folder, child(folder, "images"), os.path.join(folder, _stem(file))])
+        inner = [os.path.join(folder, inside) for inside in subfolders(folder)]
+        there = images or _image_folder(file, [folder, os.path.join(folder, _stem(file)), *inner])
         return read_coco(folder, annotation_file=file, image_folder=there, limits=limits)
 
     return LabelledSplit(name or _stem(file), file, read)

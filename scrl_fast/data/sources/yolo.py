@@ -269,7 +269,7 @@ def _objects(
     height, width = size
     corners = np.array([row.corners for _, row in rows], np.float64).reshape(-1, 4) * [width, height, width, height]
     boxes, valid = clip_boxes(corners, height, width, faults)
-    for place in np.flatnonzero(~valid):
+    for place in np.flatnonzero(~valid).tolist():
         faults["left out"] -= 1  # said below with its file and line
         empty.add("have no area inside their image", rows[place][0])
     sides = np.array([width, height], np.float64)

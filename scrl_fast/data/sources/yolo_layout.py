@@ -111,7 +111,7 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
             raise UsageError(f"{file}: its {key} {lost[0]!r} is not there; looked for {looked}")
         splits.append(_split(root, key, places, keypoints))
     named = " + ".join(split.where for split in splits)
-    for name, folder in _usual_folders(root).items():  # exports often leave test/ out of the file
+    for name, folder in _split_folders(root).items():  # exports often leave test/ out of the file
         if role_of(name) == "test" and folder not in named:
             splits.append(_split(root, name, [folder], keypoints))
     if keypoints:
@@ -185,6 +185,14 @@ def _usual_folders(root: str) -> dict[str, str]:
         if parts and not images_in(images):
             return parts
         return {"images": images}
+    parts = _split_folders(root)
+    if not parts and images_in(root) and _label_files(root):
+        parts["images"] = root
+    return parts
+
+
+def _split_folders(root: str) -> dict[str, str]:
+    """SPLIT/images beside SPLIT/labels, or images and label files in SPLIT itself."""
     parts = {}
     for name in subfolders(root):
         folder = os.path.join(root, name)
@@ -193,8 +201,6 @@ def _usual_folders(root: str) -> dict[str, str]:
             parts[name] = inner
         elif role_of(name) and images_in(folder) and (_label_files(folder) or _label_files(child(folder, "labels"))):
             parts[name] = folder
-    if not parts and images_in(root) and _label_files(root):
-        parts["images"] = root
     return parts
 
 
