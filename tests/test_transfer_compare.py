@@ -137,6 +137,8 @@ def test_a_finished_comparison_trains_nothing_again_and_takes_more_seeds(whole, 
         assert outcome(whole) == before
         more = Comparison(options(*words(data_root, whole, weights, "--seeds=3", "--inits=random")))
         assert [row.name for row in more.results.open] == ["random-0.6-seed2"]
+        second = Comparison(options(*words(data_root, whole, weights, "--seeds=1", "--train.seed=1")))
+        assert not second.results.open  # a row is the same wherever its seed is counted from
 
 
 def test_a_row_alone_gives_the_same_numbers(whole, tmp_path):
@@ -155,7 +157,9 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(data_root, tmp_path, cap
     assert compare(words(data_root, folder, bad, "--seeds=1", "--train.steps=1")) == 1
     table, document = outcome(folder)
     assert list(document["failed"]) == ["bad.pth-0.6-seed0"] and len(document["rows"]) == 1
-    assert "Failed: bad.pth, 60 % of the labels, seed 0: " in table and "1 rows failed" in capsys.readouterr().err
+    assert (
+        "Failed: bad.pth, 60 % of the labels, seed 0: " in table and "rows that failed: 1;" in capsys.readouterr().err
+    )
     assert "Traceback" in (folder / "log.txt").read_text()
 
 

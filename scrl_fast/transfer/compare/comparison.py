@@ -220,10 +220,10 @@ class Comparison:
         for line in self.found:
             self.say(line)
         steps = sorted({steps_of(options) for options in self.options.values()})
-        self.say(
-            f"compare {config.task}: {rows} rows: {len(labels)} starts ({', '.join(labels)}) x {shares} of the labels "
-            f"x {config.seeds} seeds, {' or '.join(map(str, steps))} steps each, measured on {self.measured} images"
-        )
+        starts = f"{len(labels)} start{'s' * (len(labels) > 1)} ({', '.join(labels)})"
+        seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
+        length = f"{' or '.join(map(str, steps))} steps each, measured on {self.measured} images"
+        self.say(f"compare {config.task}: {rows} rows: {starts} x {shares} of the labels x {seeds}, {length}")
         if len(self.results.open) < rows:
             self.say(f"{self.counted()} in {self.folder}, which goes on")
         if self.results.open:
@@ -293,7 +293,7 @@ class Comparison:
         if self.results.open:
             lines.append(f"{self.counted()}; the same command goes on with the {len(self.results.open)} others")
         if self.results.failed:
-            lines.append(f"{len(self.results.failed)} rows failed; the same command tries them again")
+            lines.append(f"rows that failed: {len(self.results.failed)}; the same command tries them again")
         return lines
 
 

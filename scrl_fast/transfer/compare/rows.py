@@ -82,11 +82,11 @@ def labels_of(inits: Sequence[str]) -> list[str]:
 
 def options_of(row: Row, config: CompareConfig, folder: Path) -> TransferConfig:
     """The options with which ``python -m scrl_fast.transfer`` trains this row, in a run folder of the comparison."""
-    base, repeat = config.transfer_options(), row.seed - config.train.seed
+    base = config.transfer_options()
     return replace(
         base,
         init=row.init,
-        data=replace(base.data, subset=row.share, subset_seed=base.data.subset_seed + repeat),
+        data=replace(base.data, subset=row.share, subset_seed=base.data.subset_seed + row.seed),
         train=replace(base.train, seed=row.seed),
         run=replace(base.run, dir=str(folder / "runs" / row.name)),
     )
