@@ -27,6 +27,7 @@ from scrl_fast.ops._roi_align_arguments import (
 )
 from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
+from scrl_fast.ops.onnx_translation import is_exporting, register_symbolics, roi_align_for_export
 
 _LARGEST_GATHER = 1 << 24  # elements of the map that the reference copies at once
 
@@ -64,10 +65,13 @@ def roi_align(
     if not isinstance(input, Tensor) and has_torch_function((input,)):  # torch.fx
         plain = check_options(output_size, spatial_scale, sampling_ratio, aligned)
         return handle_torch_function(roi_align, (input,), input, boxes, *plain, backend=backend)
-    size, *options = check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
+    size, *rest = check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
+    options: list[Any] = rest
     rows = box_rows(input, boxes)
     if input.device.type == "meta":
         return _on_meta(input, rows, size, *options)
+    if torch.compiler.is_exporting() and is_exporting():
+        return roi_align_for_export(input, rows, size, *options)
     return _OPERATION.resolve(input.device.type, backend)(input, rows, size, *options)
 
 
@@ -152,6 +156,12 @@ def roi_align_reference(
     return torch.where(fine[:, None, None, None], torch.cat(pooled), math.nan)
 
 
+def _reference(input: Tensor, rows: Tensor, size: tuple[int, int], *options: Any) -> Tensor:
+    if torch.jit.is_tracing() and is_exporting():  # its loops would be those of the boxes at hand
+        return roi_align_for_export(input, rows, size, *options)
+    return roi_align_reference(input, rows, size, *options)
+
+
 def _axis_weights(
     low: Tensor, high: Tensor, bins: int, size: int, scale: float, sampling_ratio: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
@@ -199,6 +209,9 @@ def _dispatch_to(name: str) -> Callable[..., Tensor]:
         operator = getattr(torch.ops.scrl_fast, name).default
         arguments = (input, rows, scale, *size, sampling_ratio, aligned)
         if torch.compiler.is_compiling() or transformed(input, rows):
+            return operator(*arguments)
+        if torch.jit.is_tracing():
+            register_symbolics()  # for torch.onnx.export, which traces
             return operator(*arguments)
         try:
             if input.requires_grad and torch.is_grad_enabled():
@@ -317,7 +330,7 @@ if not _native.load_failure("_ops"):
 _OPERATION = register(
     Operation(
         "roi_align",
-        reference=roi_align_reference,
+        reference=_reference,
         native=_dispatch_to("roi_align"),
         native_failure=lambda device_type: _native.op_failure("roi_align", device_type),
         triton=_dispatch_to("roi_align_triton"),
