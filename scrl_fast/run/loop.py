@@ -117,6 +117,7 @@ class TrainingLoop(Generic[T]):
         """Raises UsageError where the disk has no room for the checkpoints that are to come."""
         state, groups = self.state_dict(), self.task.optimizer.param_groups
         files = 1 if self.found.own else self.task.config.run.keep + 1  # the oldest goes when the newest is whole
+        files += bool(self.task.evaluate_every)  # best.pt may be an older one
         self.world.broadcast_from_rank0(lambda: self.checkpoints.check_room(state, groups, files))
 
     def synchronized_batches(self, stream: Iterator[T]) -> Generator[tuple[T, int], None, None]:

@@ -41,6 +41,8 @@ class TransferData:
         self.val = read_split(config, config.data.val) if val is None else val
         self.train = train
         if config.eval.only:
+            if train is not None and config.task == "custom":  # its options are those of the run that it measures
+                config = self.config = self.fitted(config, len(self.trainable(train)))
             self.train = None
         elif train is None:
             self.train = read_split(config, config.data.train)
@@ -49,16 +51,23 @@ class TransferData:
         check_splits(self.train, self.val, keypoints=self.keypoints > 0)
         self.indices: list[int] = []
         if self.train is not None:
-            self.indices = trainable(self.train, config.data, masks=self.masks, keypoints=self.keypoints > 0)
-            config = self.config = self.fitted(config)
+            self.indices = self.trainable(self.train)
+            config = self.config = self.fitted(config, len(self.indices))
             check_batch_size(config.train.batch_size, len(self.indices), world.size)
         self.notes = [*self.found, *check_data(config, self.train, self.val, self.indices)]
 
-    def fitted(self, config: TransferConfig) -> TransferConfig:
-        """The options with what follows the data: length and schedule; for custom the classes, and a batch of few."""
+    def trainable(self, source: Any) -> list[int]:
+        """Indices of the images that the detector can be trained on."""
+        return trainable(source, self.config.data, masks=self.masks, keypoints=self.keypoints > 0)
+
+    def fitted(self, config: TransferConfig, images: int) -> TransferConfig:
+        """The options with what follows the data: length and schedule; for custom the classes, and a batch of few.
+
+        images: number of images to train on.
+        """
         if config.task == "custom":
             config = replace(config, data=replace(config.data, classes=tuple(map(str, self.val.classes))))
-        fitted = fit_length(config, len(self.indices), self.world.size)
+        fitted = fit_length(config, images, self.world.size)
         if (fitting := fitted.train.batch_size) != config.train.batch_size:
             self.found.append(f"train.batch_size={config.train.batch_size} is more than there are images: {fitting}")
         return fitted
