@@ -129,6 +129,24 @@ def test_dense_consistency_and_rank(capsys, tmp_path):
     assert 1 < result["rankme"] <= 40 and result["images"] == 40 and spectrum.stat().st_size > 1000
 
 
+def test_pca_draws_several_encoders_beside_the_images(capsys, tmp_path, run_folder, imagenet):
+    picture = tmp_path / "new" / "pca.png"
+    options = [f"--checkpoint={run_folder}", f"--data.root={imagenet}", "--size=64", f"--plot={picture}"]
+    command = ["pca", *options, "--images=[0,3,999]", "--beside=[random]"]
+    line, document, said = evaluate(capsys, tmp_path, *command)
+    trained, random = document["result"]["encoders"]
+    assert document["result"]["images"] == [0, 3] and random["checkpoint"] == "random"  # of the run's own backbone
+    assert trained["cells"] == random["cells"] == 2 * 8 * 8 and "random resnet10_tiny" in said
+    assert all(1 > a >= b >= c > 0 for a, b, c in (trained["shares"], random["shares"]))
+    assert "2 images: " in line and f"random {sum(random['shares']):.1%}" in line
+    assert picture.stat().st_size > 10_000
+    assert "has 72 images, numbered from 0" in refused(capsys, "pca", *options, "--images=[500]")
+    assert "--size=4: must be at least 8" in refused(capsys, "pca", *options, "--size=4")
+    assert "/nowhere" in refused(capsys, "pca", *options, "--beside=[/nowhere]")
+    assert "--plot is missing" in refused(capsys, "pca", *options, "--plot=")
+    assert "needs --data.root" in refused(capsys, "pca", options[0])
+
+
 # ---- weights ----
 
 

@@ -21,6 +21,7 @@ from scrl_fast.evaluate.dense import _scores, dense_consistency, similarity_maps
 from scrl_fast.evaluate.images import ImageLoader, pooled_features
 from scrl_fast.evaluate.knn import knn, nearest
 from scrl_fast.evaluate.linear import LinearHeads, accuracies, feature_epochs, fit_heads
+from scrl_fast.evaluate.pca import principal_components
 from scrl_fast.evaluate.rank import rank
 from scrl_fast.models.heads import classification
 from scrl_fast.schedules import learning_rate
@@ -238,3 +239,38 @@ def test_cache_keys_tell_everything_apart():
     assert key_of([encoder]) == keys[-1]  # layout is no content
     encoder.body.bn1.running_mean[0] += 1e-6
     assert key_of([encoder]) != keys[-1]
+
+
+# ---- principal components of dense features ----
+
+
+def test_components_are_those_of_a_singular_value_decomposition():
+    torch.manual_seed(0)
+    features = torch.randn(3, 4, 5, 8) * torch.tensor([9.0, 5, 3, 1, 1, 1, 1, 1])
+    found = principal_components(features)
+    rows = F.normalize(features.reshape(-1, 8).double(), dim=1)
+    _, values, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    assert found.shares == pytest.approx((values.square() / values.square().sum())[:3].tolist())
+    projected = (rows - rows.mean(0)) @ directions[:3].T
+    for place in range(3):
+        colour = found.colours.reshape(-1, 3)[:, place].double()
+        inside = (colour > 0) & (colour < 1)
+        correlation = torch.corrcoef(torch.stack([colour[inside], projected[inside, place]]))[0, 1]
+        assert abs(correlation) == pytest.approx(1, abs=1e-5)
+    assert found.colours.shape == (3, 4, 5, 3) and found.cells == 60
+    assert torch.equal(principal_components(features).colours, found.colours)
+
+
+def test_two_kinds_of_cells_get_two_colours_that_hold_in_all_images():
+    features = torch.zeros(2, 4, 4, 6)
+    features[0, :2, :, 0] = features[0, 2:, :, 1] = features[1, :, :2, 0] = features[1, :, 2:, 1] = 1
+    colours = principal_components(features * 7).colours
+    assert torch.equal(colours[0, 0, 0], colours[1, 0, 0]) and torch.equal(colours[0, 3, 0], colours[1, 0, 3])
+    assert abs(colours[0, 0, 0, 0] - colours[0, 3, 0, 0]) == 1
+    assert torch.equal(colours[..., 1:], torch.full((2, 4, 4, 2), 0.5)) or colours[..., 1:].std() < 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_a_collapsed_encoder_is_drawn_grey(channels):
+    found = principal_components(torch.ones(2, 3, 3, channels))
+    assert found.shares == (0.0, 0.0, 0.0) and torch.equal(found.colours, torch.full((2, 3, 3, 3), 0.5))

@@ -15,6 +15,7 @@ from scrl_fast.config.validation import (
     check_fields,
     check_writable,
     clean_paths,
+    option_error,
     within,
 )
 from scrl_fast.errors import UsageError
@@ -289,6 +290,34 @@ class RankOptions(Common):
         check_fields(self, "", size=at_least(0), images=at_least(1))
 
 
+@dataclass
+class PcaOptions(Common):
+    """Dense features as colours: the three principal components of every cell, beside the image."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="folder"))
+    """Images, as for training; no labels are read."""
+    beside: tuple[str, ...] = ()
+    """More weights, a column each: what --checkpoint takes, as in [random,runs/a]. Without --backbone, random has the
+    backbone of --checkpoint, and the others have their own."""
+    images: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """Images drawn, by number; those beyond the last one are left out."""
+    size: int = 448
+    """Side of the centre crops in pixels; larger ones give more cells. 0: that of the views in training."""
+    plot: str = "pca.png"
+    """Draw to this file."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", size=at_least(0), images=at_least(0))
+        if not self.images:
+            raise option_error("images", self.images, "must name an image at least")
+
+    def check_ready(self) -> None:
+        super().check_ready()
+        if not self.plot:
+            raise UsageError("--plot is missing: the file to draw to")
+
+
 TASK_OPTIONS = {
     "linear": LinearOptions,
     "finetune": FinetuneOptions,
@@ -296,5 +325,6 @@ TASK_OPTIONS = {
     "roi-linear": RoiLinearOptions,
     "dense-consistency": DenseOptions,
     "rank": RankOptions,
+    "pca": PcaOptions,
 }
 """Every task of ``python -m scrl_fast.evaluate`` with its options."""

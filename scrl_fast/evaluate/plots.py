@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from scrl_fast.config.schema import BoxesConfig, ViewsConfig
 from scrl_fast.data import Source
 from scrl_fast.evaluate.dense import similarity_maps, view_pairs
+from scrl_fast.evaluate.pca import Components
 from scrl_fast.models import Encoder
 from scrl_fast.run.plots import to_picture
 
@@ -99,6 +100,25 @@ def draw_class_accuracies(path: PathLike, per_class: Mapping[str, dict[str, Any]
     axes.set(xlabel="accuracy, %")
     axes.tick_params(labelsize=7)
     axes.margins(y=0.01)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_components(path: PathLike, pictures: Sequence[Any], columns: Sequence[tuple[str, Components]]) -> bool:
+    """One row an image: the picture, then its cells in the colours of each encoder. columns: name and components."""
+    figure = _figure(2.2 * (len(columns) + 1), 2.2 * len(pictures) + 0.3)
+    if figure is None:
+        return False
+    panels = figure.subplots(len(pictures), len(columns) + 1, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for row, picture in zip(panels, pictures, strict=True):
+        row[0].imshow(picture)
+    for place, (name, components) in enumerate(columns, start=1):
+        for row, colours in zip(panels, components.colours, strict=True):
+            row[place].imshow(colours.numpy(), interpolation="nearest")
+        title = f"{name}\n{sum(components.shares):.0%} of the variance"
+        panels[0][place].set_title(title, fontsize=8)
     figure.savefig(path, dpi=110)
     return True
 

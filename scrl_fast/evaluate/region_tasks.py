@@ -1,29 +1,34 @@
-"""The tasks about regions of images: roi-linear and dense-consistency."""
+"""The tasks about regions of images: roi-linear, dense-consistency and pca."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scrl_fast.config.schema import ModelConfig
-from scrl_fast.data import ImagesWithBoxes, make_source
+from scrl_fast.config.run_folder import folder_of
+from scrl_fast.config.schema import ModelConfig, ViewsConfig
+from scrl_fast.data import ImagesWithBoxes, Source, make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.cache import FeatureCache, identity_of
-from scrl_fast.evaluate.config import DenseOptions, RoiLinearOptions
+from scrl_fast.evaluate.config import DenseOptions, PcaOptions, RoiLinearOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.dense import retrieval_result, retrieval_sums
-from scrl_fast.evaluate.encoder import EvaluatedEncoder
+from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images
-from scrl_fast.evaluate.plots import draw_class_accuracies, draw_similarity
+from scrl_fast.evaluate.pca import Components, dense_features, principal_components
+from scrl_fast.evaluate.plots import draw_class_accuracies, draw_components, draw_similarity
 from scrl_fast.evaluate.regions import BoxFeatures, BoxLoader, box_features, classify, measure_batchnorm_on_boxes
 from scrl_fast.evaluate.result import HELPED, TaskContext, TaskResult, save_plot
 from scrl_fast.models import Encoder
+from scrl_fast.run.plots import to_picture
+from scrl_fast.weights import RANDOM
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """COCO's ranges of area, in square pixels."""
@@ -146,6 +151,58 @@ def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, context: Task
         f"(blind {result.chance:.2%}), across images {result.retrieval_across:.2%}, cosine gap {result.cosine_gap:.3f}",
         asdict(result),
     )
+
+
+# ---- pca ----
+
+
+def pca_task(options: PcaOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
+    """Principal components of dense features as colours, a column an encoder."""
+    if context.only_helps:
+        return HELPED
+    source = make_source(options.data, seed=options.seed)
+    images = [index for index in options.images if index < len(source)]
+    if not images:
+        raise UsageError(f"images={list(options.images)}: the data set has {len(source)} images, numbered from 0")
+    encoders = [evaluated]
+    for other in options.beside:
+        backbone = options.backbone or (evaluated.encoder.name if other == RANDOM else "")
+        encoders.append(load_evaluated(replace(options, checkpoint=other, backbone=backbone)))
+    for other in encoders[1:]:
+        context.say(other.report)
+    found = [_components(options, each, source, images, context) for each in encoders]
+    pictures = [to_picture(view, encoders[0].mean, encoders[0].std) for view in found[0][1]]
+    columns = [(_short_name(each), colours) for each, (colours, _) in zip(encoders, found, strict=True)]
+    save_plot(options.plot, lambda path: draw_components(path, pictures, columns), context.say)
+    values = [
+        {"checkpoint": each.name, "shares": list(parts.shares), "cells": parts.cells}
+        for each, (parts, _) in zip(encoders, found, strict=True)
+    ]
+    said = [f"{name} {sum(parts.shares):.1%}" for name, parts in columns]
+    return TaskResult(
+        f"variance in the first three components, {len(images)} images: {', '.join(said)}",
+        {"encoders": values, "images": images},
+    )
+
+
+def _components(
+    options: PcaOptions, evaluated: EvaluatedEncoder, source: Source, images: list[int], context: TaskContext
+) -> tuple[Components, Tensor]:
+    """Components of one encoder, and the views that it saw."""
+    encoder, size = frozen_copy(evaluated.encoder), options.size or evaluated.size
+    if size < encoder.stride:
+        raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
+    views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)
+    loader = ImageLoader(views, options.batch_size, options.workers, options.seed)
+    if evaluated.measures_batchnorm(options):
+        measure_batchnorm_on_images(encoder, source, loader, say=context.say, world=context.world)
+    seen = loader.load(source, np.asarray(images))
+    return principal_components(dense_features(encoder, seen)), seen
+
+
+def _short_name(evaluated: EvaluatedEncoder) -> str:
+    """A run's folder, or the file."""
+    return (folder_of(evaluated.name) or Path(evaluated.name)).name
 
 
 def training_settings(evaluated: EvaluatedEncoder) -> dict[str, Any]:

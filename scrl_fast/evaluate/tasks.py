@@ -7,7 +7,7 @@ from typing import Any
 
 from scrl_fast.evaluate.encoder import EvaluatedEncoder
 from scrl_fast.evaluate.image_tasks import finetune_task, knn_task, linear_task, rank_task
-from scrl_fast.evaluate.region_tasks import dense_task, roi_linear_task
+from scrl_fast.evaluate.region_tasks import dense_task, pca_task, roi_linear_task
 from scrl_fast.evaluate.result import TaskContext, TaskResult
 
 TASKS: dict[str, Callable[[Any, EvaluatedEncoder, TaskContext], TaskResult]] = {
@@ -17,4 +17,5 @@ TASKS: dict[str, Callable[[Any, EvaluatedEncoder, TaskContext], TaskResult]] = {
     "roi-linear": roi_linear_task,
     "dense-consistency": dense_task,
     "rank": rank_task,
+    "pca": pca_task,
 }
