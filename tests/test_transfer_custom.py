@@ -104,6 +104,10 @@ def test_files_and_folders_by_name(tmp_path):
     assert (len(data.train), len(data.val)) == (5, 2)
     data = read(tmp_path, "--data.train=labels/a.json:pictures")  # under data.root; a part is split off
     assert (len(data.train), len(data.val)) == (4, 1)
+    official = coco_file(tmp_path / "annotations/instances_all.json", tmp_path / "all", 3)
+    assert len(read(tmp_path, f"--data.train={official}", "--data.val_share=0.3").train) == 2
+    with pytest.raises(UsageError, match=r"data.train must name one, too"):
+        read(tmp_path, f"--data.val={official}")
     for wrong, message in {
         "labels/c.json:pictures": "there is no file labels/c.json",
         "labels/a.json:nowhere": "there is no folder nowhere",

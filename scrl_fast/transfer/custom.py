@@ -17,6 +17,7 @@ from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit
 from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 
+Chosen = dict[str, list[LabelledSplit]]
 NAMED_CLASSES = 20
 """Classes that a line of the log names."""
 
@@ -37,8 +38,7 @@ def read_custom(config: TransferConfig) -> CustomData:
     Raises UsageError naming the folder, the file or the option.
     """
     data, limits = config.data, ImageLimits.of(config.data)
-    folder = _folder_of(data)
-    chosen = _chosen(folder, data)
+    folder, chosen = _named_files(data) or _found(data)
     classes = _class_names(folder, data)
     read = {role: _read(splits, classes, limits) for role, splits in chosen.items()}
     read = {role: _select(source, data.classes) for role, source in read.items()}
@@ -47,6 +47,8 @@ def read_custom(config: TransferConfig) -> CustomData:
     if "val" in read:
         train, val = read["train"], read["val"]
         notes += _shared_images(train, val)
+        if not data.val and all(split.role == "test" for split in chosen["val"]):
+            notes.append(f"no part is called val: {names['val']} is measured on")
     else:
         train, val = split_off(read["train"], data.val_share, data.val_seed)
         names["val"] = f"a part split off {names['train']}"
@@ -60,20 +62,26 @@ def read_custom(config: TransferConfig) -> CustomData:
         f"to measure on: {names['val']}: {summary(val)}",
     ]
     used = {split.name for splits in chosen.values() for split in splits}
-    if unused := [split.name for split in folder.splits if split.name not in used]:
-        notes.append(f"not used: {', '.join(unused)} (--data.val={unused[0]} measures on it)")
+    if unused := [split for split in folder.splits if split.name not in used]:
+        held_out = next((split.name for split in unused if split.role in ("val", "test")), "")
+        hint = f" (--data.val={held_out} measures on it)" if held_out else ""
+        notes.append(f"not used: {', '.join(split.name for split in unused)}{hint}")
     return CustomData(train, val, names["val"], found + [printable(note) for note in notes])
 
 
 # ---- which parts ----
 
 
-def _folder_of(data: TransferDataConfig) -> LabelledFolder:
-    """What data.root holds, or the files that data.train and data.val name."""
+def _named_files(data: TransferDataConfig) -> tuple[LabelledFolder, Chosen] | None:
+    """The files that data.train and data.val name, None where they name none."""
     if not any(".json" in name for name in (data.train, data.val)):
-        return find_labelled(data.root, data.layout)
-    splits = [_file_split(option, getattr(data, option), data.root) for option in ("train", "val")]
-    return LabelledFolder("COCO", "COCO's JSON", tuple(split for split in splits if split is not None))
+        return None
+    if not data.train:
+        raise UsageError(f"data.val={data.val}: names a file, so data.train must name one, too: FILE.json:FOLDER")
+    splits = {option: _file_split(option, getattr(data, option), data.root) for option in ("train", "val")}
+    chosen = {option: [split] for option, split in splits.items() if split is not None}
+    files = [split for (split,) in chosen.values()]
+    return LabelledFolder("COCO", ", ".join(split.where for split in files), tuple(files)), chosen
 
 
 def _file_split(option: str, value: str, root: str) -> LabelledSplit | None:
@@ -95,11 +103,12 @@ def _file_split(option: str, value: str, root: str) -> LabelledSplit | None:
         raise UsageError(f"data.{option}={value}: there is no file {file}")
     if images and not os.path.isdir(images):
         raise UsageError(f"data.{option}={value}: there is no folder {images}")
-    return coco_split(file, images, name=value)
+    return coco_split(file, images)
 
 
-def _chosen(folder: LabelledFolder, data: TransferDataConfig) -> dict[str, list[LabelledSplit]]:
-    """The splits to train on, and those to measure on where there are any."""
+def _found(data: TransferDataConfig) -> tuple[LabelledFolder, Chosen]:
+    """What data.root holds, and of it the splits to train on, and those to measure on where there are any."""
+    folder = find_labelled(data.root, data.layout)
     chosen = {role: _asked(folder, role, name) for role, name in (("train", data.train), ("val", data.val)) if name}
     if "val" not in chosen:
         found = _by_role(folder, "val") or _by_role(folder, "test")
@@ -113,7 +122,7 @@ def _chosen(folder: LabelledFolder, data: TransferDataConfig) -> dict[str, list[
         chosen["train"] = [found]
     if chosen.get("val") == chosen["train"]:
         raise UsageError(f"data.val={data.val}: is what is trained on; left empty, a part of it is split off")
-    return chosen
+    return folder, chosen
 
 
 def _asked(folder: LabelledFolder, option: str, value: str) -> list[LabelledSplit]:
@@ -231,9 +240,12 @@ def summary(source: AnnotatedImages) -> str:
     for objects in source.objects:
         np.add.at(counts, objects.labels, 1)
     bare = sum(not len(objects) for objects in source.objects)
-    named = [f"{name} {count:,}" for name, count in zip(source.classes, counts.tolist(), strict=True)]
-    without = f"; {bare:,} without boxes" if bare else ""
-    return f"{len(source):,} images, {counts.sum():,} boxes ({_listed(named)}){without}"
+    order = np.argsort(-counts, kind="stable") if len(counts) > NAMED_CLASSES else np.arange(len(counts))
+    named = [f"{source.classes[label]} {counts[label]:,}" for label in order.tolist() if counts[label]]
+    lacking = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
+    none = f"; none of {_listed(lacking)}" if lacking else ""
+    without = f"; {bare:,} images without boxes" if bare else ""
+    return f"{len(source):,} images, {counts.sum():,} boxes ({_listed(named)}{none}){without}"
 
 
 def _listed(names: Sequence[str]) -> str:

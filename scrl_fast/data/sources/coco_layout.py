@@ -22,7 +22,7 @@ def find_coco(root: str) -> LabelledFolder | None:
     splits = []
     for name in files_in(official, ".json") if official else []:
         if not name.startswith(_OTHER_KINDS) and _is_coco(os.path.join(official, name)):
-            splits.append(_official(root, official, name))
+            splits.append(coco_split(os.path.join(official, name)))
     for folder in () if splits else (root, *(os.path.join(root, name) for name in subfolders(root))):
         files = [name for name in files_in(folder, ".json") if _is_coco(os.path.join(folder, name))]
         for name in files:
@@ -34,30 +34,28 @@ def find_coco(root: str) -> LabelledFolder | None:
 
 def coco_split(file: str, images: str = "", *, name: str = "") -> LabelledSplit:
     """One JSON file and its images. images: their folder; '' for the likeliest beside the file."""
-    folder = os.path.dirname(file) or "."
+    folder = os.path.dirname(os.path.abspath(file))
 
     def read(_: Sequence[str], limits: ImageLimits) -> AnnotatedImages:
-        inner = [os.path.join(folder, inside) for inside in subfolders(folder)]
-        there = images or _image_folder(file, [folder, os.path.join(folder, _stem(file)), *inner])
+        there = images or _image_folder(file, _candidates(folder, _stem(file)))
         return read_coco(folder, annotation_file=file, image_folder=there, limits=limits)
 
     return LabelledSplit(name or _stem(file), file, read)
 
 
-def _official(root: str, annotations: str, file: str) -> LabelledSplit:
-    split, path = _stem(file), os.path.join(annotations, file)
-    images = child(root, "images")
-    candidates = [child(root, split), child(images, split) if images else "", images, root, annotations]
-
-    def read(_: Sequence[str], limits: ImageLimits) -> AnnotatedImages:
-        return read_coco(root, annotation_file=path, image_folder=_image_folder(path, candidates), limits=limits)
-
-    return LabelledSplit(split, path, read)
+def _candidates(folder: str, split: str) -> list[str]:
+    """Where the images of a file in this folder may lie, the likeliest first."""
+    if os.path.basename(folder).lower() == "annotations":  # the official layout
+        root = os.path.dirname(folder)
+        images = child(root, "images")
+        return [child(root, split), child(images, split) if images else "", images, root, folder]
+    return [folder, child(folder, split), *(os.path.join(folder, name) for name in subfolders(folder))]
 
 
 def _stem(file: str) -> str:
     """The name of a split in that of its file: ``instances_train2017.json``, ``_annotations.coco.json``."""
-    stem = os.path.basename(file).removesuffix(".json").removesuffix(".coco").removeprefix("instances_")
+    stem = os.path.basename(file).removesuffix(".json").removesuffix(".coco")
+    stem = stem.removeprefix("instances_").removeprefix("person_keypoints_")
     return re.sub(r"^_?annotations?[_.-]?", "", stem) or stem
 
 
