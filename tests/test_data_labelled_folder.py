@@ -179,7 +179,7 @@ def test_images_without_labels_labels_without_images_and_damaged_images(tmp_path
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("train: nowhere\nnames: [a]\n", "its train 'nowhere' is not there; looked for .*/nowhere"),
+        ("train: nowhere\nnames: [a]\n", "its train 'nowhere' is not there or holds no images; looked for .*/nowhere"),
         ("train: images\nnames: [a, b]\nnc: 3\n", "nc is 3, but names holds 2"),
         ("train: images\nnames: {a: 0}\n", "names holds"),
         ("train: images\nnames: 7\n", "names is 7"),
@@ -193,6 +193,28 @@ def test_a_wrong_data_yaml_is_named(tmp_path, text, message):
     write(tmp_path / "data.yaml", text)
     with pytest.raises(UsageError, match=message):
         read_all(tmp_path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_parts_that_an_export_names_but_does_not_have(tmp_path, there):
+    yolo_part(tmp_path / "train/images", tmp_path / "train/labels", 2)
+    if there:
+        (tmp_path / "valid/images").mkdir(parents=True)
+    write(
+        tmp_path / "data.yaml", YAML.format(train="../train/images", val="../valid/images") + "test: ../test/images\n"
+    )
+    folder, splits = read_all(tmp_path)
+    assert set(splits) == {"train"}
+    assert [note.partition(": ")[2] for note in folder.notes] == [
+        f"its {key} '../{name}/images' is not there or holds no images"
+        for key, name in (("val", "valid"), ("test", "test"))
+    ]
+
+
+def test_text_beside_images_is_no_label_file_of_theirs(tmp_path):
+    coco_file(tmp_path / "train/_annotations.coco.json", tmp_path / "train", 2)
+    write(tmp_path / "train/licence.txt", "free")
+    assert read_all(tmp_path)[0].kind == "COCO"
 
 
 def test_files_for_poses_give_their_boxes(tmp_path):

@@ -33,7 +33,7 @@ class TransferData:
         self.config, self.world = config, world
         self.masks = config.model.detector == "mask_rcnn"
         self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
-        self.val_name, self.found = config.data.val, []
+        self.val_name, self.found = config.data.val or "the validation part", []
         if config.task == "custom" and (train is None or val is None):
             custom = read_custom(config)
             self.val_name, self.found = custom.val_name, custom.found

@@ -103,12 +103,12 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
             raise UsageError(f"{file}: {key} is {shortened(entries)}, expected a folder, a list of images, or several")
         places = [_place(bases, entry) for entry in entries]
         lost = [entry for entry, place in zip(entries, places, strict=True) if not place]
-        if lost and key == "test":
-            notes.append(f"{file}: its {key} {lost[0]!r} is not there")
-            continue
-        if lost:
+        if lost and key == "train":
             looked = ", ".join(os.path.join(base, lost[0]) for base in bases)
-            raise UsageError(f"{file}: its {key} {lost[0]!r} is not there; looked for {looked}")
+            raise UsageError(f"{file}: its {key} {lost[0]!r} is not there or holds no images; looked for {looked}")
+        if lost:  # exports name the usual parts whether they have them or not
+            notes.append(f"{file}: its {key} {lost[0]!r} is not there or holds no images")
+            continue
         splits.append(_split(root, key, places, keypoints))
     named = " + ".join(split.where for split in splits)
     for name, folder in _split_folders(root).items():  # exports often leave test/ out of the file
@@ -168,8 +168,10 @@ def _place(bases: Sequence[str], entry: str) -> str:
             place = os.path.normpath(os.path.join(base, os.path.expanduser(spelled)))
             if os.path.isfile(place):
                 return place
-            if os.path.isdir(place):
-                return place if images_in(place) else child(place, "images") or place
+            if os.path.isdir(place) and not images_in(place):
+                place = child(place, "images") or place
+            if _holds_images(place):
+                return place
     return ""
 
 
@@ -181,12 +183,14 @@ def _usual_folders(root: str) -> dict[str, str]:
     in one folder."""
     images, labels = child(root, "images"), child(root, "labels")
     if images and labels and _has_labels(labels):
-        parts = {name: os.path.join(images, name) for name in subfolders(images) if _holds_images(images, name)}
+        parts = {
+            name: os.path.join(images, name) for name in subfolders(images) if _holds_images(os.path.join(images, name))
+        }
         if parts and not images_in(images):
             return parts
         return {"images": images}
     parts = _split_folders(root)
-    if not parts and images_in(root) and _label_files(root):
+    if not parts and _are_labelled(root, root):
         parts["images"] = root
     return parts
 
@@ -199,14 +203,16 @@ def _split_folders(root: str) -> dict[str, str]:
         inner = child(folder, "images")
         if inner and _has_labels(child(folder, "labels")):
             parts[name] = inner
-        elif role_of(name) and images_in(folder) and (_label_files(folder) or _label_files(child(folder, "labels"))):
+        elif role_of(name) and (_are_labelled(folder, folder) or _are_labelled(folder, child(folder, "labels"))):
             parts[name] = folder
     return parts
 
 
-def _holds_images(images: str, name: str) -> bool:
-    folder = os.path.join(images, name)
-    return bool(images_in(folder)) or any(images_in(os.path.join(folder, inner)) for inner in subfolders(folder))
+def _holds_images(folder: str, depth: int = 3) -> bool:
+    """Whether images lie in a folder or a few levels below; a link back up would never end."""
+    if images_in(folder) or not depth:
+        return bool(images_in(folder))
+    return any(_holds_images(os.path.join(folder, inner), depth - 1) for inner in subfolders(folder))
 
 
 def _has_labels(folder: str) -> bool:
@@ -214,6 +220,12 @@ def _has_labels(folder: str) -> bool:
     return bool(folder) and any(
         _label_files(place) for place in (folder, *(os.path.join(folder, name) for name in subfolders(folder)))
     )
+
+
+def _are_labelled(images: str, labels: str) -> bool:
+    """Whether an image in the first folder has a label file in the second."""
+    stems = {os.path.splitext(name)[0] for name in images_in(images)}
+    return any(os.path.splitext(name)[0] in stems for name in _label_files(labels))
 
 
 def _label_files(folder: str) -> list[str]:
