@@ -280,11 +280,11 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
     def describe(self) -> list[str]:
         config, train = self.config, self.config.train
         precision = "bf16" if self.bf16 else "fp32"
-        lines = [f"{config.model.method} with {config.model.backbone} on {self.device} in {precision}"]
+        run = f"{config.model.method} with {config.model.backbone} on {self.device} in {precision}"
+        lines = [f"{run}; {self.loader.workers} threads read images"]
         if self.world.is_distributed:
             lines.append(f"{self.world.size} processes with {train.batch_size} images each")
-        plan = f"{self.steps_per_epoch} steps x {train.epochs} epochs"
-        peak = self.optimizer.param_groups[0]["peak_lr"]
+        plan, peak = f"{self.steps_per_epoch} steps x {train.epochs} epochs", self.optimizer.param_groups[0]["peak_lr"]
         if classes := getattr(self.source, "summary", ""):  # a source may say what it found
             lines.append(classes)
         return [*lines, f"{len(self.source)} images, {self.global_batch} a step, {plan}, peak learning rate {peak:.4g}"]

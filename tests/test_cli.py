@@ -122,6 +122,8 @@ def test_numbers_out_of_range_in_a_file(yaml_file, value, reason):
         (["--learning_rate=3"], "unknown option '--learning_rate'"),
         (["--confg=demo"], "did you mean 'config'"),
         (["--train.epochs=lots"], "--train.epochs=lots: must be a whole number"),
+        (["--data.workers=1.5"], "--data.workers=1.5: must be a whole number or auto"),
+        (["--data.workers=true"], "--data.workers=true: must be a whole number or auto"),
         (["--train.epochs"], "--train.epochs needs a value"),
         (["--train={epochs: 3}"], "--train holds several options: --train.batch_size"),
         (["--optim.lr=null"], "--optim.lr=None: must be a number"),

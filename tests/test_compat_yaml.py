@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -77,7 +78,8 @@ def test_the_four_files_are_our_four_recipes(write, method, epochs):
     assert len(leaves) == {"scrl": 47, "byol": 37}[method]
     path = write(document)
     request = parse("--config", path)
-    assert request.config == load_recipe(f"{method}_{epochs}ep")
+    ours = load_recipe(f"{method}_{epochs}ep")
+    assert request.config == replace(ours, data=replace(ours.data, workers=12))  # ours: auto
     text = "\n".join(request.notes)
     for name in leaves:
         assert name in text, f"{name} is not accounted for"

@@ -47,7 +47,7 @@ SECTIONS = {
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("data.workers", -1, "at least 0"),
+        ("data.workers", -1, "auto or at least 0"),
         ("data.prefetch", 0, "at least 1"),
         ("data.timeout", 0.0, "above 0"),
         ("data.timeout", 1e15, "at most 604800"),
@@ -110,6 +110,8 @@ def test_values_out_of_range(option, value, allowed):
         ("train.epochs", True, "a whole number"),
         ("train.epochs", None, "a whole number"),
         ("train.batch_size", np.int64(3), "a whole number"),
+        ("data.workers", "many", "a whole number or auto"),
+        ("data.workers", True, "a whole number or auto"),
         ("train.compile", 1, "true or false"),
         ("optim.lr", "0.1", "a number"),
         ("run.dir", 3, "text"),

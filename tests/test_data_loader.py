@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tiny_loader import SCENES, Pictures, config_of, epoch_of, same
 from scrl_fast.data import Batch, Loader, batch_builder
 from scrl_fast.data import reader as reader_module
 from scrl_fast.data.views import crops_of, draw_views
+from scrl_fast.data.workers import worker_count
 from scrl_fast.errors import UsageError
 from scrl_fast.ops import augment_views, pack_images, sample_box_pairs
 from scrl_fast.ops.philox import permutation
@@ -98,6 +100,18 @@ def test_any_number_of_workers(workers: int, prefetch: int) -> None:
     expected = epoch_of(SCENES, config_of(), epoch=1)
     found = epoch_of(SCENES, config_of(data__workers=workers, data__prefetch=prefetch), epoch=1)
     assert len(found) == len(expected) and all(map(same, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "workers"),
+    [(2, 1, False, 1), (8, 1, False, 6), (8, 1, True, 7), (64, 8, True, 7), (4, 8, True, 1)],
+)
+def test_auto_takes_the_cores_that_training_leaves(monkeypatch, cores, processes, on_gpu, workers) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert worker_count("auto", on_gpu) == workers
+    assert worker_count(5, on_gpu) == 5
 
 
 @pytest.mark.parametrize("start", range(7))

@@ -240,6 +240,8 @@ def _reworded(message: str, prefix: str, cls: type) -> str:
     """jsonargparse's message in the words of this package."""
     if match := re.search(r'key "([^"]+)".*?(?:Got value: (.*))?$', message, re.DOTALL):
         name, value = match.groups()
+        if given := re.search(r"\n *Given value: (.*)$", message, re.DOTALL):  # of a union, with an error for each type
+            value = given[1]
         if name in option_kinds(cls):
             return f"{prefix}{name}={shortened(value)}: must be {type_description(option_kinds(cls)[name])}"
     if match := re.search(r"argument (\S+): expected one argument", message):

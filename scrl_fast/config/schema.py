@@ -37,6 +37,7 @@ from scrl_fast.config.validation import (
     from_above,
     from_below,
     option_error,
+    or_auto,
     to_plain,
     within,
 )
@@ -55,8 +56,9 @@ class DataConfig(ImageLimitOptions):
     root: str = ""
     """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar; hf:
     NAME_OR_PATH[:split[:column]]; the demo needs none."""
-    workers: int = 2
-    """Threads that read images and make views; 0: the training thread does it between the steps, none ahead."""
+    workers: int | Literal["auto"] = "auto"
+    """Threads that read images and make views; auto: the cores that training leaves free, at least 1; 0: the training
+    thread does it between the steps, none ahead."""
     prefetch: int = 2
     """Batches prepared ahead of the one in training, unless workers is 0."""
     timeout: float = DATA_TIMEOUT
@@ -81,7 +83,7 @@ class DataConfig(ImageLimitOptions):
         check_fields(
             self,
             "data",
-            workers=at_least(0),
+            workers=or_auto(at_least(0)),
             prefetch=at_least(1),
             timeout=TIMEOUT_RANGE,
             max_bad_fraction=FRACTION_RANGE,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -30,12 +31,17 @@ class Range:
     """A set of numbers and its description in words."""
 
     description: str
-    contains: Callable[[float], bool]
+    contains: Callable[[Any], bool]
 
 
 def at_least(low: float) -> Range:
     """``low`` and more."""
     return Range(f"at least {low}", lambda value: value >= low)
+
+
+def or_auto(allowed: Range) -> Range:
+    """``auto`` or what ``allowed`` takes."""
+    return Range(f"auto or {allowed.description}", lambda value: value == "auto" or allowed.contains(value))
 
 
 def above(low: float) -> Range:
@@ -147,6 +153,9 @@ def field_types(cls: type) -> dict[str, Any]:
 
 def type_description(kind: Any) -> str:
     """The values of a type in plain words, with an example of that type for a list."""
+    words, kind = _words_and_type(kind)
+    if words:
+        return f"{type_description(kind)} or {' or '.join(words)}"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
@@ -156,6 +165,14 @@ def type_description(kind: Any) -> str:
         example = ", ".join((_EXAMPLES[items[0]] * len(items))[: len(items)])
         return f"a list of {count}{_PLURALS[items[0]]}, such as [{example}]"
     return _NAMES.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _words_and_type(kind: Any) -> tuple[tuple[str, ...], Any]:
+    """The words of a ``Literal`` and the other type of their union: ``int | Literal["auto"]``; no words elsewhere."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return (), kind
+    words = next(part for part in typing.get_args(kind) if typing.get_origin(part) is typing.Literal)
+    return typing.get_args(words), next(part for part in typing.get_args(kind) if part is not words)
 
 
 def _is_section(value: Any) -> bool:
@@ -175,6 +192,11 @@ def _plain(value: Any) -> Any:
 def _converted(option: str, value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, typing.cast(type, kind)):
+            return value
+        raise _wrong_type(option, value, kind)
+    words, other = _words_and_type(kind)
+    if words:
+        if value in words or type(value) is other:
             return value
         raise _wrong_type(option, value, kind)
     if typing.get_origin(kind) is typing.Literal:

@@ -30,10 +30,11 @@ _MOST_PACKED = 1 << 29  # bytes of a batch's images: 2 MB each for 256; photogra
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """How a loader makes its batches; the fields are the arguments of `Loader` with the same names."""
+    """How a loader makes its batches; the fields are the arguments and attributes of `Loader` with the same names."""
 
     config: Config
     reader: Reader
+    workers: int
     dtype: torch.dtype
     pin_memory: bool
     packed: bool
@@ -47,7 +48,7 @@ class BatchBuilder:
     """
 
     def __init__(self, spec: BatchSpec, place: tuple[int, int], keys: NDArray[np.int64], step: int) -> None:
-        config, count = spec.config, len(keys)
+        count = len(keys)
         self.place, self._spec, self._keys, self._step = place, spec, keys.copy(), step
         self._views: Tensor | None = None
         self._images: list[Any] = [None] * count  # packed: pixels that both views are cut from
@@ -57,7 +58,7 @@ class BatchBuilder:
         self._crops = np.empty((2, count, 5), np.int64)
         self._labels = np.empty(count, np.int64)
         self._boxes: tuple[Any, Any] | None = None
-        self._part = min(_PART, -(-count // max(1, config.data.workers)))
+        self._part = min(_PART, -(-count // max(1, spec.workers)))
         self.work = Work(-(-count // self._part), self._make, self._finish)
 
     def _empty_views(self) -> Tensor:

@@ -27,7 +27,7 @@ from scrl_fast.data.crash_trace import Trace
 from scrl_fast.data.prefetch import PrefetchQueue
 from scrl_fast.data.reader import Reader
 from scrl_fast.data.sources.base import Source
-from scrl_fast.data.workers import LoaderStalled, Workers
+from scrl_fast.data.workers import LoaderStalled, Workers, worker_count
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.philox import permutation
 
@@ -71,16 +71,17 @@ class Loader:
         reading_path: str | os.PathLike[str] | None = None,
     ) -> None:
         _check(source, config, rank, world_size)
+        self.workers = worker_count(config.data.workers, on_gpu=pin_memory)
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.batch_size, self._seed = config.train.batch_size, config.train.seed
         self.longest, self._spent = longest, 0.0  # since the present step was begun
         self._bad = BadFiles(len(self) * self.batch_size, config.data.max_bad_fraction, bad_files_path)
-        trace = Trace(reading_path, max(1, config.data.workers)) if reading_path else None
+        trace = Trace(reading_path, max(1, self.workers)) if reading_path else None
         if trace and trace.left:
             _log.warning(_KILLED, "; ".join(trace.left))
-        self._workers = Workers(config.data.workers, trace)
+        self._workers = Workers(self.workers, trace)
         reader = Reader(source, config, self._bad, self._workers, keep=packed)
-        self._spec = BatchSpec(config, reader, dtype, pin_memory, packed, gpu)
+        self._spec = BatchSpec(config, reader, self.workers, dtype, pin_memory, packed, gpu)
         self._ahead: PrefetchQueue[BatchBuilder] = PrefetchQueue(self._workers, config.data.timeout)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
@@ -153,7 +154,7 @@ class Loader:
         end = max(train.epochs, epoch + 1) * len(self)
         if train.max_steps:
             end = min(end, train.max_steps * train.accumulate)
-        ahead = data.prefetch if data.workers else 0
+        ahead = data.prefetch if self.workers else 0
         while not self._ahead or (len(self._ahead) <= ahead and place[0] * len(self) + place[1] < end):
             self._ahead.begin(self._build(place))
             place = self._after(place)
@@ -203,9 +204,9 @@ class Loader:
 def _check(source: Source, config: Config, rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0..world_size-1, got rank {rank} of {world_size}")
-    for name in ("workers", "prefetch"):
-        if not getattr(config.data, name) >= 0:
-            raise UsageError(f"data.{name} must be at least 0, got {getattr(config.data, name)}")
+    for name, count in (("workers", worker_count(config.data.workers)), ("prefetch", config.data.prefetch)):
+        if not count >= 0:
+            raise UsageError(f"data.{name} must be at least 0, got {count}")
     if not config.train.batch_size > 0:
         raise UsageError(f"train.batch_size must be positive, got {config.train.batch_size}")
     check_enough(len(source), config, world_size)

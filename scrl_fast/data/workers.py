@@ -7,16 +7,32 @@ one process to another.
 from __future__ import annotations
 
 import math
+import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable
 
+import torch
+
 from scrl_fast.data.crash_trace import Trace
 from scrl_fast.data.image_files import printable
 
 _JOIN_SECONDS = 2.0
+
+
+def worker_count(asked: int | str, on_gpu: bool = False) -> int:
+    """The number of threads that ``data.workers`` asks for.
+
+    ``auto`` is this process's share of the cores without those that training keeps busy, and at least 1: on a CPU
+    torch's threads, on a GPU the one that launches kernels. Containers that limit time instead of cores are not seen.
+    """
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // processes - (1 if on_gpu else torch.get_num_threads()))
 
 
 class LoaderStalled(RuntimeError):

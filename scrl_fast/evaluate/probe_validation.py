@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scrl_fast.config.schema import Config
 from scrl_fast.data import ImageLimits
 from scrl_fast.data.sources.files import class_folders
+from scrl_fast.data.workers import worker_count
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.finetune import top_accuracies
@@ -41,7 +42,7 @@ class ProbeValidation:
             raise UsageError(f"eval.validation={folder!r} has {found} classes, the training images have {wanted}")
         views = config.views
         centre = type(views)(recipe="none", size=views.size, mean=views.mean, std=views.std)
-        self.loader = ImageLoader(centre, config.train.batch_size, config.data.workers)
+        self.loader = ImageLoader(centre, config.train.batch_size, worker_count(config.data.workers))
         self.world = world
 
     def top1(self, model: SCRL) -> float:
