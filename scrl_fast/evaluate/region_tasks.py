@@ -168,8 +168,8 @@ def pca_task(options: PcaOptions, evaluated: EvaluatedEncoder, context: TaskCont
     for other in options.beside:
         backbone = options.backbone or (evaluated.encoder.name if other == RANDOM else "")
         encoders.append(load_evaluated(replace(options, checkpoint=other, backbone=backbone)))
-    for other in encoders[1:]:
-        context.say(other.report)
+    for each in encoders[1:]:
+        context.say(each.report)
     found = [_components(options, each, source, images, context) for each in encoders]
     pictures = [to_picture(view, encoders[0].mean, encoders[0].std) for view in found[0][1]]
     columns = [(_short_name(each), colours) for each, (colours, _) in zip(encoders, found, strict=True)]
