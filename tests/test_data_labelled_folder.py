@@ -298,6 +298,21 @@ def test_plain_voc_folders(tmp_path, images, annotations):
     assert "1 images have no XML file and are left out, such as bare.png" in "\n".join(splits["all"].notes)
 
 
+def test_voc_lists_without_annotations_are_said(tmp_path):
+    voc_part(tmp_path / "JPEGImages", tmp_path / "Annotations", ["a", "b"])
+    write(tmp_path / "ImageSets/Main/train.txt", "a\nb\n")
+    write(tmp_path / "ImageSets/Main/val.txt", "\n")
+    write(tmp_path / "ImageSets/Main/test.txt", "x\ny\n")
+    folder, splits = read_all(tmp_path)
+    assert set(splits) == {"train"} and len(folder.notes) == 2
+    assert "val.txt names no images" in " ".join(folder.notes) and "none of its images has an XML" in " ".join(
+        folder.notes
+    )
+    write(tmp_path / "ImageSets/Main/train.txt", "z\n")
+    with pytest.raises(UsageError, match=r"train.txt: none of its images has an XML file"):
+        read_all(tmp_path)
+
+
 def test_voc_in_the_folder_of_each_split(tmp_path):
     voc_part(tmp_path / "train", tmp_path / "train", ["a", "b"])
     voc_part(tmp_path / "valid", tmp_path / "valid", ["c"])
@@ -314,6 +329,22 @@ def test_voc_boxes_inverted_empty_or_outside(tmp_path, box, kept):
     _, splits = read_all(tmp_path)
     assert len(splits["all"].objects[0]) == kept
     assert ("clipped" if kept else "left out") in splits["all"].notes[-1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("<annotation>", r"/a.xml is not in VOC's format: no element"),
+        ("<annotation><object/></annotation>", r"/a.xml is not in VOC's format: <object> has no <name>"),
+        ("<html></html>", r"/a.xml is an HTML page .*, not an annotation in XML"),
+    ],
+)
+def test_a_damaged_xml_file_is_named_once(tmp_path, text, message):
+    voc_part(tmp_path / "JPEGImages", tmp_path / "Annotations", ["a", "b"])
+    write(tmp_path / "Annotations/a.xml", text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_all(tmp_path)
+    assert str(error.value).count("a.xml") == 1
 
 
 # ---- which one it is ----

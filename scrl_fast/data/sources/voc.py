@@ -36,7 +36,7 @@ CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
-_LARGEST_XML, _LARGEST_LIST = 1 << 26, 1 << 30  # bytes: of one image; ten million names
+_LARGEST_XML, LARGEST_LIST = 1 << 26, 1 << 30  # bytes: of one image; ten million names
 
 
 def read_voc(
@@ -107,6 +107,8 @@ def class_names(annotations: Path, names: Sequence[str]) -> set[str]:
         path = annotations / f"{name}.xml"
         try:
             found.update(_text(node, "name") for node in _document(path).iterfind("object"))
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError(f"{path} is not in VOC's format: {error}") from error
     return found
@@ -137,7 +139,7 @@ def listed_names(annotations: Path, listing: Path) -> list[str]:
     Raises UsageError for a list that is missing, empty or names a file twice.
     """
     try:
-        lines = read_annotations(listing, _LARGEST_LIST).decode("utf-8-sig").replace("\r", "\n").split("\n")
+        lines = read_annotations(listing, LARGEST_LIST).decode("utf-8-sig").replace("\r", "\n").split("\n")
     except FileNotFoundError:
         there = sorted(path.stem for path in listing.parent.glob("*.txt") if "_" not in path.stem)
         hint = did_you_mean(listing.stem, there) or (f"; there are: {', '.join(there)}" if there else "")

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.annotated import AnnotatedImages, concatenate
+from scrl_fast.data.sources.annotation_files import read_annotations
 from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit, child, files_in, images_in, subfolders
-from scrl_fast.data.sources.voc import class_names, listed_names, read_voc_folder
+from scrl_fast.data.sources.voc import LARGEST_LIST, class_names, listed_names, read_voc_folder
+from scrl_fast.errors import UsageError
 
 
 class _Part(NamedTuple):
@@ -27,6 +29,16 @@ class _Part(NamedTuple):
             return listed_names(self.annotations, self.listing)
         return [os.path.splitext(name)[0] for name in files_in(str(self.annotations), ".xml")]
 
+    def unlabelled(self) -> str:
+        """Why nothing can be made of it, such as VOC's test images without annotations; '' where something can."""
+        if self.listing is None:
+            return ""
+        if not read_annotations(self.listing, LARGEST_LIST).strip():
+            return f"{self.listing} names no images"
+        if any((self.annotations / f"{name}.xml").is_file() for name in self.names()):
+            return ""
+        return f"{self.listing}: none of its images has an XML file"
+
     @property
     def origin(self) -> str:
         """The list, or the folder of the XML files."""
@@ -38,24 +50,33 @@ def find_voc(root: str) -> LabelledFolder | None:
 
     The classes are those of all objects in its splits, sorted by name. Raises UsageError for a broken list or XML file.
     """
-    devkit = child(root, "VOCdevkit") or root
-    parts: dict[str, list[_Part]] = {}
-    for folder in (root, *(os.path.join(devkit, name) for name in subfolders(devkit))):
-        for name, part in _parts_of(folder):
-            parts.setdefault("all" if folder == root and not name else name or os.path.basename(folder), []).append(
-                part
-            )
-        if folder == root and parts:
-            break
-    if not parts:
+    parts = _all_parts(root)
+    notes = [reason for group in parts.values() for part in group if (reason := part.unlabelled())]
+    labelled = {name: [part for part in group if not part.unlabelled()] for name, group in parts.items()}
+    labelled = {name: group for name, group in labelled.items() if group}
+    if not labelled:
+        if notes:
+            raise UsageError(f"{root}: " + "; ".join(notes))
         return None
-    every = [part for group in parts.values() for part in group]
+    every = [part for group in labelled.values() for part in group]
     found: set[str] = set()
     for place in {part.annotations for part in every}:
         names = {name for part in every if part.annotations == place for name in part.names()}
         found |= class_names(place, sorted(names))
-    splits = [_split(name, group) for name, group in parts.items()]
-    return LabelledFolder("VOC", root, tuple(splits), tuple(sorted(found)))
+    splits = [_split(name, group) for name, group in labelled.items()]
+    return LabelledFolder("VOC", root, tuple(splits), tuple(sorted(found)), tuple(notes))
+
+
+def _all_parts(root: str) -> dict[str, list[_Part]]:
+    """The parts of a folder itself, else of the folders in it, by the name of their split; several years have one."""
+    if own := _parts_of(root):
+        return {name or "all": [part] for name, part in own}
+    devkit = child(root, "VOCdevkit") or root
+    parts: dict[str, list[_Part]] = {}
+    for inner in subfolders(devkit):
+        for name, part in _parts_of(os.path.join(devkit, inner)):
+            parts.setdefault(name or inner, []).append(part)
+    return parts
 
 
 def _parts_of(folder: str) -> list[tuple[str, _Part]]:

@@ -7,6 +7,7 @@ docs.ultralytics.com/datasets.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -192,9 +193,8 @@ def count_classes(root: str, images: Sequence[str]) -> int:
     for name in images:
         path = files.of(os.path.join(root, name))
         for line in _text(path).split("\n") if path else ():
-            first = line.split(maxsplit=1)[:1]
-            if first and first[0].isdecimal() and int(first[0]) < MOST_CLASSES:
-                largest = max(largest, int(first[0]))
+            with contextlib.suppress(ValueError):
+                largest = max(largest, parse_line(line, MOST_CLASSES).label)
     return largest + 1
 
 
