@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from scrl_fast import models as models
     from scrl_fast import ops as ops
     from scrl_fast import optim as optim
+    from scrl_fast.api import PretrainResult as PretrainResult
+    from scrl_fast.api import embed as embed
+    from scrl_fast.api import pretrain as pretrain
     from scrl_fast.config.schema import Config as Config
     from scrl_fast.config.schema import load_recipe as load_recipe
     from scrl_fast.trainer import SCRLTrainer as SCRLTrainer
@@ -23,16 +26,31 @@ __getattr__ = loader_of(
     __name__,
     {
         "Config": "scrl_fast.config.schema",
+        "PretrainResult": "scrl_fast.api",
         "SCRLTrainer": "scrl_fast.trainer",
+        "embed": "scrl_fast.api",
         "load_encoder": "scrl_fast.weights",
         "load_recipe": "scrl_fast.config.schema",
         "models": "scrl_fast.models",
         "ops": "scrl_fast.ops",
         "optim": "scrl_fast.optim",
+        "pretrain": "scrl_fast.api",
     },
 )
 
-__all__ = ["Config", "SCRLTrainer", "__version__", "load_encoder", "load_recipe", "models", "ops", "optim"]
+__all__ = [
+    "Config",
+    "PretrainResult",
+    "SCRLTrainer",
+    "__version__",
+    "embed",
+    "load_encoder",
+    "load_recipe",
+    "models",
+    "ops",
+    "optim",
+    "pretrain",
+]
 
 
 def __dir__() -> list[str]:

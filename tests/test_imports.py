@@ -29,7 +29,7 @@ FLOORS = (
     ("build",),
     ("evaluate",),
     ("trainer", "transfer"),
-    ("train", "export", "transfer.__main__", "evaluate.__main__", "data.pack"),
+    ("train", "api", "export", "transfer.__main__", "evaluate.__main__", "data.pack"),
     ("scrl_fast",),  # the package's own __init__, which hands out the public names: for users only
     ("benchmarks",),
 )

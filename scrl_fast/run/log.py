@@ -20,6 +20,8 @@ from scrl_fast.run.trackers import TensorBoard, Tracker, WeightsAndBiases, check
 LOGGER = logging.getLogger("scrl_fast")
 OUTPUTS = {"tensorboard": "event files", "wandb": "W&B"}
 R = TypeVar("R")
+RowHook = Callable[[dict[str, Any]], object]
+"""Takes a row of numbers; a true answer asks the run to stop."""
 
 
 class Clock:
@@ -59,7 +61,12 @@ class LogHandler(logging.Handler):
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.log.say(record.getMessage())
+        if getattr(record, "noted", False):  # the run's own message, on its way to the program's handlers
+            return
+        if self.log.as_library:  # the program's handlers have it already
+            self.log.note(record.getMessage())
+        else:
+            self.log.say(record.getMessage())
 
 
 class RunLog:
@@ -82,8 +89,11 @@ class RunLog:
         settings: Mapping[str, Any] | None = None,
         active: bool = True,
         stream: TextIO | None = None,
+        as_library: bool = False,
+        progress: bool = True,
     ) -> None:
         self.folder, self.total_steps, self.active = folder, total_steps, active
+        self.as_library = as_library
         self.said: set[str] = set()
         self.trackers: dict[str, Tracker] = {}
         self.handler = LogHandler(self)
@@ -91,7 +101,9 @@ class RunLog:
             return
         if wandb:
             check_wandb(wandb)
-        self.terminal = Terminal(stream or sys.stderr, total=total_steps, done=step)
+        notebook = as_library and "ipykernel" in sys.modules
+        shown = (stream or sys.stderr) if progress else None
+        self.terminal = Terminal(shown, total=total_steps, done=step, notebook=notebook)
         # names and messages may hold bytes that are no UTF-8
         self.text = open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
         LOGGER.addHandler(self.handler)
@@ -136,6 +148,9 @@ class RunLog:
             return
         message = message.encode("utf-8", "backslashreplace").decode()
         self.note(message)
+        if self.as_library:
+            LOGGER.info("%s", message, extra={"noted": True})
+            return
         self.terminal.write(message)
         if self.terminal.lost:
             self.note(f"nothing reads stderr any more ({self.terminal.lost}): what is said stands here alone")

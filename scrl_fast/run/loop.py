@@ -26,13 +26,14 @@ from scrl_fast.errors import UsageError
 from scrl_fast.run import plots
 from scrl_fast.run.checkpoint import CheckpointError, CheckpointManager
 from scrl_fast.run.lock import FolderLock, RunFolderLost, hold_folder, release_folder
-from scrl_fast.run.log import Clock, RunLog
+from scrl_fast.run.log import Clock, RowHook, RunLog
 from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.run.paths import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, METRICS
 from scrl_fast.run.resume import Found, changed_data, changed_options, find_checkpoint, read_checkpoint
 from scrl_fast.run.signals import SIGNAL_OF_PEER, SignalHandler
 from scrl_fast.run.task import TrainingTask
 
+ON_ROW = "on_row"  # why a run stopped, where no signal did
 CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,6 +62,16 @@ class TrainingLoop(Generic[T]):
         self.clock = Clock()
         self.drawn = time.monotonic()  # when curves.png was drawn last
         self.last_row: dict[str, Any] = {}
+        self.on_row: RowHook | None = None
+        self.log_options: dict[str, Any] = {}  # of `RunLog`, besides the run's own
+
+    def use_logging(self, on_row: RowHook | None = None, *, progress: bool = True) -> None:
+        """For a program that runs the trainer: messages go to the logger ``scrl_fast`` and not to stderr.
+
+        on_row: called in process 0 with each row that is logged; a true answer stops the run as a signal does, under
+            the name ``on_row``. progress: whether a bar is drawn on a terminal or in a notebook.
+        """
+        self.on_row, self.log_options = on_row, {"as_library": True, "progress": progress}
 
     # ---- the run ----
 
@@ -275,6 +286,7 @@ class TrainingLoop(Generic[T]):
             wandb=run.wandb,
             settings=self.task.config.to_dict(),
             active=self.world.rank == 0,
+            **self.log_options,
         )
 
     def log_run_header(self, notes: list[str]) -> None:
@@ -303,6 +315,15 @@ class TrainingLoop(Generic[T]):
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.task.device) / 1e9
         self.last_row = row
         self.log.metrics(row, seconds_per_step=self.clock.seconds / steps)
+        if self.on_row is not None and self.world.rank == 0:
+            try:
+                stop = self.on_row(dict(row))
+            except BaseException:
+                if not self.world.is_distributed:  # the others are in their next step
+                    self.save_unsaved()
+                raise
+            if stop:
+                self.stop.signal_name = self.stop.signal_name or ON_ROW
 
     def finish(self) -> dict[str, Any]:
         """Curves, evaluation and the last words."""

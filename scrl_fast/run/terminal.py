@@ -15,19 +15,29 @@ class Terminal:
 
     A stream that goes away (a lost session, a pipe whose reader has ended) ends nothing: log.txt holds the same lines.
     stream: None where the process has none. total, done: steps of the bar. unit: what a step is called there.
+    notebook: the bar is one of a notebook.
     """
 
-    def __init__(self, stream: TextIO | None, *, total: int, done: int, unit: str = "step") -> None:
+    def __init__(
+        self, stream: TextIO | None, *, total: int, done: int, unit: str = "step", notebook: bool = False
+    ) -> None:
         self.stream, self.unit = stream, unit
         self.bar: Any = None
         self.lost = ""
         """Why nothing is written any more."""
-        if stream is not None and self._try(lambda: is_terminal(stream)):
+        if stream is not None and notebook:
+            self._try(lambda: self._open_notebook_bar(total, done))
+        elif stream is not None and self._try(lambda: is_terminal(stream)):
             # into a file tqdm writes ten lines a second; log lines serve better there
             self._try(lambda: self._open_bar(total, done))
 
     def _open_bar(self, total: int, done: int) -> None:
         self.bar = tqdm(total=total, initial=done, file=self.stream, unit=self.unit, dynamic_ncols=True)
+
+    def _open_notebook_bar(self, total: int, done: int) -> None:
+        from tqdm.auto import tqdm as notebook_bar  # a widget where ipywidgets is installed
+
+        self.bar = notebook_bar(total=total, initial=done, unit=self.unit)
 
     def write(self, line: str) -> None:
         """One line, above the bar."""

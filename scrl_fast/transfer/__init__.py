@@ -20,6 +20,7 @@ from scrl_fast._lazy import loader_of
 
 if TYPE_CHECKING:
     from scrl_fast.transfer.detector import build_detector as build_detector
+    from scrl_fast.transfer.export import export_detector as export_detector
     from scrl_fast.transfer.fine_tuning import fine_tune as fine_tune
     from scrl_fast.transfer.predict import average_precision as average_precision
     from scrl_fast.transfer.predict import detect as detect
@@ -33,6 +34,7 @@ _ATTRIBUTES = {
     "average_precision": "scrl_fast.transfer.predict",
     "build_detector": "scrl_fast.transfer.detector",
     "detect": "scrl_fast.transfer.predict",
+    "export_detector": "scrl_fast.transfer.export",
     "fine_tune": "scrl_fast.transfer.fine_tuning",
     "load_detector": "scrl_fast.transfer.trained",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "average_precision",
     "build_detector",
     "detect",
+    "export_detector",
     "fine_tune",
     "load_detector",
 ]

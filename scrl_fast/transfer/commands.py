@@ -12,6 +12,7 @@ from scrl_fast.errors import UsageError
 PROG = "python -m scrl_fast.transfer"
 SUMMARIES = {
     "predict": "use a trained detector on a folder of images",
+    "export": "write a trained detector for torchvision or as ONNX",
     "compare": "a task from several starts, with error bars",
 }
 """A line on each command."""
@@ -31,8 +32,7 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
     args = parser.parse(argv)
-    if not 0 <= args.score <= 1:
-        raise UsageError(f"--score={args.score}: must be from 0 to 1")
+    _check_score(args.score)
     if args.workers < 0:
         raise UsageError(f"--workers={args.workers}: must be at least 0")
     check_device("device", args.device)
@@ -46,8 +46,34 @@ def predict(argv: Sequence[str]) -> None:
     print(f"{done['objects']} objects in {done['images']} images{left_out}: {args.out}")
 
 
+def export(argv: Sequence[str]) -> None:
+    """``export --detector=RUN --to=FORMAT --out=FILE``: the detector for torchvision alone, or as ONNX."""
+    parser = CommandParser(
+        prog=f"{PROG} export",
+        description="Write a trained detector: torchvision's state dict with a file that builds it, or an ONNX graph.",
+    )
+    _add_detector(parser)
+    parser.add_argument("--to", choices=("torchvision", "onnx"), required=True, help="layout to write")
+    parser.add_argument("--out", type=clean_path, required=True, help="file to write: .pth or .onnx")
+    parser.add_argument("--score", type=float, default=0.05, help="keep objects that score more (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    args = parser.parse(argv)
+    _check_score(args.score)
+    from scrl_fast.transfer.export import export_detector
+    from scrl_fast.transfer.trained import load_detector
+
+    detector = load_detector(args.detector, device="cpu")
+    done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
+    print(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
+
+
+def _check_score(score: float) -> None:
+    if not 0 <= score <= 1:
+        raise UsageError(f"--score={score}: must be from 0 to 1")
+
+
 def _add_detector(parser: CommandParser) -> None:
     parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}
