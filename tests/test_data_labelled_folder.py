@@ -155,6 +155,7 @@ def test_boxes_outside_degenerate_and_repeated(tmp_path):
     np.testing.assert_allclose(splits["images"].boxes(0), [[0, 10, 12, 30], BOX, [0, 0, 60, 40]], atol=1e-4)
     said = " ".join(splits["images"].notes)
     assert "4 boxes have no area inside their image and are left out; the first" in said and "0.txt:1" in said
+    assert "1 lines repeat another line of their file and are left out; the first" in said and "0.txt:7" in said
     assert "1 of 7 boxes reach more than a pixel beyond their image and are clipped" in said
 
 
