@@ -366,7 +366,7 @@ def test_every_option_is_explained_in_the_help(capsys):
 def test_every_answer_to_an_ill_typed_value_fits_the_type(cls):
     """Each option says its own type; the example of a list is one that the option takes."""
     for option, kind in option_kinds(cls).items():
-        if kind is str:
+        if kind is str or str in typing.get_args(kind):
             continue
         with pytest.raises(UsageError) as caught:
             parse_command(cls, f"--{option}=nonsense")

@@ -126,9 +126,9 @@ def test_no_images(kind: str, tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     with pytest.raises(UsageError, match=r"looked for \.jpg, .* found no files at all"):
         source(kind, tmp_path)
-    for name in ("one.tif", "two.TIF", "notes", "a.txt"):
+    for name in ("one.npy", "two.NPY", "notes", "a.txt"):
         (tmp_path / "class" / name).touch()
-    with pytest.raises(UsageError, match=r"found 4 other files \(2 x \.tif, "):
+    with pytest.raises(UsageError, match=r"found 4 other files \(2 x \.npy, "):
         source(kind, tmp_path)
 
 

@@ -38,6 +38,7 @@ from scrl_fast.config.validation import (
     from_below,
     option_error,
     or_auto,
+    split_places,
     to_plain,
     within,
 )
@@ -53,9 +54,9 @@ class DataConfig(ImageLimitOptions):
     """demo: generated digit scenes; folder: any tree of images; imagefolder, imagenet: one folder a class; list: a
     text file with one path a line; tar: shards in WebDataset's layout; packed: what scrl_fast.data.pack wrote; hf: a
     dataset of the Hugging Face package datasets."""
-    root: str = ""
+    root: str | tuple[str, ...] = ""
     """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar; hf:
-    NAME_OR_PATH[:split[:column]]; the demo needs none."""
+    NAME_OR_PATH[:split[:column]]; the demo needs none. Several are joined by commas, or are a list in YAML."""
     workers: int | Literal["auto"] = "auto"
     """Threads that read images and make views; auto: the cores that training leaves free, at least 1; 0: the training
     thread does it between the steps, none ahead."""
@@ -91,7 +92,12 @@ class DataConfig(ImageLimitOptions):
             demo_size=at_least(16),
             **IMAGE_LIMIT_RANGES,
         )
-        clean_paths(self, "root")
+        self.root = split_places(self.root)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """``root`` as a tuple, empty where none is given."""
+        return (self.root,) if isinstance(self.root, str) and self.root else tuple(self.root)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -127,6 +128,18 @@ def clean_path(path: str) -> str:
     return path.rstrip("/") or path[:1]
 
 
+def split_places(places: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Cleaned paths: a text with commas is several, unless a file of that name is there; one alone is a text.
+
+    Commas within braces, as in the pattern ``train-{a,b}.tar``, belong to the path.
+    """
+    if isinstance(places, str):
+        alone = clean_path(places)
+        places = (alone,) if os.path.exists(alone) else tuple(re.split(r",(?![^{}]*\})", alone))
+    cleaned = tuple(filter(None, map(clean_path, places)))
+    return cleaned if len(cleaned) > 1 else "".join(cleaned)
+
+
 def check_device(option: str, device: str) -> None:
     """Raise UsageError for what is no name of a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
@@ -156,6 +169,8 @@ def type_description(kind: Any) -> str:
     words, kind = _words_and_type(kind)
     if words:
         return f"{type_description(kind)} or {' or '.join(words)}"
+    if isinstance(kind, types.UnionType):
+        return ", or ".join(map(type_description, typing.get_args(kind)))
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
@@ -171,7 +186,9 @@ def _words_and_type(kind: Any) -> tuple[tuple[str, ...], Any]:
     """The words of a ``Literal`` and the other type of their union: ``int | Literal["auto"]``; no words elsewhere."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return (), kind
-    words = next(part for part in typing.get_args(kind) if typing.get_origin(part) is typing.Literal)
+    words = next((part for part in typing.get_args(kind) if typing.get_origin(part) is typing.Literal), None)
+    if words is None:
+        return (), kind
     return typing.get_args(words), next(part for part in typing.get_args(kind) if part is not words)
 
 
@@ -198,6 +215,11 @@ def _converted(option: str, value: Any, kind: Any) -> Any:
     if words:
         if value in words or type(value) is other:
             return value
+        raise _wrong_type(option, value, kind)
+    if isinstance(kind, types.UnionType):
+        for choice in typing.get_args(kind):
+            with contextlib.suppress(OptionTypeError):
+                return _converted(option, value, choice)
         raise _wrong_type(option, value, kind)
     if typing.get_origin(kind) is typing.Literal:
         if value not in typing.get_args(kind):

@@ -33,7 +33,8 @@ from scrl_fast.data.pillow import (
 )
 
 Pixels = NDArray[np.uint8]
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+"""Ends of the names of image files, compared in lower case."""
 _BYTES_PER_PIXEL = 7  # of an RGB picture of Pillow's (4) and its array (3); the other JPEG decoders take 3
 _NEVER_TOO_SMALL = 1 << 24  # pixels for which any file is large enough
 _BYTES_OF_COEFFICIENTS = 6  # beside them in a JPEG of several scans, at most

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
+import threading
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # what a file may hold, whatever it is called
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what a file may hold, whatever it is called
 _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 0x0100, 0x0101
 _BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}  # others take 4 bytes a pixel
+_log = logging.getLogger("scrl_fast")
 _BYTES_OF_WEBP = 16  # its decoder holds the canvas twice, and hands over copies
 _MOST_CHUNKS = 100_000  # 8 kB each, as libpng writes them, are 800 MB
 _BAND = 1 << 20  # pixels that are converted at a time
@@ -97,8 +100,22 @@ def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def _converted(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range; convert it to 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
+        _tell_16_bits()
         grey = np.asarray(picture)
         grey = (grey.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+_SIXTEEN_BITS_UNTOLD = threading.Semaphore()
+
+
+def _tell_16_bits() -> None:
+    if _SIXTEEN_BITS_UNTOLD.acquire(blocking=False):  # of several threads, too, only one
+        _log.warning(
+            "16-bit single-channel images are read as 8-bit RGB by their upper 8 bits (value // 256); images that use "
+            "only the lower 12 bits come out almost black: stretch such files to 16 bits first"
+        )

@@ -8,9 +8,10 @@ from scrl_fast.config.schema import Config, DataConfig
 from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.base import Source
 from scrl_fast.data.sources.demo import DemoScenes
-from scrl_fast.data.sources.files import class_folders, image_folder, image_list
-from scrl_fast.data.sources.hub import hub_dataset
-from scrl_fast.data.sources.shards import packed_shards, tar_shards
+from scrl_fast.data.sources.files import ImageFiles, class_folders, image_folder, image_list
+from scrl_fast.data.sources.hub import DatasetImages, hub_dataset
+from scrl_fast.data.sources.joined import JoinedImages, check_apart
+from scrl_fast.data.sources.shards import TarImages, packed_shards, tar_shards
 from scrl_fast.errors import UsageError
 
 
@@ -22,19 +23,26 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
     data = config.data if isinstance(config, Config) else config
     if seed is None:
         seed = config.train.seed if isinstance(config, Config) else 0
-    root, limits = os.path.expanduser(data.root), ImageLimits.of(data)
     if data.source == "demo":
         return DemoScenes(data.demo_images, data.demo_size, seed)
-    if data.source == "folder":
+    roots, limits = list(map(os.path.expanduser, data.roots)), ImageLimits.of(data)
+    if len(roots) > 1:
+        check_apart(roots)
+        return JoinedImages([_source_at(data.source, root, limits) for root in roots])
+    return _source_at(data.source, "".join(roots), limits)
+
+
+def _source_at(kind: str, root: str, limits: ImageLimits) -> ImageFiles | TarImages | DatasetImages:
+    if kind == "folder":
         return image_folder(root, limits=limits)
-    if data.source in ("imagefolder", "imagenet"):
-        return class_folders(root, limits=limits, train_split=data.source == "imagenet")
-    if data.source == "list":
+    if kind in ("imagefolder", "imagenet"):
+        return class_folders(root, limits=limits, train_split=kind == "imagenet")
+    if kind == "list":
         return image_list(root, limits=limits)
-    if data.source == "tar":
+    if kind == "tar":
         return tar_shards(root, limits=limits)
-    if data.source == "packed":
+    if kind == "packed":
         return packed_shards(root, limits=limits)
-    if data.source == "hf":
+    if kind == "hf":
         return hub_dataset(root, limits=limits)
-    raise UsageError(f"data.source is {data.source!r}, which is none of its choices")
+    raise UsageError(f"data.source is {kind!r}, which is none of its choices")

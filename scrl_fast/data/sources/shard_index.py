@@ -24,7 +24,7 @@ from scrl_fast.data.sources.tar import BLOCK, Damaged, Member, members
 from scrl_fast.errors import UsageError
 
 INDEX_SUFFIX = ".index.npz"
-_VERSION = 2
+_VERSION = 3
 _SMALL_INDEX = 1 << 20
 _DTYPES: dict[str, Any] = {
     "stamp": np.dtype(np.int64),
