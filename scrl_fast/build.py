@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
+from torch import nn
 
 from scrl_fast import weights
 from scrl_fast.config.schema import Config, TrainConfig, check_enough
 from scrl_fast.errors import UsageError
-from scrl_fast.models import SCRL
+from scrl_fast.models import SCRL, Encoder, wrap_module
 from scrl_fast.ops import backends
 from scrl_fast.optim import LARS, AdamW, lars_param_groups
 from scrl_fast.run.trackers import check_wandb
@@ -50,12 +56,34 @@ def check_compiled(train: TrainConfig, world_size: int, device_type: str) -> Non
             raise UsageError(f"train.cuda_graphs=True does not go with {reason}: leave it out, or use train.compile")
 
 
-def build(config: Config, *, num_classes: int, global_batch: int, device: torch.device) -> tuple[SCRL, LARS | AdamW]:
+def check_global_batch(config: Config, state: Mapping[str, Any], world_size: int) -> None:
+    """Raises UsageError unless the checkpoint's images per step are those of now, in any number of processes."""
+    was, now = state["config"]["train"], config.train
+    before = int(was["batch_size"]), int(was["accumulate"]), int(state["loader"].get("world_size", 1))
+    product = now.batch_size * now.accumulate * world_size
+    if math.prod(before) != product:
+        raise UsageError(
+            f"train.batch_size={now.batch_size} x train.accumulate={now.accumulate} x {world_size} processes "
+            f"makes {product} images a step, but the checkpoint was made with "
+            f"{' x '.join(map(str, before))} = {math.prod(before)}: choose them so that the product stays, or "
+            "start a new run from the weights with --init"
+        )
+
+
+def build(
+    config: Config,
+    *,
+    num_classes: int,
+    global_batch: int,
+    device: torch.device,
+    encoder: nn.Module | None = None,
+) -> tuple[SCRL, LARS | AdamW]:
     """Model and optimizer of a run, on the device, as memory format, compiler and recomputation are asked for.
 
-    num_classes: of the data set, 0 without labels. global_batch: images a step in all processes.
+    num_classes: of the data set, 0 without labels. global_batch: images a step in all processes. encoder: a network
+    to train in place of the one that ``model.backbone`` names.
     """
-    model = build_model(config, num_classes).to(device)
+    model = build_model(config, num_classes, encoder).to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config, global_batch)
@@ -64,12 +92,16 @@ def build(config: Config, *, num_classes: int, global_batch: int, device: torch.
     return model, optimizer
 
 
-def build_model(config: Config, num_classes: int) -> SCRL:
-    """The networks with their initial weights, which ``train.seed`` alone decides; a probe where there are classes."""
+def build_model(config: Config, num_classes: int, encoder: nn.Module | None = None) -> SCRL:
+    """The networks with their initial weights, which ``train.seed`` alone decides; a probe where there are classes.
+
+    encoder: a network that becomes the online encoder as it is, weights included.
+    """
     torch.manual_seed(config.train.seed)
     model = config.model
     networks = SCRL(
-        model.backbone,
+        model.backbone if encoder is None else as_encoder(encoder, size=config.views.size),
+        view_size=config.views.size,
         method=model.method,
         hidden_dim=model.hidden_dim,
         projection_dim=model.projection_dim,
@@ -84,6 +116,17 @@ def build_model(config: Config, num_classes: int) -> SCRL:
     if config.views.size < stride:  # of timm's encoders it is known only now
         raise UsageError(f"views.size={config.views.size}: must be at least {stride}, the stride of {model.backbone}")
     return networks
+
+
+def with_encoder(config: Config, encoder: nn.Module) -> Config:
+    """The config of a run whose encoder a program hands over: ``model.backbone`` says its class."""
+    name = encoder.name if isinstance(encoder, Encoder) else f"<{type(encoder).__name__}>"
+    return replace(config, model=replace(config.model, backbone=name))
+
+
+def as_encoder(encoder: nn.Module, *, size: int) -> Encoder:
+    """One of our encoders, or any network, as `scrl_fast.models.wrap_module` takes it."""
+    return encoder if isinstance(encoder, Encoder) else wrap_module(encoder, size=size)
 
 
 def compile_encoders(model: SCRL, train: TrainConfig) -> None:

@@ -7,14 +7,16 @@ Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from scrl_fast.config.backbones import has_own_names
 from scrl_fast.config.command_line import CommandParser
 from scrl_fast.config.validation import clean_path
 from scrl_fast.config.yaml_text import read_text, shortened
@@ -37,12 +39,14 @@ def export(
     backbone: str = "",
     size: int = 224,
     overwrite: bool = False,
+    encoder: Any = None,
 ) -> dict[str, Any]:
     """Write the encoder of ``checkpoint`` (anything that `scrl_fast.weights.read` reads) in the layout ``to``.
 
     to: one of `FORMATS`. out: the file, or for ``hf`` the folder, to write.
     branch: online (what SCRL evaluates) or target. ``scrl-reference`` takes both, and heads and momentum.
     backbone: the encoder's name, where the file does not say and its shapes do not tell.
+    encoder: a network that is filled with the weights, for a run whose encoder was handed over in Python.
     size: side of the images by which an ONNX graph is traced and checked; it then takes any. In ``hf``'s config.json
         the input size that timm reports.
     Returns the metadata; ``checked`` says how the file was verified.
@@ -60,7 +64,7 @@ def export(
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist")
     source = weights.read(checkpoint)
-    encoder = weights.encoder_of(source, backbone=backbone, branch="target" if branch == "target" else "online")
+    encoder = _encoder_of(source, backbone, "target" if branch == "target" else "online", encoder)
     metadata = describe(source, encoder.name, branch if to != "scrl-reference" else "online and target", to)
     temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
     try:
@@ -71,6 +75,17 @@ def export(
     if to != "hf":
         metadata_file(out).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return metadata
+
+
+def _encoder_of(source: Any, backbone: str, branch: Literal["online", "target"], given: Any) -> Any:
+    """The encoder with the weights of ``source``; of a network that was given, a copy."""
+    from scrl_fast import models, weights
+
+    if given is None:
+        return weights.encoder_of(source, backbone=backbone, branch=branch)
+    encoder = models.wrap_module(copy.deepcopy(given), size=weights.view_size(source))
+    weights.load_into(encoder, source, branch=branch)
+    return encoder
 
 
 def check_suffix(to: str, out: Path) -> None:
@@ -183,7 +198,14 @@ def _checked_encoder(path: Path, encoder: Any) -> str:
 
     from scrl_fast import weights
 
-    other = weights.encoder_of(path, backbone=encoder.name)
+    if has_own_names(encoder.name):
+        other = copy.deepcopy(encoder)
+        with torch.no_grad():
+            for tensor in other.state_dict().values():
+                tensor.zero_()
+        weights.load_into(other, path)
+    else:
+        other = weights.encoder_of(path, backbone=encoder.name)
     mine, theirs = encoder.body.state_dict(), other.body.state_dict()
     names = [name for name in mine if not name.endswith("num_batches_tracked")]  # not every format keeps counters
     if wrong := [name for name in names if not torch.equal(mine[name], theirs[name])]:

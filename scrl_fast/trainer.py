@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from scrl_fast import info
-from scrl_fast.build import build, check_run, initialise
+from scrl_fast.build import build, check_global_batch, check_run, initialise, with_encoder
+from scrl_fast.config.backbones import code_arguments
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import validated
 from scrl_fast.data import Batch, Loader, identity_of, make_source, on_device, views_on_gpu
@@ -45,6 +47,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
     """SCRL (or BYOL) pre-training of one encoder.
 
     config: see `scrl_fast.config.schema.Config`. source: images to use instead of those that ``config.data`` names.
+    encoder: any network that gives a feature map (see `scrl_fast.models.wrap_module`), trained in place, instead of the
+    one that ``model.backbone`` names; that option then holds ``<ClassName>``.
     world: rank and size of this process, where torchrun does not announce them; rank 0 writes. Its process group, or
     one that exists already, must wait at least `rendezvous.exchange_timeout(config.data.timeout)`: PyTorch does not
     tell how long it does, and slow files are named only if the other processes still wait.
@@ -56,8 +60,10 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
     start_options: ClassVar[Mapping[str, Any]] = {"resume": "", "init": "", "init_momentum": False}
     process_options: ClassVar[tuple[str, ...]] = ("train.batch_size", "train.accumulate", "train.threads")
 
-    def __init__(self, config: Config, *, source: Any = None, world: World | None = None) -> None:
-        config = validated(config)
+    def __init__(
+        self, config: Config, *, source: Any = None, encoder: torch.nn.Module | None = None, world: World | None = None
+    ) -> None:
+        config = validated(config if encoder is None else with_encoder(config, encoder))
         train = config.train
         config.check_ready()
         self.device = rendezvous.device_of(train.device)
@@ -82,9 +88,10 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         self.last_step = min(self.planned_steps, train.max_steps or self.planned_steps)
         self.global_batch = train.batch_size * train.accumulate * self.world.size
 
-        self.model, self.optimizer = build(
-            self.config, num_classes=self.source.num_classes, global_batch=self.global_batch, device=self.device
-        )
+        sizes = {"num_classes": self.source.num_classes, "global_batch": self.global_batch}
+        self.model, self.optimizer = build(self.config, **sizes, device=self.device, encoder=encoder)
+        self.compares = config.eval.roi_linear and config.data.source == "demo"
+        self.untrained = copy.deepcopy(encoder) if encoder is not None and self.compares else None
         self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
         self.meter = StepMeter()
         self.window = LogWindow()  # what the meter gave since the last logging point
@@ -164,8 +171,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         """
         torch.manual_seed(step_seed(self.config.train.seed, self.step, self.world.rank))
         momentum = self.set_schedule()
-        if self.config.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the step before returned may be overwritten
+        if self.config.train.cuda_graphs:  # what the graphs of the step before returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         if self.network is None:
             self.network = self.world.wrap_ddp(self.model, self.device, static=len(batch) == 1)
         own_pairs = sum(each.pairs for each in batch)
@@ -304,7 +311,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         """Where nothing is saved yet, a run starts again from what it began with."""
         init = self.config.init if not self.step else ""
         begin = [f"--init={init}", f"--init_momentum={self.config.init_momentum}"] if init else []
-        return ["--resume=auto", *begin]
+        return ["--resume=auto", *code_arguments(self.config.model.backbone), *begin]
 
     # ---- state ----
 
@@ -333,7 +340,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         Raises UsageError when the global batch is another one: step numbers and schedules would mean something else.
         """
         with using("config"):
-            self.check_global_batch(state)
+            check_global_batch(self.config, state, self.world.size)
         if not self.threads_asked and state["loader"].get("world_size", 1) == self.world.size:
             self.set_threads(before=state["config"]["train"].get("threads", 0))
         with using("model"):
@@ -346,18 +353,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             self.loader.load_state_dict(state["loader"].get("processes", [state["loader"]]))
         with using("log"):
             self.window.load_state_dict(state.get("log", {}))
-
-    def check_global_batch(self, state: Mapping[str, Any]) -> None:
-        """Raises UsageError unless the checkpoint's images per step are those of now, in any number of processes."""
-        was, now = state["config"]["train"], self.config.train
-        before = int(was["batch_size"]), int(was["accumulate"]), int(state["loader"].get("world_size", 1))
-        if math.prod(before) != self.global_batch:
-            raise UsageError(
-                f"train.batch_size={now.batch_size} x train.accumulate={now.accumulate} x {self.world.size} processes "
-                f"makes {self.global_batch} images a step, but the checkpoint was made with "
-                f"{' x '.join(map(str, before))} = {math.prod(before)}: choose them so that the product stays, or "
-                "start a new run from the weights with --init"
-            )
 
     def data_identity(self) -> dict[str, Any]:
         if self.identity is None:
@@ -388,7 +383,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     def evaluate(self) -> dict[str, Any]:
         """The demo's RoI linear accuracy, in process 0; a signal ends it there and then."""
-        if self.world.rank or not self.config.eval.roi_linear or self.config.data.source != "demo":
+        if self.world.rank or not self.compares:
             return {}
         result = self.loop.stop.run_interruptible(self.measure) or {}
         self.loop.log.amend(result)
@@ -397,4 +392,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
     def measure(self) -> dict[str, Any]:
         """RoI linear accuracy of the encoder as it was before training and as it is now, measured the same way."""
         encoder, say = self.model.online.encoder, self.loop.log.say
-        return compare_with_untrained(self.config, encoder, self.source, steps=self.step, say=say)
+        return compare_with_untrained(
+            self.config, encoder, self.source, steps=self.step, say=say, untrained=self.untrained
+        )

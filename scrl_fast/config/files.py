@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scrl_fast.config import kakaobrain
+from scrl_fast.config.backbones import check_code_is_asked_for
 from scrl_fast.config.validation import clean_path, field_types, type_description
 from scrl_fast.config.yaml_text import MAX_DEPTH, as_yaml, is_small, read_yaml, shortened
 from scrl_fast.errors import UsageError, did_you_mean
@@ -92,6 +93,8 @@ def build(
         # one by one, so that an error can name its file
         parsed = _parsed(parser, options, [], f"{part.origin}: " if part.origin else "", cls)
         _merge(merged, options)
+    if any(part.origin for part in settings):
+        check_code_is_asked_for(merged, tokens, [part.origin for part in settings])
     if len(settings) != 1 or tokens:
         parsed = _parsed(parser, merged, tokens, "--", cls)
     values = parser.instantiate(parsed)

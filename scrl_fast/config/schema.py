@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scrl_fast.config.backbones import backbone_fault
 from scrl_fast.config.defaults import (
     BACKBONE_STRIDES,
     DATA_TIMEOUT,
@@ -43,7 +44,7 @@ from scrl_fast.config.validation import (
     within,
 )
 from scrl_fast.config.yaml_text import dump
-from scrl_fast.errors import UsageError, did_you_mean
+from scrl_fast.errors import UsageError
 
 
 @dataclass
@@ -197,7 +198,8 @@ class ModelConfig:
     method: Literal["scrl", "byol"] = "scrl"
     """scrl: matched boxes; byol: the same without boxes, on the average-pooled feature."""
     backbone: str = "resnet50"
-    """resnet10_tiny (demo), resnet18/34/50/101/152, resnext*, wide_resnet* of torchvision, or timm:NAME."""
+    """resnet10_tiny (demo), resnet18/34/50/101/152, resnext*, wide_resnet* of torchvision, timm:NAME, or
+    package.module:function, which makes any network with a feature map (docs/encoders.md)."""
     hidden_dim: int = 4096
     """Width of the hidden layer of projector and predictor."""
     projection_dim: int = 256
@@ -216,10 +218,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("hidden_dim", "projection_dim", "pool_size"), at_least(1))
         check_fields(self, "model", sampling_ratio=SAMPLES_RANGE, **sizes)
-        if self.backbone not in BACKBONE_STRIDES and not self.backbone.startswith("timm:"):
-            known = ", ".join(BACKBONE_STRIDES)
-            hint = did_you_mean(self.backbone, BACKBONE_STRIDES)
-            raise option_error("model.backbone", self.backbone, f"must be one of {known}, or timm:NAME{hint}")
+        if fault := backbone_fault(self.backbone):
+            raise option_error("model.backbone", self.backbone, fault)
 
 
 @dataclass

@@ -15,20 +15,27 @@ from scrl_fast.evaluate import demo_roi_linear
 
 
 def compare_with_untrained(
-    config: Config, encoder: nn.Module, source: Any, *, steps: int, say: Callable[[str], None]
+    config: Config,
+    encoder: nn.Module,
+    source: Any,
+    *,
+    steps: int,
+    say: Callable[[str], None],
+    untrained: nn.Module | None = None,
 ) -> dict[str, Any]:
     """RoI linear accuracy on held-out demo scenes: ``{"roi_linear": {"random": ..., "trained": ...}}``.
 
     config: of the run. encoder: the trained one. source: the scenes it was trained on. steps: how many it was trained.
     say: takes lines for the log.
-    The untrained encoder is made anew: the seed alone decides its weights.
+    untrained: the network before training, where a program handed it over. Any other is made anew: the seed alone
+    decides its weights.
     """
     say("RoI linear accuracy on held-out scenes, for the untrained and for the trained encoder ...")
     device = next(encoder.parameters()).device
-    untrained = build_model(config, source.num_classes).to(device).online.encoder
-    trained = copy.deepcopy(untrained)  # one whose BatchNorm asks no other process
+    before_it = build_model(config, source.num_classes, untrained).to(device).online.encoder
+    trained = copy.deepcopy(before_it)  # one whose BatchNorm asks no other process
     trained.load_state_dict(encoder.state_dict())
-    results = demo_roi_linear({"random": untrained, "trained": trained}, config, train=source)
+    results = demo_roi_linear({"random": before_it, "trained": trained}, config, train=source)
     before, after = results["random"], results["trained"]
     say(
         f"linear classifier on frozen features of {after.boxes} boxes, {after.classes} classes: "

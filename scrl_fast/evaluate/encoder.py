@@ -53,7 +53,7 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
         encoder = build_encoder(options.backbone or DEFAULT_BACKBONE).to(device)
         return EvaluatedEncoder(encoder, "random", f"random {encoder.name}", untrained=True)
     source = weights.read(options.checkpoint)
-    encoder = build_encoder(options.backbone or weights.guess_backbone(source))
+    encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
     views = training.get("views", {}) if isinstance(training, dict) else {}

@@ -7,17 +7,15 @@ torchvision, timm and detection backbones.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet as torchvision_resnet
 
+from scrl_fast.config.backbones import TIMM_PREFIX, is_code, is_given
 from scrl_fast.errors import UsageError
+from scrl_fast.models.custom import import_module_encoder
+from scrl_fast.models.encoder import Encoder
 
 TORCHVISION_NAMES = (
     "resnet18",
@@ -32,63 +30,6 @@ TORCHVISION_NAMES = (
     "wide_resnet101_2",
 )
 TINY_NAME = "resnet10_tiny"
-TIMM_PREFIX = "timm:"
-
-
-class Encoder(nn.Module):
-    """Images ``[B, 3, H, W]`` to a feature map ``[B, out_channels, ceil(H / stride), ceil(W / stride)]``.
-
-    ``body`` is the plain torchvision ResNet (``fc`` is Identity) or timm model that holds the weights.
-    """
-
-    def __init__(self, name: str, body: nn.Module, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.name = name
-        self.body = body
-        self.out_channels = out_channels
-        self.stride = stride
-        self._checkpointing = False
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether the backward pass recomputes each block from its input, to save memory."""
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        self._checkpointing = on
-
-    def forward(self, images: Tensor) -> Tensor:
-        body: Any = self.body
-        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-        if self._checkpointing and torch.is_grad_enabled():
-            return _checkpointed(x, (body.layer1, body.layer2, body.layer3, body.layer4))
-        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
-
-    def extra_repr(self) -> str:
-        return f"name={self.name!r}, out_channels={self.out_channels}, stride={self.stride}"
-
-
-def _checkpointed(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
-    for stage in stages:
-        for block in stage.children():
-            contexts = lambda block=block: (nullcontext(), _untracked(block))  # noqa: E731
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return x
-
-
-@contextmanager
-def _untracked(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics as they are: the first forward pass has updated them, the recomputed one must not."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, values in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = values
 
 
 class TimmEncoder(Encoder):
@@ -115,13 +56,22 @@ def encoder_names() -> tuple[str, ...]:
     return (TINY_NAME, *TORCHVISION_NAMES)
 
 
-def build_encoder(name: str) -> Encoder:
+def build_encoder(name: str, *, size: int = 224) -> Encoder:
     """Encoder with random weights, drawn from torch's global generator.
 
-    name: one of `encoder_names`, or ``timm:NAME`` for any timm model that offers feature maps.
-    Raises ValueError for an unknown name (with the nearest known ones), for a timm name without timm installed, and for
-    a timm model without feature maps.
+    name: one of `encoder_names`, ``timm:NAME`` for any timm model that offers feature maps, or
+        ``package.module:function``, which is imported and called: never pass on such a name from a file.
+    size: side of the images, in pixels, by which a network of the user's own is tried.
+    Raises ValueError for an unknown name (with the nearest known ones), for a timm name without timm installed, for a
+    timm model without feature maps, and for a function that makes no encoder.
     """
+    if is_code(name):
+        return import_module_encoder(name, size=size)
+    if is_given(name):
+        raise UsageError(
+            f"backbone {name}: the encoder of this run was handed over in Python; hand it over again as encoder=, or "
+            "name a function that makes it, package.module:function"
+        )
     if name.startswith(TIMM_PREFIX):
         return _timm_encoder(name)
     if name == TINY_NAME:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.errors import UsageError
-from scrl_fast.models.encoders import Encoder, build_encoder
+from scrl_fast.models.encoder import Encoder
+from scrl_fast.models.encoders import build_encoder
 from scrl_fast.models.heads import ProjectionHead, classification, projection_head
 from scrl_fast.ops import roi_align, two_view_loss
 
@@ -43,7 +44,8 @@ class Branch(nn.Module):
 class SCRL(nn.Module):
     """Spatially Consistent Representation Learning (arXiv 2103.06122); ``method="byol"``: the same without boxes.
 
-    backbone: a name for `build_encoder`.
+    backbone: a name for `build_encoder`, or an encoder, which becomes the online one itself.
+    view_size: side of the views, in pixels, by which a network of the user's own is tried.
     hidden_dim, projection_dim: widths of projector and predictor.
     pool_size: RoIAlign gives pool_size x pool_size bins per box; above 1, pool_reduce hands the projector all bins
         side by side ("flatten") or their mean ("average").
@@ -55,8 +57,9 @@ class SCRL(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: str | Encoder = "resnet50",
         *,
+        view_size: int = 224,
         method: Literal["scrl", "byol"] = "scrl",
         hidden_dim: int = 4096,
         projection_dim: int = 256,
@@ -75,6 +78,8 @@ class SCRL(nn.Module):
             raise ValueError(f"pool_size must be at least 1, got {pool_size}")
         if num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        if isinstance(backbone, Encoder) and target_init == "random":
+            raise UsageError(f"model.target_init=random makes a second {backbone.name}: name a function that makes it")
         self.method = method
         self.pool_size = pool_size
         self.pool_reduce = pool_reduce
@@ -82,7 +87,7 @@ class SCRL(nn.Module):
         self.aligned = aligned
 
         def branch() -> Branch:
-            encoder = build_encoder(backbone)
+            encoder = backbone if isinstance(backbone, Encoder) else build_encoder(backbone, size=view_size)
             bins = pool_size**2 if method == "scrl" and pool_reduce == "flatten" else 1
             return Branch(encoder, projection_head(bins * encoder.out_channels, hidden_dim, projection_dim))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from scrl_fast.config.backbones import backbone_fault
 from scrl_fast.config.defaults import DATA_TIMEOUT, IMAGENET_MEAN, IMAGENET_STD
 from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.schema import RunConfig
@@ -88,7 +89,8 @@ class DetectorConfig:
     detector: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"] = "faster_rcnn"
     """Which one, on a feature pyramid."""
     backbone: str = "resnet50"
-    """resnet10_tiny, one of torchvision's ResNet family, or timm:NAME with feature maps of stride 4, 8, 16 and 32."""
+    """resnet10_tiny, one of torchvision's ResNet family, or timm:NAME or package.module:function with feature maps of
+    stride 4, 8, 16 and 32."""
     branch: Literal["online", "target"] = "online"
     """Which network of a checkpoint that --init names."""
     norm: Literal["syncbn", "frozen"] = "syncbn"
@@ -161,6 +163,8 @@ class DetectorConfig:
         )
         if self.short_side[0] > self.short_side[1]:
             raise option_error("model.short_side", self.short_side, "must be a range, the smaller number first")
+        if fault := backbone_fault(self.backbone):
+            raise option_error("model.backbone", self.backbone, fault)
         if self.roi_aligned and self.roi_align == "torchvision":
             raise option_error("model.roi_aligned", True, "not with roi_align=torchvision: --model.roi_aligned=false")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -14,27 +15,33 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from scrl_fast import weights
 from scrl_fast.errors import UsageError
-from scrl_fast.models import Encoder, build_encoder
+from scrl_fast.models import Encoder, ModuleEncoder, build_encoder
+from scrl_fast.models.custom import maps_in_dry_run
 from scrl_fast.models.encoders import TimmEncoder
 from scrl_fast.transfer.config import DetectorConfig
+from scrl_fast.transfer.levels import level_maps
 
 SUPERVISED = "torchvision"
 STEM = ("conv1", "bn1")
 TIMM_STRIDES = [4, 8, 16, 32]
+ODD_SIZE = (64, 96)  # pixels
 
 
 def build_pyramid(config: DetectorConfig, init: Any) -> tuple[nn.Module, list[int], weights.LoadReport]:
     """The encoder under a feature pyramid, with the stride of every level of it, and the report of its weights.
 
-    Raises UsageError for a backbone of timm that has no such levels, WeightsError for weights that do not fill it.
+    Raises UsageError for a backbone of timm, or of the user's own, that has no such levels, WeightsError for weights
+    that do not fill it.
     """
-    encoder = build_encoder(config.backbone)
+    encoder = copy.deepcopy(init) if isinstance(init, ModuleEncoder) else build_encoder(config.backbone)
     report = load_backbone(encoder, init, config)
     dense = config.detector in ("retinanet", "fcos")  # they look at three stages and two levels above
     below = encoder.out_channels if config.detector == "retinanet" else config.fpn_channels  # C5; FCOS: P5
     extra = LastLevelP6P7(below, config.fpn_channels) if dense else LastLevelMaxPool()
     options = {"extra_blocks": extra, "norm_layer": head_norm_layer(config)}
-    if isinstance(encoder, TimmEncoder):
+    if isinstance(encoder, ModuleEncoder):
+        pyramid, strides = _module_pyramid(encoder, config, int(dense), options)
+    elif isinstance(encoder, TimmEncoder):
         pyramid, strides = _timm_pyramid(encoder, config, int(dense), options)
     else:
         pyramid, strides = _torchvision_pyramid(encoder, config, int(dense), options)
@@ -77,12 +84,27 @@ def _timm_pyramid(
     return TimmPyramid(body, places, fpn, config.fpn_channels), TIMM_STRIDES[skip:]
 
 
+def _module_pyramid(
+    encoder: ModuleEncoder, config: DetectorConfig, skip: int, options: dict[str, Any]
+) -> tuple[nn.Module, list[int]]:
+    """The levels are the maps that the network gives or, where it gives one, outputs of layers inside it."""
+    if config.frozen_stages:
+        raise UsageError(f"model.frozen_stages={config.frozen_stages}: only torchvision's backbones have these stages")
+    maps_in_dry_run(encoder.body, encoder.name, ODD_SIZE)  # a detector's images differ in size
+    body, channels = level_maps(encoder.body, encoder.name, TIMM_STRIDES)
+    if config.norm == "frozen":
+        freeze_batch_norms(body)
+    fpn = FeaturePyramidNetwork(channels[skip:], config.fpn_channels, **options)
+    places = list(range(len(TIMM_STRIDES)))[skip:]
+    return TimmPyramid(body, places, fpn, config.fpn_channels), TIMM_STRIDES[skip:]
+
+
 def _check_any_size(encoder: TimmEncoder) -> None:
     """Raise UsageError for a backbone that takes images of one size only: a detector's differ."""
     training = encoder.training
     try:
         with torch.no_grad():
-            encoder.eval()(torch.zeros(1, 3, 64, 96))
+            encoder.eval()(torch.zeros(1, 3, *ODD_SIZE))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UsageError(f"model.backbone={encoder.name}: a detector's images differ in size, and {error}") from error
     finally:
@@ -90,7 +112,7 @@ def _check_any_size(encoder: TimmEncoder) -> None:
 
 
 class TimmPyramid(nn.Module):
-    """`BackboneWithFPN` for the feature maps of a timm model: level ``i`` is made of its map ``places[i]``."""
+    """`BackboneWithFPN` for a network that gives several feature maps: level ``i`` is made of its map ``places[i]``."""
 
     def __init__(self, body: nn.Module, places: list[int], fpn: FeaturePyramidNetwork, out_channels: int) -> None:
         super().__init__()

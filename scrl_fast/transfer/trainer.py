@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scrl_fast import info
+from scrl_fast.config.backbones import code_arguments
 from scrl_fast.config.validation import validated
 from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.workers import LoaderStalled
@@ -185,7 +186,8 @@ class Transfer(TrainingTask[list[Example]]):
 
     def resume_arguments(self) -> list[str]:
         """A measurement writes no checkpoint of its own: it starts again from the one that was named."""
-        return [f"--resume={'auto' if self.trains else self.config.resume}"]
+        resume = f"--resume={'auto' if self.trains else self.config.resume}"
+        return [resume, *code_arguments(self.config.model.backbone)]
 
     # ---- state ----
 

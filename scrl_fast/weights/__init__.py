@@ -14,6 +14,7 @@ from scrl_fast.weights.load import (
     load_encoder,
     load_into,
     load_into_scrl,
+    view_size,
 )
 from scrl_fast.weights.momentum import load_momentum
 
@@ -33,4 +34,5 @@ __all__ = [
     "load_into_scrl",
     "load_momentum",
     "read",
+    "view_size",
 ]

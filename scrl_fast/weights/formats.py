@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.config.backbones import TIMM_PREFIX, has_own_names, is_code
 from scrl_fast.models import Encoder
-from scrl_fast.models.encoders import TIMM_PREFIX, TORCHVISION_NAMES
+from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS
 from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
@@ -242,6 +243,8 @@ def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
         else f"import torch\nimport torchvision\n\nmodel = torchvision.models.{encoder.name}(weights=None)\n"
         "model.fc = torch.nn.Identity()\n"
         if encoder.name in TORCHVISION_NAMES
+        else _own_module_lines(encoder.name)
+        if has_own_names(encoder.name)
         else f'import scrl_fast\n\nmodel = scrl_fast.models.build_encoder("{encoder.name}").body\n'
     )
     return "\n".join(
@@ -269,3 +272,12 @@ def model_card(encoder: Encoder, metadata: Mapping[str, Any]) -> str:
             "",
         ]
     )  # fmt: skip
+
+
+def _own_module_lines(name: str) -> str:
+    """The lines of a model card that make a network of the user's own."""
+    if not is_code(name):
+        return f"model = ...  # the {name.strip('<>')} that was handed to the trainer\n"
+    module, _, attribute = name.partition(":")
+    first = attribute.partition(".")[0]
+    return f"from {module} import {first}\n\nmodel = {attribute}()\n"

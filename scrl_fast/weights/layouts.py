@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scrl_fast.config.backbones import has_own_names
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import read_file
 from scrl_fast.weights.metadata import plain, unflattened
@@ -49,6 +50,8 @@ class Weights:
     """Names of tensors that belong to none of our networks."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Backbone, method, epochs, normalisation, ..., where the file states them."""
+    named: State = field(default_factory=dict)
+    """Of a file with one network: its tensors under the names that they have in the file."""
     optimizer: dict[str, Any] | None = None
     """State dict of the optimizer, with the parameter order of the layout."""
 
@@ -75,6 +78,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if not state:
         held = f"{', '.join(map(str, list(document)[:8]))}"
         raise WeightsError(f"{name} holds no tensors under names (it holds {held:.200})")
+    if has_own_names(metadata.get("backbone")):  # exported by us: no layout to tell, and none to mistake them for
+        own = {_BODY + key: tensor for key, tensor in state.items()}
+        return Weights(name, "own names", {"online": own}, metadata=metadata)
     if any(key.endswith("stem.conv1.weight") for key in state):
         return _backbone_weights(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
     if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
@@ -157,7 +163,7 @@ def _backbone_weights(
             online[name] = tensor
         else:
             online[_BODY + name] = tensor
-    return Weights(path, layout, {"online": online}, tuple(other), dict(metadata))
+    return Weights(path, layout, {"online": online}, tuple(other), dict(metadata), named=state)
 
 
 def _prefix_of(state: State, first: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.config.backbones import is_code
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.layouts import BATCH_COUNTER, State, Weights, cast_like, read
@@ -58,6 +59,8 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     name = encoder.name if isinstance(encoder, Encoder) else type(encoder).__name__
     state, own = weights.encoder(branch), body.state_dict()
     state = _best_names(state, own)
+    if weights.named and any(key not in state for key in own):  # a network of the user's own: no layout fits its names
+        state = max(state, _best_names(weights.named, own), key=lambda names: sum(key in own for key in names))
     _refuse_misfits(state, own, weights, name)
     body.load_state_dict({key: cast_like(state.get(key, tensor), tensor) for key, tensor in own.items()})
     used = [key for key in own if key in state]
@@ -176,14 +179,14 @@ def encoder_of(source: Source, *, backbone: str = "", branch: Branch = "online")
     weights = source if isinstance(source, Weights) else read(source)
     if not backbone and weights.metadata.get("backbone"):
         _check_stated_backbone(weights, branch)
-    encoder = build_encoder(backbone or guess_backbone(weights))
+    encoder = build_encoder(backbone or guess_backbone(weights), size=view_size(weights))
     load_into(encoder, weights, branch=branch)
     return encoder
 
 
 def _check_stated_backbone(weights: Weights, branch: Branch) -> None:
     """Raises WeightsError where the backbone that a file states is unknown or not its own, before memory is taken."""
-    stated = str(weights.metadata["backbone"])
+    stated = _stated_backbone(weights)
     try:
         with torch.device("meta"):
             encoder = build_encoder(stated)
@@ -203,9 +206,8 @@ def guess_backbone(weights: Weights) -> str:
 
     Raises WeightsError when no known backbone has these tensors; the message names the nearest.
     """
-    stated = weights.metadata.get("backbone")
-    if stated:
-        return str(stated)
+    if weights.metadata.get("backbone"):
+        return _stated_backbone(weights)
     state = weights.encoder()
     misfits: list[tuple[int, str]] = []
     for name in encoder_names():
@@ -221,6 +223,26 @@ def guess_backbone(weights: Weights) -> str:
         misfits.append((len(wrong), f"{name} is nearest, but {wrong[0]} is {is_now}, must be {must_be}"))
     hint = min(misfits)[1] if misfits else "name the backbone"
     raise WeightsError(f"{weights.path} ({weights.layout}): no known backbone has these tensors; {hint}")
+
+
+def _stated_backbone(weights: Weights) -> str:
+    """The backbone that a file states. Raises WeightsError where that is code: no file may ask for its import."""
+    stated = str(weights.metadata["backbone"])
+    if is_code(stated):
+        raise WeightsError(
+            f"{weights.path} ({weights.layout}) states that its encoder is made by code, {stated}, which is not "
+            f"imported because a file says so: if you trust it, name it as the backbone, --backbone={stated} "
+            f"(train and transfer: --model.backbone={stated})"
+        )
+    return stated
+
+
+def view_size(weights: Weights) -> int:
+    """The side of the views that the weights were trained on, where the file says it; 224 elsewhere."""
+    config = weights.metadata.get("config")
+    views = config.get("views") if isinstance(config, dict) else None
+    size = views.get("size") if isinstance(views, dict) else None
+    return size if type(size) is int and 0 < size <= 4096 else 224
 
 
 def _shortened(names: Iterable[str], count: int = 4) -> str:
