@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from scrl_fast import weights
-from scrl_fast.config.schema import Config, TrainConfig, check_enough
+from scrl_fast.config.schema import Config, TrainConfig, ViewsConfig, check_enough
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, Encoder, wrap_module
 from scrl_fast.ops import backends
 from scrl_fast.optim import LARS, AdamW, lars_param_groups
 from scrl_fast.run.trackers import check_wandb
+
+DEFAULT_VIEWS = ViewsConfig()
 
 
 def check_run(config: Config, *, images: int, world_size: int = 1, device_type: str = "cpu") -> None:
@@ -178,15 +180,18 @@ def build_optimizer(model: SCRL, config: Config, global_batch: int) -> LARS | Ad
     return optimizer
 
 
-def initialise(model: SCRL, optimizer: LARS | AdamW, path: str, *, momentum: bool) -> list[str]:
-    """Fills the networks (for ``momentum`` also the optimizer's buffers) from a file of any known layout.
+def initialise(
+    model: SCRL, optimizer: LARS | AdamW, path: str, *, momentum: bool, views: ViewsConfig = DEFAULT_VIEWS
+) -> list[str]:
+    """Fills the networks (for ``momentum`` also the optimizer's buffers) from a file of any known layout, or a zoo.
 
-    path: ``init``, empty for none. Returns what there is to say about it.
+    path: ``init``, empty for none. views: of the run. Returns what there is to say about it.
     """
     if path in ("", weights.RANDOM):
         return ["random weights"] if path else []
-    source = weights.read(path)
+    source = weights.read_initial(path, model.online.encoder.name)
     notes = [f"init: {weights.load_into_scrl(model, source)}"]
+    notes += weights.normalization_notes(source, {"mean": views.mean, "std": views.std}, "views")
     if momentum and isinstance(optimizer, LARS):
         filled = weights.load_momentum(model, optimizer, source)
         if not filled:

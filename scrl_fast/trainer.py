@@ -360,7 +360,9 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         return self.identity
 
     def initialise(self) -> list[str]:
-        return initialise(self.model, self.optimizer, self.config.init, momentum=self.config.init_momentum)
+        config = self.config
+        how = {"momentum": config.init_momentum, "views": config.views}
+        return initialise(self.model, self.optimizer, config.init, **how)
 
     def is_best(self) -> bool:
         """Whether the probe has never been more accurate.

@@ -14,8 +14,8 @@ from scrl_fast.config.defaults import BACKBONE_STRIDES
 from scrl_fast.errors import UsageError, did_you_mean
 
 TIMM_PREFIX = "timm:"
-BACKBONE_OPTIONS = ("model.backbone", "backbone")
-"""The options of all commands that hold the name of an encoder."""
+TORCHVISION_WEIGHTS, TIMM_WEIGHTS, HUB_PREFIX = "torchvision", "timm", "hf-hub:"
+"""What ``init`` may be beside a path: weights by name."""
 _CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _GIVEN = re.compile(r"<[^<>]+>")
 
@@ -33,6 +33,11 @@ def is_given(name: object) -> bool:
 def has_own_names(name: object) -> bool:
     """Whether an encoder's tensors have names of the user's own, not torchvision's or timm's."""
     return is_code(name) or is_given(name)
+
+
+def is_zoo(init: str) -> bool:
+    """Whether ``init`` names weights of a zoo and not a file."""
+    return init in (TORCHVISION_WEIGHTS, TIMM_WEIGHTS) or init.startswith(HUB_PREFIX)
 
 
 def code_arguments(name: str) -> list[str]:

@@ -390,8 +390,9 @@ class Config:
     """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
     init: str = ""
     """Start from the weights of this file, with a fresh optimizer and schedule: a checkpoint of ours or of the
-    published implementation (heads included), or a ResNet of torchvision, timm, detectron2, mmdet or safetensors. With
-    resume=auto only as long as the run has no checkpoint of its own."""
+    published implementation (heads included), or a ResNet of torchvision, timm, detectron2, mmdet or safetensors; or of
+    a zoo: torchvision, timm (both by model.backbone) or hf-hub:OWNER/NAME, which are downloaded once. With resume=auto
+    only as long as the run has no checkpoint of its own."""
     init_momentum: bool = False
     """Take the optimizer's momentum from init as well, where the file holds it."""
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scrl_fast.config.backbones import is_zoo
 from scrl_fast.config.run_folder import is_step_file, step_in_name
 from scrl_fast.distributed.rendezvous import get_or_set_in_store
 from scrl_fast.distributed.world import World
@@ -31,13 +32,15 @@ def choose_folder(config: Any, kind: str, known: Sequence[str] = ("random",)) ->
     """``run.dir``; without one, the folder of the run that ``resume`` points into, or a new one under ``runs/``.
 
     config: has ``run``, ``resume`` and ``init``. kind: first words of a new folder's name. known: what ``init`` may be
-    beside a path.
+    beside a path and the weights of a zoo.
     Raises UsageError for ``resume=auto`` without ``run.dir``, and for a checkpoint that is not there.
     """
     for option in ("resume", "init"):
         path = getattr(config, option)
         if option == "init" and config.resume and (config.resume != "auto" or newest_checkpoint(config.run.dir)):
             continue  # not read where there is a checkpoint to go on from, and perhaps gone by now
+        if option == "init" and is_zoo(path):
+            continue
         if path not in ("", *(known if option == "init" else ("auto",))) and not os.path.exists(path):
             raise UsageError(f"{option}={path}: there is no such checkpoint or run folder")
     if config.run.dir:

@@ -39,7 +39,7 @@ def predict(argv: Sequence[str]) -> None:
     from scrl_fast.transfer.predict_folder import predict_folder
     from scrl_fast.transfer.trained import load_detector
 
-    detector = load_detector(args.detector, device=args.device)
+    detector = load_detector(args.detector, device=args.device, backbone=args.backbone)
     options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
     done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
@@ -74,6 +74,8 @@ def _check_score(score: float) -> None:
 
 def _add_detector(parser: CommandParser) -> None:
     parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
+    own = "package.module:function of a detector on a network of your own, which no file may name alone"
+    parser.add_argument("--backbone", default="", help=own)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}

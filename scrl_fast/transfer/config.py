@@ -302,8 +302,8 @@ class TransferConfig:
     eval: TransferEvalConfig = field(default_factory=TransferEvalConfig)
     """When and on what it is measured."""
     init: str = "random"
-    """Weights of the backbone: whatever scrl_fast.train's --init takes, random, or torchvision (its ImageNet-supervised
-    ones)."""
+    """Weights of the backbone: whatever scrl_fast.train's --init takes (files, torchvision, timm, hf-hub:OWNER/NAME),
+    or random."""
     resume: str = ""
     """auto: continue the run in run.dir from its newest good checkpoint; or the path of a checkpoint."""
     json: str = ""

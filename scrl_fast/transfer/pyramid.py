@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -21,7 +21,6 @@ from scrl_fast.models.encoders import TimmEncoder
 from scrl_fast.transfer.config import DetectorConfig
 from scrl_fast.transfer.levels import level_maps
 
-SUPERVISED = "torchvision"
 STEM = ("conv1", "bn1")
 TIMM_STRIDES = [4, 8, 16, 32]
 ODD_SIZE = (64, 96)  # pixels
@@ -127,38 +126,17 @@ class TimmPyramid(nn.Module):
 def load_backbone(encoder: Encoder, init: Any, config: DetectorConfig) -> weights.LoadReport:
     """Load the weights of ``init`` into the encoder; the report notes a normalisation that differs from the detector's.
 
-    Raises UsageError when torchvision's weights cannot be downloaded.
+    Raises WeightsError, a UsageError, when a zoo's weights cannot be downloaded.
     """
     if isinstance(init, Encoder):
         own = {f"encoder.body.{name}": tensor for name, tensor in init.body.state_dict().items()}
         init = weights.Weights(init.name, "an encoder", {"online": own, "target": own})
-    if init != SUPERVISED:
-        source = init if init == weights.RANDOM or isinstance(init, weights.Weights) else weights.read(init)
-        report = weights.load_into(encoder, source, branch=config.branch)
-        if isinstance(source, weights.Weights):
-            report.notes += normalization_notes(source, config)
-        return report
-    try:
-        chosen = torchvision.models.get_model_weights(encoder.name)["IMAGENET1K_V1"]
-        state = chosen.get_state_dict(progress=False, check_hash=True)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"init=torchvision: torchvision has no ImageNet weights of {encoder.name}") from error
-    except OSError as error:
-        raise UsageError(
-            f"init=torchvision: the weights of {encoder.name} cannot be downloaded ({error}); give a file instead"
-        ) from error
-    body = {f"encoder.body.{name}": tensor for name, tensor in state.items()}
-    return weights.load_into(encoder, weights.Weights(str(chosen), "torchvision", {"online": body}))
-
-
-def normalization_notes(source: weights.Weights, config: DetectorConfig) -> list[str]:
-    """A note when the weights were trained on images normalised differently, where the file says so."""
-    views = source.metadata.get("config", {}).get("views")
-    said = views if isinstance(views, dict) else source.metadata
-    own = {"mean": list(config.mean), "std": list(config.std)}
-    differ = {name: said[name] for name in own if isinstance(said.get(name), list) and said[name] != own[name]}
-    advice = " ".join(f"--model.{name}={value}".replace(" ", "") for name, value in differ.items())
-    return [f"it was trained on images normalised otherwise than the detector's: {advice}"] if differ else []
+    known = init == weights.RANDOM or isinstance(init, weights.Weights)
+    source = init if known else weights.read_initial(os.fspath(init), encoder.name)
+    report = weights.load_into(encoder, source, branch=config.branch)
+    if isinstance(source, weights.Weights):
+        report.notes += weights.normalization_notes(source, {"mean": config.mean, "std": config.std}, "model")
+    return report
 
 
 def freeze_stages(body: nn.Module, stages: list[str], count: int) -> None:

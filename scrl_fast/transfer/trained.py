@@ -97,10 +97,11 @@ class TrainedDetector:
         )
 
 
-def load_detector(run: str | os.PathLike[str], *, device: str = "auto") -> TrainedDetector:
+def load_detector(run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "") -> TrainedDetector:
     """The detector of a transfer run.
 
     run: a run folder, of which the newest good checkpoint is taken, or a checkpoint. No code of the file is run.
+    backbone: ``package.module:function`` of a detector on a network of the user's own; a file alone may not name code.
     device: auto, cpu, cuda or cuda:N.
     Raises CheckpointError (a UsageError) for a file that is missing, damaged or holds no detector.
     """
@@ -109,7 +110,7 @@ def load_detector(run: str | os.PathLike[str], *, device: str = "auto") -> Train
     if missing := [key for key in ("model", "config") if key not in state]:
         raise CheckpointError(f"{path} is no checkpoint of a detector: it lacks {', '.join(missing)}")
     check_training_state(path, state)
-    config = _detector_config(state["config"], path, run)
+    config = _detector_config(state["config"], path, run, backbone)
     classes, keypoints = sizes_of(config.detector, state["model"])
     arguments: dict[str, Any] = {"backbone": config.backbone, "branch": config.branch, "config": config}
     with torch.random.fork_rng(devices=[]):
@@ -121,13 +122,16 @@ def load_detector(run: str | os.PathLike[str], *, device: str = "auto") -> Train
     return TrainedDetector(network.to(device_of(device)), config, stored_categories(state, classes), path)
 
 
-def _detector_config(options: dict[str, Any], path: Path, run: Any) -> DetectorConfig:
+def _detector_config(options: dict[str, Any], path: Path, run: Any, backbone: str) -> DetectorConfig:
     model = under_present_names(TransferConfig, options).get("model")
     if not isinstance(model, dict) or "detector" not in model:
         raise CheckpointError(
             f"{path} holds no detector but a pre-trained encoder; one is trained from it by "
             f"python -m scrl_fast.transfer TASK --init={run}"
         )
+    if backbone:
+        model = {**model, "backbone": backbone}
+        return build(DetectorConfig, Settings(model, f"{path}: model"), tokens=[f"--backbone={backbone}"])
     return build(DetectorConfig, Settings(model, f"{path}: model"))
 
 

@@ -31,7 +31,6 @@ from scrl_fast.transfer.detector import build_detector, check_same_detector
 from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_step
 from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import detect
-from scrl_fast.transfer.pyramid import SUPERVISED
 from scrl_fast.transfer.schedule import Pace
 from scrl_fast.transfer.training_data import TransferData
 
@@ -65,7 +64,7 @@ class Transfer(TrainingTask[list[Example]]):
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
         self.evaluate_every = config.eval.every
         kind = f"{config.task}-{config.model.detector}"
-        self.config = config = place_run(config, self.world, kind, ("random", SUPERVISED))
+        self.config = config = place_run(config, self.world, kind)
         self.loop = TrainingLoop(self, write_environment=info.write_environment)
         set_numerics(config.train.deterministic, self.device)
         torch.backends.cudnn.benchmark = False  # the padded images' shapes change from step to step

@@ -17,6 +17,7 @@ from scrl_fast.weights.load import (
     view_size,
 )
 from scrl_fast.weights.momentum import load_momentum
+from scrl_fast.weights.zoo import normalization_notes, read_initial
 
 Report = LoadReport
 """The report's former name."""
@@ -33,6 +34,8 @@ __all__ = [
     "load_into",
     "load_into_scrl",
     "load_momentum",
+    "normalization_notes",
     "read",
+    "read_initial",
     "view_size",
 ]
