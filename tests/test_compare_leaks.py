@@ -14,10 +14,11 @@ from scrl_fast.config.schema import Config
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.data.sources.files import image_folder
 from scrl_fast.transfer.__main__ import parse
-from scrl_fast.transfer.compare.config import CompareOptions
+from scrl_fast.transfer.compare import leaks
+from scrl_fast.transfer.compare.config import LABELLED, CompareOptions
 from scrl_fast.transfer.compare.leaks import LeakCheck, in_short, in_words, stages_of
 from scrl_fast.transfer.compare.look_alikes import BITS, difference_hash, fingerprints, matches
-from scrl_fast.transfer.compare.table import LABELLED, seen_line
+from scrl_fast.transfer.compare.table import seen_line
 
 
 def picture(seed, height=160, width=200):
@@ -171,3 +172,17 @@ def test_a_tick_may_end_the_check(photographs):
     check = LeakCheck(image_folder(str(val)), 6, CompareOptions(), tick=tick)
     with pytest.raises(TimeoutError):
         check.of_labelled(image_folder(str(seen)))
+
+
+def test_what_was_found_is_kept_until_images_or_options_change(photographs, tmp_path, monkeypatch):
+    val, seen = photographs
+    source, run, file = image_folder(str(val)), run_folder(tmp_path / "run", seen), tmp_path / "seen.json"
+    first = LeakCheck(source, 6, CompareOptions(), file=file).of_start(str(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(leaks, "fingerprints", lambda *_, **__: pytest.fail("looked at again"))
+        assert LeakCheck(source, 6, CompareOptions(), file=file).of_start(str(run)) == first
+    assert LeakCheck(source, 6, CompareOptions(leaks="exact"), file=file).of_start(str(run)).exact == 1
+    picture(99).save(seen / "new.jpg")
+    assert LeakCheck(source, 6, CompareOptions(), file=file).of_start(str(run)).images == first.images + 1
+    file.write_text("{junk")
+    assert LeakCheck(source, 6, CompareOptions(), file=file).of_start(str(run)).exact == first.exact

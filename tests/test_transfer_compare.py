@@ -161,6 +161,8 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(data_root, tmp_path, cap
         "Failed: bad.pth, 60 % of the labels, seed 0: " in table and "rows that failed: 1;" in capsys.readouterr().err
     )
     assert "Traceback" in (folder / "log.txt").read_text()
+    torch.save({"state_dict": build_encoder("resnet10_tiny").body.state_dict()}, bad)  # put right
+    assert compare(words(data_root, folder, bad, "--seeds=1", "--train.steps=1")) == 0
 
 
 def test_checkpoints_of_finished_rows_may_go(data_root, tmp_path):
@@ -214,6 +216,22 @@ def test_other_options_or_another_start_do_not_mix_with_finished_rows(data_root,
             Comparison(options(*words(data_root, whole, weights)))
     finally:
         weights.write_bytes(before)
+
+
+def test_other_labels_do_not_mix_with_finished_rows(data_root, weights, whole, tmp_path):
+    shutil.copytree(data_root, tmp_path / "data")
+    copied = options(*words(tmp_path / "data", whole, weights))
+    copied.data.root = str(data_root)
+    assert not Comparison(copied).results.open
+    path = next((tmp_path / "data" / "VOC2007" / "Annotations").glob("0005*.xml"))
+    path.write_text(path.read_text().replace("cat", "dog"))
+    files = Comparison(copied).files
+    changed = Comparison(options(*words(tmp_path / "data", tmp_path / "other", weights))).files
+    assert files.data["train"] != changed.data["train"] and files.data["val"] == changed.data["val"]
+    files.data = changed.data
+    row = rows_of(copied)[0]
+    with pytest.raises(ValueError, match=r"other images or labels in data\.root"):
+        files.read(row, Comparison(copied).options[row.name])
 
 
 def test_the_task_coco10_and_several_processes_are_refused(data_root, tmp_path, monkeypatch):

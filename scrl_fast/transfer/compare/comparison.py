@@ -18,11 +18,20 @@ from scrl_fast.run.lock import hold_folder, release_folder
 from scrl_fast.run.log import format_seconds
 from scrl_fast.run.signals import SignalHandler
 from scrl_fast.transfer.checks import check_batch_size
-from scrl_fast.transfer.compare.config import CompareConfig
+from scrl_fast.transfer.compare.config import LABELLED, CompareConfig
 from scrl_fast.transfer.compare.leaks import LeakCheck, Sharing, in_short, in_words
 from scrl_fast.transfer.compare.plot import draw_comparison
-from scrl_fast.transfer.compare.rows import Row, RowFiles, fitted_to, options_of, percent, rows_of, values_of
-from scrl_fast.transfer.compare.table import LABELLED, Results, markdown, seen_line, summary_of
+from scrl_fast.transfer.compare.rows import (
+    Row,
+    RowFiles,
+    digest_of_labels,
+    fitted_to,
+    options_of,
+    percent,
+    rows_of,
+    values_of,
+)
+from scrl_fast.transfer.compare.table import Results, markdown, seen_line, summary_of
 from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, OutOfTime, RowTimes, TimedTransfer
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom
@@ -50,7 +59,9 @@ class Comparison:
         self.train, self.val, self.val_name = self.read_data()
         self.measured = min(config.eval.images or len(self.val), len(self.val))
         self.options = self.read_options()
-        self.files = RowFiles(self.folder, config.inits)
+        self.files = RowFiles(
+            self.folder, config.inits, {"train": digest_of_labels(self.train), "val": digest_of_labels(self.val)}
+        )
         for row in self.rows:
             if (result := self.files.read(row, self.options[row.name])) is not None:
                 self.results.values[row.name] = self.values(row, result)
@@ -179,9 +190,14 @@ class Comparison:
         """Fills ``seen``; False where a signal or the deadline ended it."""
         if self.config.compare.leaks == "off":
             return True
-        workers = self.config.data.workers
         check = LeakCheck(
-            self.val, self.measured, self.config.compare, workers=workers, say=self.say, tick=self.deadline.check
+            self.val,
+            self.measured,
+            self.config.compare,
+            workers=self.config.data.workers,
+            say=self.say,
+            tick=self.deadline.check,
+            file=self.folder / "seen.json",
         )
         starts = dict(zip(self.config.inits, self.results.labels, strict=True))
         work = {label: partial(check.of_start, init) for init, label in starts.items()}

@@ -24,6 +24,8 @@ from scrl_fast.transfer.config import TransferConfig
 LIST_FLAGS = ("--inits", "--shares")
 NAMED_STARTS = ("random", "torchvision")
 """Starts that are no path."""
+LABELLED = "labelled images"
+"""In place of a start's name: what all of them are fine-tuned on."""
 LARGEST_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
 
 INSTEAD = {

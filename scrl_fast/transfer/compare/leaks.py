@@ -5,13 +5,15 @@ What a run was trained on is told by its config.yaml, and what it started from b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scrl_fast.atomic_files import write_json
 from scrl_fast.config.files import Settings, build, under_present_names
 from scrl_fast.config.run_folder import CONFIG, folder_of
 from scrl_fast.config.schema import Config
@@ -21,7 +23,7 @@ from scrl_fast.data.sources.base import identity_of
 from scrl_fast.data.sources.factory import make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress, Say, silent
-from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareOptions
+from scrl_fast.transfer.compare.config import LABELLED, NAMED_STARTS, CompareOptions
 from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom
@@ -110,14 +112,14 @@ class Sharing:
     exact: int = 0
     alike: int = 0
     why: str = ""
-    pairs: tuple[dict[str, Any], ...] = ()
+    pairs: Sequence[dict[str, Any]] = ()
 
 
 class LeakCheck:
     """Compares sets of images with the validation images, which are read once.
 
     val: the validation images. count: how many of them, the first ones, are measured. tick: called after every image;
-    what it raises ends the check.
+    what it raises ends the check. file: keeps what was found, since large sets take their time.
     """
 
     def __init__(
@@ -129,27 +131,48 @@ class LeakCheck:
         workers: int = 2,
         say: Say = silent,
         tick: Callable[[], None] = lambda: None,
+        file: Path | None = None,
     ) -> None:
         self.val, self.options, self.workers, self.say, self.tick = val, options, workers, say, tick
+        self.file, self.kept = file, _read_kept(file)
         self.indices = range(count)
         self._prints: Fingerprints | None = None
 
     def of_start(self, init: str) -> Sharing:
         """Over all trainings that the start has behind it."""
-        total, reasons = Sharing(init), []
-        found: dict[int, dict[str, Any]] = {}
-        for stage in stages_of(init):
-            if stage.why:
-                reasons.append(f"{stage.name}: {stage.why}" if stage.name != init else stage.why)
-                continue
-            part = self.of_images(stage.name, stage.source, found)
-            total = Sharing(init, total.images + part.images, total.unread + part.unread)
-        return _summed(total, found, "; ".join(reasons))
+        return self._looked_up(init, list(stages_of(init)))
 
     def of_labelled(self, train: Any) -> Sharing:
         """Among the labelled images, which all starts are fine-tuned on."""
+        return self._looked_up(LABELLED, [Stage(LABELLED, train)])
+
+    def _looked_up(self, name: str, stages: list[Stage]) -> Sharing:
+        """What was found before of the same images under the same options, or what is found now."""
+        images = [
+            [stage.name, stage.why, identity_of(stage.source) if stage.source is not None else {}] for stage in stages
+        ]
+        key = json.loads(json.dumps([self.key(), images]))
+        kept = self.kept.get(name)
+        if isinstance(kept, dict) and kept.get("key") == key:
+            return Sharing(**kept["found"])
+        found = self._of_stages(name, stages)
+        self.kept[name] = {"key": key, "found": vars(found)}
+        if self.file is not None:
+            write_json(str(self.file), self.kept)
+        return found
+
+    def _of_stages(self, name: str, stages: list[Stage]) -> Sharing:
+        total, reasons = Sharing(name), []
         found: dict[int, dict[str, Any]] = {}
-        return _summed(self.of_images("labelled images", train, found), found, "")
+        for stage in stages:
+            if stage.why:
+                reasons.append(f"{stage.name}: {stage.why}" if stage.name != name else stage.why)
+                continue
+            part = self.of_images(stage.name, stage.source, found)
+            total = Sharing(name, total.images + part.images, total.unread + part.unread)
+        alike = sum(pair["kind"] == "alike" for pair in found.values())
+        pairs = [found[index] for index in sorted(found)[:NAMED]]
+        return Sharing(name, total.images, total.unread, len(found) - alike, alike, "; ".join(reasons), pairs)
 
     def of_images(self, name: str, source: Any, found: dict[int, dict[str, Any]]) -> Sharing:
         """Adds what it finds to ``found``, by the number of the validation image."""
@@ -181,10 +204,12 @@ class LeakCheck:
         return kept | {"measured": len(self.indices), "validation": identity_of(self.val)}
 
 
-def _summed(total: Sharing, found: dict[int, dict[str, Any]], why: str) -> Sharing:
-    alike = sum(pair["kind"] == "alike" for pair in found.values())
-    pairs = tuple(found[index] for index in sorted(found)[:NAMED])
-    return Sharing(total.name, total.images, total.unread, len(found) - alike, alike, why, pairs)
+def _read_kept(file: Path | None) -> dict[str, Any]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    except ValueError:
+        kept = {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _pair(match: Match, val: Any, source: Any) -> dict[str, Any]:

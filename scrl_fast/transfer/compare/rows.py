@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -10,11 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scrl_fast.atomic_files import digest_of, expected_digest, write_json, write_text
 from scrl_fast.config.files import under_present_names
 from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.yaml_text import dump
+from scrl_fast.data.sources.base import identity_of
 from scrl_fast.errors import UsageError
+from scrl_fast.run.folder import newest_checkpoint
 from scrl_fast.run.resume import changed_options, flatten
 from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareConfig
 from scrl_fast.transfer.config import TransferConfig
@@ -116,14 +121,23 @@ def fingerprint_of(init: str) -> str:
         return "no checkpoint"
 
 
+def digest_of_labels(source: Any) -> str:
+    """SHA-256 of the names of annotated images and of their boxes and labels."""
+    found = hashlib.sha256(json.dumps(identity_of(source), sort_keys=True).encode())
+    for index in range(len(source)):
+        found.update(np.ascontiguousarray(source.boxes(index), np.float32).tobytes())
+        found.update(np.ascontiguousarray(source.labels(index), np.int64).tobytes())
+    return found.hexdigest()
+
+
 class RowFiles:
     """``rows/NAME.json`` of a comparison's folder: options and start of each row, and its result once it is finished.
 
-    ``rows/NAME.yaml`` beside it holds the options for the row alone.
+    ``rows/NAME.yaml`` beside it holds the options for the row alone. data: what `digest_of_labels` says of both parts.
     """
 
-    def __init__(self, folder: Path, inits: Sequence[str]) -> None:
-        self.folder = folder / "rows"
+    def __init__(self, folder: Path, inits: Sequence[str], data: Mapping[str, str]) -> None:
+        self.folder, self.data = folder / "rows", dict(data)
         self.starts = {init: fingerprint_of(init) for init in inits}
 
     def path(self, row: Row) -> Path:
@@ -136,7 +150,7 @@ class RowFiles:
 
     def write(self, row: Row, config: TransferConfig, result: Mapping[str, float] | None = None) -> None:
         """The row begins, or with a result it is finished."""
-        document = {"row": asdict(row), "start": self.starts[row.init], "config": config.to_dict()}
+        document = {"row": asdict(row), "start": self.starts[row.init], "config": config.to_dict(), "data": self.data}
         write_json(str(self.path(row)), document | {"result": result and dict(result)})
         if result is None:
             alone = replace(config, run=replace(config.run, dir=""))
@@ -154,6 +168,9 @@ class RowFiles:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             before, start, result = document["config"], document["start"], document["result"]
+            if result is None and not newest_checkpoint(config.run.dir):  # it failed before it began
+                return None
+            same_data = document["data"] == self.data
             result = result and {str(name): float(value) for name, value in result.items()}
             before = under_present_names(TransferConfig, before)
             changed = _changed(before, config.to_dict())
@@ -162,6 +179,8 @@ class RowFiles:
         way_out = f"choose another --compare.dir, or remove it and {config.run.dir} to make the row again"
         if changed:
             raise UsageError(f"{path} was made with other options ({', '.join(changed)}): {way_out}")
+        if not same_data:
+            raise UsageError(f"{path} was made with other images or labels in data.root: {way_out}")
         if before.get("init") != config.init or start != self.starts[row.init]:
             raise UsageError(f"{path} was made from {before.get('init')} as it was then, not as it is now: {way_out}")
         return result

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from scrl_fast.transfer.compare.config import LABELLED
 from scrl_fast.transfer.compare.rows import Row, percent
 from scrl_fast.transfer.compare.statistics import CONFIDENCE, Difference, paired_difference, spread, t_quantile
 
 FEW = 5  # seeds; with fewer the interval is so wide that the table says it
 MEASURES = ("AP", "AP50")
-LABELLED = "labelled images"
-"""In place of a start's name: what all of them are fine-tuned on."""
 
 
 @dataclass
