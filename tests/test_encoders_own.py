@@ -11,6 +11,7 @@ import own_encoders
 import pytest
 import torch
 from tiny_trainer import Pictures, make_config, state_of
+from tiny_transfer import transfer
 from torch import nn
 
 from scrl_fast import train, weights
@@ -21,6 +22,7 @@ from scrl_fast.evaluate.__main__ import main as evaluate
 from scrl_fast.export import export
 from scrl_fast.models import build_encoder, wrap_module
 from scrl_fast.trainer import SCRLTrainer
+from scrl_fast.transfer import load_detector
 from scrl_fast.transfer.detector import build_detector
 from scrl_fast.transfer.levels import level_maps
 
@@ -311,6 +313,19 @@ def test_a_detector_trains_on_an_own_encoder_with_its_weights(tmp_path, detector
     losses = network.train()([torch.rand(3, 160, 200)], [target])
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in network.backbone.body.net.parameters())
+
+
+def test_a_trained_detector_is_loaded_where_its_code_is_named_again(tmp_path, data_root, monkeypatch) -> None:
+    mark = tmp_path / "mark"
+    monkeypatch.setenv(own_encoders.MARK, str(mark))
+    run = transfer("detection", data_root, tmp_path / "run", "--model.backbone=own_encoders:marking")
+    run.loop.save()
+    mark.unlink()
+    with pytest.raises(UsageError, match="names code to import, backbone=own_encoders:marking"):
+        load_detector(tmp_path / "run", device="cpu")
+    assert not mark.exists()
+    detector = load_detector(tmp_path / "run", device="cpu", backbone="own_encoders:marking")
+    assert all(map(torch.equal, detector.network.state_dict().values(), run.network.state_dict().values()))
 
 
 def test_frozen_stages_are_torchvisions(tmp_path) -> None:
