@@ -77,6 +77,16 @@ def test_every_option_is_reachable_and_spelled_one_way(tmp_path):
     assert "method: byol" in text and "lr: 0.01" in text and "max_steps: 1" in text and "hidden_dim: 16" in text
 
 
+def test_a_network_of_ones_own_is_trained_in_place(tmp_path):
+    layers = [torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 12, 3, 4, 1)]
+    network = torch.nn.Sequential(*layers)
+    before = network[0].weight.clone()
+    result = pretrain(tmp_path / "a", model=network, train__max_steps=1)
+    assert not torch.equal(network[0].weight, before)
+    assert result.encoder(torch.rand(1, 3, 32, 32)).shape == (1, 12, 4, 4)
+    assert scrl_fast.embed(np.zeros((40, 40, 3), np.uint8), weights=result, device="cpu").shape == (1, 12)
+
+
 def test_rows_are_heard_and_may_stop_the_run(tmp_path):
     rows = []
 

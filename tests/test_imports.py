@@ -30,6 +30,7 @@ FLOORS = (
     ("evaluate",),
     ("trainer", "transfer"),
     ("train", "api", "export", "transfer.__main__", "evaluate.__main__", "data.pack"),
+    ("commands",),
     ("scrl_fast",),  # the package's own __init__, which hands out the public names: for users only
     ("benchmarks",),
 )
