@@ -120,7 +120,8 @@ def test_what_cannot_be_checked_is_said(photographs, tmp_path):
     assert in_short(check.of_start(str(gone)), 6) == "not checked"
     assert said("random") == "nothing to check: it has seen no images"
     assert in_short(check.of_start("random"), 6) == "0 of 6"
-    assert "ImageNet's, are not here" in said("torchvision")
+    assert "its images, ImageNet's, are not here" in said("torchvision")
+    assert said("hf-hub:someone/encoder") == said("timm") == "not checked: its images are not here"
     assert "drawn scenes" in said(run_folder(tmp_path / "demo", "", source="demo"))
     torch.save({"state_dict": {}}, tmp_path / "w.pth")
     assert "no run of scrl_fast" in said(tmp_path / "w.pth")

@@ -15,7 +15,7 @@ from scrl_fast.models import build_encoder
 from scrl_fast.transfer.__main__ import main, parse_command
 from scrl_fast.transfer.compare.comparison import Comparison
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
-from scrl_fast.transfer.compare.rows import labels_of, rows_of
+from scrl_fast.transfer.compare.rows import RowFiles, labels_of, rows_of
 from scrl_fast.transfer.compare.timed import Deadline, TimedTransfer
 from scrl_fast.transfer.config import TASK_SUMMARIES
 from scrl_fast.transfer.trainer import Transfer
@@ -256,6 +256,17 @@ def test_starts_have_short_names_of_their_own(tmp_path):
         (tmp_path / name / "scrl" / "config.yaml").touch()
     runs = [str(tmp_path / "a" / "scrl"), str(tmp_path / "b" / "scrl" / "checkpoints" / "last.pt")]
     assert labels_of(["random", *runs, "we ights.pth"]) == ["random", "scrl", "scrl-2", "we-ights.pth"]
+    assert labels_of(["timm", "hf-hub:someone/encoder@main"]) == ["timm", "encoder-main"]
+
+
+def test_the_command_of_a_row_repeats_what_no_file_may_ask_for(tmp_path):
+    config = CompareConfig(inits=("random",))
+    config.model.backbone = "mine.networks:small"
+    row = rows_of(config)[0]
+    words = RowFiles(tmp_path, config.inits, {}).command(row, config).split()
+    assert words[3:] == [
+        *("detection", f"--config={tmp_path}/rows/random-0.1-seed0.yaml", "--model.backbone=mine.networks:small"),
+    ]
 
 
 def test_lists_are_taken_with_commas_or_in_brackets():

@@ -182,7 +182,7 @@ class Comparison:
         self.say(f"failed: {row.describe()}: {one_line(error)} (traceback in {self.folder / 'log.txt'})")
 
     def values(self, row: Row, result: dict[str, float]) -> dict[str, Any]:
-        return values_of(row, self.config.task, result) | {"command": self.files.command(row, self.config.task)}
+        return values_of(row, self.config.task, result) | {"command": self.files.command(row, self.options[row.name])}
 
     # ---- validation images that were seen before ----
 
@@ -278,7 +278,9 @@ class Comparison:
         return f"{self.config.task}: {self.config.model.detector} with {self.config.model.backbone}"
 
     def table(self) -> str:
-        alone = f"One row alone, to the same numbers: {self.files.command(self.rows[0], self.config.task)}"
+        alone = (
+            f"One row alone, to the same numbers: {self.files.command(self.rows[0], self.options[self.rows[0].name])}"
+        )
         return markdown(self.title(), self.results, self.seen_in_words(), [alone])
 
     def write(self) -> None:

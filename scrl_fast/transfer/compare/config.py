@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from scrl_fast.config.backbones import TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_zoo
 from scrl_fast.config.validation import (
     at_least,
     check_fields,
@@ -22,8 +23,7 @@ from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.transfer.config import TransferConfig
 
 LIST_FLAGS = ("--inits", "--shares")
-NAMED_STARTS = ("random", "torchvision")
-"""Starts that are no path."""
+RANDOM = "random"
 LABELLED = "labelled images"
 """In place of a start's name: what all of them are fine-tuned on."""
 LARGEST_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
@@ -98,8 +98,8 @@ class CompareConfig(TransferConfig):
                 section, _, name = option.rpartition(".")
                 raise option_error(option, getattr(getattr(self, section) if section else self, name), INSTEAD[option])
         for init in self.inits:
-            if init not in NAMED_STARTS and not os.path.exists(init):
-                hint = did_you_mean(init, NAMED_STARTS)
+            if not (is_named(init) or os.path.exists(init)):
+                hint = did_you_mean(init, (RANDOM, TORCHVISION_WEIGHTS, TIMM_WEIGHTS))
                 raise UsageError(f"inits: there is no such checkpoint or run folder: {init!r}{hint}")
         check_writable("json", self.json)
         if self.compare.dir and os.path.exists(self.compare.dir) and not os.path.isdir(self.compare.dir):
@@ -110,6 +110,11 @@ class CompareConfig(TransferConfig):
         """The options that all rows share; start, share, seed and folder are not set yet."""
         shared = {item.name: getattr(self, item.name) for item in fields(TransferConfig)}
         return TransferConfig(**(shared | {"json": ""}))
+
+
+def is_named(init: str) -> bool:
+    """Whether a start is no path: random, or the weights of a zoo."""
+    return init == RANDOM or is_zoo(init)
 
 
 def with_lists(argv: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.atomic_files import write_json
+from scrl_fast.config.backbones import TORCHVISION_WEIGHTS
 from scrl_fast.config.files import Settings, build, under_present_names
 from scrl_fast.config.run_folder import CONFIG, folder_of
 from scrl_fast.config.schema import Config
@@ -23,7 +24,7 @@ from scrl_fast.data.sources.base import identity_of
 from scrl_fast.data.sources.factory import make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress, Say, silent
-from scrl_fast.transfer.compare.config import LABELLED, NAMED_STARTS, CompareOptions
+from scrl_fast.transfer.compare.config import LABELLED, RANDOM, CompareOptions, is_named
 from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom
@@ -46,10 +47,11 @@ class Stage:
 def stages_of(init: str) -> Iterator[Stage]:
     """The trainings behind a start, the last one first."""
     for _ in range(ANCESTORS):
-        if init == "random":
+        if init == RANDOM:
             return
-        if init in NAMED_STARTS:
-            yield Stage(init, why="its images, ImageNet's, are not here")
+        if is_named(init):
+            whose = ", ImageNet's," if init == TORCHVISION_WEIGHTS else ""
+            yield Stage(init, why=f"its images{whose} are not here")
             return
         options, init, why = _options_of(init)
         name = str(folder_of(init) or init)
@@ -57,8 +59,8 @@ def stages_of(init: str) -> Iterator[Stage]:
             yield Stage(name, why=why)
             return
         yield _stage(name, options)
-        init = options.get("init") or "random"
-        if init not in NAMED_STARTS and not Path(init).exists():
+        init = options.get("init") or RANDOM
+        if not is_named(init) and not Path(init).exists():
             yield Stage(init, why=f"{name} started from it, and it is not here")
             return
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.atomic_files import digest_of, expected_digest, write_json, write_text
+from scrl_fast.config.backbones import code_arguments
 from scrl_fast.config.files import under_present_names
 from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.yaml_text import dump
@@ -21,7 +22,7 @@ from scrl_fast.data.sources.base import identity_of
 from scrl_fast.errors import UsageError
 from scrl_fast.run.folder import newest_checkpoint
 from scrl_fast.run.resume import changed_options, flatten
-from scrl_fast.transfer.compare.config import NAMED_STARTS, CompareConfig
+from scrl_fast.transfer.compare.config import CompareConfig, is_named
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.training_data import fit_length
 from scrl_fast.weights.checkpoint_files import CheckpointError, find
@@ -76,7 +77,7 @@ def labels_of(inits: Sequence[str]) -> list[str]:
     labels: list[str] = []
     for init in inits:
         path = Path(init)
-        named = path.name if init in NAMED_STARTS else ((folder_of(path) or path).absolute().name)
+        named = path.name if is_named(init) else ((folder_of(path) or path).absolute().name)
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.") or "start"
         label, number = plain, 2
         while label in labels:
@@ -112,7 +113,7 @@ COUNTED = ("eval.images", "train.max_steps")
 
 def fingerprint_of(init: str) -> str:
     """SHA-256 of the weights file that a start means; its name where it means none."""
-    if init in NAMED_STARTS:
+    if is_named(init):
         return init
     try:
         path = find(init)
@@ -143,10 +144,10 @@ class RowFiles:
     def path(self, row: Row) -> Path:
         return self.folder / f"{row.name}.json"
 
-    def command(self, row: Row, task: str) -> str:
+    def command(self, row: Row, config: TransferConfig) -> str:
         """The command that trains and measures this row alone, in a run folder of its own, to the same numbers."""
-        config = self.path(row).with_suffix(".yaml")
-        return shlex.join(["python", "-m", "scrl_fast.transfer", task, f"--config={config}"])
+        words = ["python", "-m", "scrl_fast.transfer", config.task, f"--config={self.path(row).with_suffix('.yaml')}"]
+        return shlex.join([*words, *code_arguments(config.model.backbone)])
 
     def write(self, row: Row, config: TransferConfig, result: Mapping[str, float] | None = None) -> None:
         """The row begins, or with a result it is finished."""
