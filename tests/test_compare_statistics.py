@@ -95,6 +95,10 @@ def test_the_table_says_what_is_missing():
     assert "- Failed: scrl, 2 rows: no weights" in text and "- Not finished: 1 of 8 rows." in text
     assert text.endswith("- one more\n") and "no seed in common yet" in text
     assert "One seed tells nothing" in markdown("voc", results(1), SEEN)
+    assert "train longer" not in text
+    for value in made.values.values():
+        value["AP"] = 0.4 if value["seed"] else None
+    assert "No row reaches an AP of 1: train longer" in markdown("voc", made, SEEN)
 
 
 def test_the_ap_of_a_task_is_that_of_what_it_is_about():

@@ -13,6 +13,7 @@ from scrl_fast.transfer.compare.statistics import CONFIDENCE, Difference, paired
 
 FEW = 5  # seeds; with fewer the interval is so wide that the table says it
 MEASURES = ("AP", "AP50")
+LEARNED = 1.0  # points; where no row reaches it, detectors have learned next to nothing yet
 
 
 @dataclass
@@ -124,6 +125,9 @@ def _explained(results: Results) -> list[str]:
             f"In brackets: {CONFIDENCE:.0%} interval of the difference, paired over seeds (Student's t); beyond chance "
             "where it leaves zero out."
         )
+    reached = [value["AP"] or 0.0 for value in results.values.values()]
+    if reached and max(reached) < LEARNED:
+        notes.append(f"No row reaches an AP of {LEARNED:g}: train longer before anything is concluded from this.")
     few = max(pairs, default=0)
     if others and 1 < few < FEW:
         factor = t_quantile(0.5 + CONFIDENCE / 2, few - 1) / math.sqrt(few)
