@@ -262,7 +262,9 @@ def _parser() -> CommandParser:
     parser.add_argument("out", metavar="OUT", type=clean_path, help="file to write; for hf a folder")
     parser.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
     parser.add_argument("--branch", choices=("online", "target"), default="online", help="default: %(default)s")
-    parser.add_argument("--backbone", default="", help="name of the encoder, where the file does not tell")
+    parser.add_argument(
+        "--backbone", default="", help="name of the encoder, where the file does not tell, or package.module:function"
+    )
     parser.add_argument(
         "--size", type=int, default=224, help="image side: onnx is traced with it, hf names it (default: %(default)s)"
     )

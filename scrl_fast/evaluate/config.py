@@ -29,7 +29,8 @@ class Common:
     """Weights: a run folder or checkpoint, the published layout, a ResNet of torchvision, timm, detectron2 or mmdet, or
     random for an untrained encoder."""
     backbone: str = ""
-    """resnet50, resnet10_tiny, timm:NAME, ...; empty: what the weights say or show (random: resnet50)."""
+    """resnet50, resnet10_tiny, timm:NAME, package.module:function, ...; empty: what the weights say or show (random:
+    resnet50)."""
     branch: Literal["online", "target"] = "online"
     """Which network of a checkpoint that holds both."""
     batchnorm: Literal["auto", "stored", "measured"] = "auto"
