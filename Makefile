@@ -1,7 +1,7 @@
 # PYTHON=... chooses the interpreter. `build` wants what pyproject.toml lists under [build-system], torch, and the package
 # installed once (pip install --no-build-isolation -e .).
 PYTHON ?= python
-SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cuda_on_cpu/*')
+SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 RESULTS ?= benchmarks/results
 
 .PHONY: build test lint format bench asan

@@ -302,7 +302,7 @@ def make_views(
 ) -> None:
     """Views into `out` `[V, 3, S, S]`, dense in either layout, from uint8 `buffer` on the same device.
 
-    plan: int64 `[V, len(PLAN)]`, amounts: float32 `[V, AMOUNTS]`; see `scrl_fast.ops.augment_views_plan`.
+    plan: int64 `[V, len(PLAN)]`, amounts: float32 `[V, AMOUNTS]`; see `scrl_fast.ops.augment_views_triton.make_plan`.
     normalization: three scales, three shifts; not used for uint8. threshold: of solarisation.
     """
     views, size, device = len(plan), out.shape[-1], out.device

@@ -131,6 +131,16 @@ def test_norms():
     assert norms(masks, SyncBatchNorm) == 9 + 6 + 4 and norms(masks, nn.BatchNorm2d) == 0
 
 
+def test_the_earlier_name_of_lr_steps_is_taken(scenes):
+    def losses(**steps):
+        torch.manual_seed(0)
+        return fine_tune(small("faster_rcnn"), scenes, steps=2, batch_size=4, lr=0.01, workers=1, **steps)
+
+    with pytest.warns(FutureWarning, match="lr_steps"):
+        earlier = losses(decay_at=(1, 1))
+    assert earlier == losses(lr_steps=(1, 1)) and earlier != losses()
+
+
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
 def test_loss_falls(kind, scenes):
     losses = fine_tune(small(kind), scenes, steps=8, batch_size=8, lr=0.02, flip=0.0, workers=2)

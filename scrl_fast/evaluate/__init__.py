@@ -1,4 +1,4 @@
-"""What a frozen encoder learned, measured: linear, k-NN, RoI linear, dense consistency, rank.
+"""What a frozen encoder learned, measured: linear, k-NN, fine-tuning, RoI linear, dense consistency, rank, pca.
 
 ``python -m scrl_fast.evaluate TASK`` from the command line. Names are loaded when they are first used, so that a
 misspelt option is answered before torch is imported.

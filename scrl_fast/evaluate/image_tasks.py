@@ -1,4 +1,4 @@
-"""The tasks about whole images: linear, knn and rank. Each takes options and returns a `TaskResult`."""
+"""The tasks about whole images: linear, finetune, knn and rank. Each takes options and returns a `TaskResult`."""
 
 from __future__ import annotations
 

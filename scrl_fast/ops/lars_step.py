@@ -18,7 +18,7 @@ PLAIN, ADAPT, PLAIN_BY_LR = 0.0, 1.0, 2.0
 """How a tensor's gradient is scaled: by grad_scale, by the LARS ratio, or by the learning rate."""
 
 
-class Settings(NamedTuple):
+class LarsSettings(NamedTuple):
     """The numbers of a step as kernels take them: rows for groups of tensors that share them, and who is in which."""
 
     rows: list[tuple[float, ...]]
@@ -96,7 +96,7 @@ def lars_step_(
 
 
 def step_by(
-    settings: Settings,
+    settings: LarsSettings,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -128,7 +128,7 @@ def _check_counter(counter: Tensor | None, params: Sequence[Tensor]) -> None:
 
 def make_settings(
     count: int, device: torch.device | None, *, ema_momentum: float | Tensor | None, **values: Any
-) -> Settings:
+) -> LarsSettings:
     """Checked hyper-parameters, each one value or a list of count of them (as `lars_step_` takes them), as rows.
 
     Only lists tell tensors apart: a step is prepared in little more time than it takes to walk through those.
@@ -142,7 +142,7 @@ def make_settings(
     row_of, firsts = _distinct(count, list(lists.values()))
     rows = [_row(**single, **{name: column[i] for name, column in lists.items()}) for i in firsts]
     ema, ema_tensor = check_scalar("ema_momentum", 1.0 if ema_momentum is None else ema_momentum, 0, 1)
-    return Settings(
+    return LarsSettings(
         [numbers for numbers, _, _ in rows],
         row_of,
         ema,
@@ -211,7 +211,7 @@ def lars_step_reference(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     ema_targets: Sequence[Tensor | None],
-    settings: Settings,
+    settings: LarsSettings,
     skip_counter: Tensor | None,
 ) -> None:
     """Plain PyTorch, one tensor after the other."""
@@ -231,7 +231,7 @@ def lars_step_reference(
                 old.copy_(value if good is None else torch.where(good, value, old))
 
 
-def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, settings: Settings, row: int):
+def _reference_update(p: Tensor, g: Tensor, b: Tensor, t: Tensor | None, settings: LarsSettings, row: int):
     lr, momentum, weight_decay, trust, eps, grad_scale, mode = settings.rows[row]
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     lr = _at_row(lr, settings.lr_tensor, row, p.device, wide)
@@ -270,7 +270,7 @@ def _dispatch_to(op: str) -> Callable[..., None]:
         grads: Sequence[Tensor],
         momentum_buffers: Sequence[Tensor],
         ema_targets: Sequence[Tensor | None],
-        settings: Settings,
+        settings: LarsSettings,
         skip_counter: Tensor | None,
     ) -> None:
         rows = [number for row in settings.rows for number in row]

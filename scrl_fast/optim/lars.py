@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from scrl_fast.ops import ema_update_
 from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
 from scrl_fast.ops._tensor_lists import DTYPES, check_lists, check_memory
-from scrl_fast.ops.lars_step import Settings, make_settings, step_by
+from scrl_fast.ops.lars_step import LarsSettings, make_settings, step_by
 
 NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
 """What a group may set for itself."""
@@ -190,7 +190,7 @@ class LARS(Optimizer):
         if ema_momentum is not None and matched and matched.rest:
             self._average_rest(matched.rest, ema_momentum, before)
 
-    def _settings(self, group_of: list[int], device: torch.device, ema_momentum: float | Tensor | None) -> Settings:
+    def _settings(self, group_of: list[int], device: torch.device, ema_momentum: float | Tensor | None) -> LarsSettings:
         """Checked for each group, not for each of its parameters."""
         used = list(dict.fromkeys(group_of))
         columns = {name: [self.param_groups[k][name] for k in used] for name in NUMBERS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -121,17 +122,19 @@ def fine_tune(
     lr: float = 0.02,
     seed: int = 0,
     warmup_steps: int = 0,
-    decay_at: tuple[int, int] | None = None,
+    lr_steps: tuple[int, int] | None = None,
     flip: float = 0.5,
     workers: int = 2,
     clip_norm: float = 0.0,
     autocast: torch.dtype | None = None,
     report: Callable[[int, dict[str, float]], None] | None = None,
+    decay_at: tuple[int, int] | None = None,
 ) -> list[float]:
     """Train a detector of `build_detector` in place, on its own device; returns the loss of every step.
 
     train: images with boxes and labels; crowds and images without boxes are left out.
-    lr: for this batch size, not scaled; a tenth of it from each step of ``decay_at`` on (by default at 2/3 and 8/9).
+    lr: for this batch size, not scaled; a tenth of it from each step of ``lr_steps`` on (by default at 2/3 and 8/9).
+    decay_at: the earlier name of ``lr_steps``, with a warning.
     flip: probability of a mirror image; 0 where left and right differ in meaning (digits).
     report: called with every step's number and losses.
     The same seed gives the same result for any number of workers.
@@ -140,8 +143,10 @@ def fine_tune(
         raise ValueError(f"batch_size must be at most the {len(train)} images, got {batch_size}")
     indices = trainable(train, TransferDataConfig())
     batch_size = min(batch_size, len(indices))
-    decay_at = decay_at or (steps * 2 // 3, steps * 8 // 9)
-    optim = TransferOptimConfig(lr=lr, reference_batch=batch_size, warmup_steps=warmup_steps, lr_steps=decay_at)
+    if decay_at is not None:
+        warnings.warn("fine_tune(decay_at=...) is now called lr_steps", FutureWarning, stacklevel=2)
+    lr_steps = lr_steps or decay_at or (steps * 2 // 3, steps * 8 // 9)
+    optim = TransferOptimConfig(lr=lr, reference_batch=batch_size, warmup_steps=warmup_steps, lr_steps=lr_steps)
     optimizer = build_sgd(network, optim)
     first_label = int(network.first_label)  # type: ignore[arg-type]
     examples = Examples(train, first_label=first_label, flip=flip, seed=seed)
