@@ -134,7 +134,7 @@ def test_norms():
 def test_the_earlier_name_of_lr_steps_is_taken(scenes):
     def losses(**steps):
         torch.manual_seed(0)
-        return fine_tune(small("faster_rcnn"), scenes, steps=2, batch_size=4, lr=0.01, workers=1, **steps)
+        return fine_tune(small("faster_rcnn"), scenes, steps=3, batch_size=4, lr=0.01, workers=1, **steps)
 
     with pytest.warns(FutureWarning, match="lr_steps"):
         earlier = losses(decay_at=(1, 1))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scrl_fast.config.files import Settings, build, under_present_names
+from scrl_fast.config.yaml_text import shortened
 from scrl_fast.data.image_inputs import ImageInput, rgb_of
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.transfer.categories import Categories, stored_categories
@@ -114,8 +115,11 @@ def load_detector(run: str | os.PathLike[str], *, device: str = "auto", backbone
     classes, keypoints = sizes_of(config.detector, state["model"])
     arguments: dict[str, Any] = {"backbone": config.backbone, "branch": config.branch, "config": config}
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):  # options and tensors of a file that contradict each other must not take memory
-            expected = build_detector(config.detector, classes, keypoints=keypoints, **arguments).state_dict()
+        try:
+            with torch.device("meta"):  # options and tensors of a file that contradict each other must not take memory
+                expected = build_detector(config.detector, classes, keypoints=keypoints, **arguments).state_dict()
+        except (RuntimeError, OverflowError) as error:  # sizes that no memory has
+            raise CheckpointError(f"{path}: its options do not make a detector: {shortened(error)}") from error
         _check_tensors(expected, state["model"], config, path)
         network = build_detector(config.detector, classes, keypoints=keypoints, **arguments)
     network.load_state_dict(state["model"])
@@ -138,6 +142,7 @@ def _detector_config(options: dict[str, Any], path: Path, run: Any, backbone: st
 def sizes_of(detector: str, state: Mapping[str, Any]) -> tuple[int, int]:
     """Classes without background, and keypoints (17 where there are none), of a detector's tensors."""
     keypoints = state.get("roi_heads.keypoint_predictor.kps_score_lowres.weight")
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
     if detector.endswith("rcnn"):
         scores = state.get("roi_heads.box_predictor.cls_score.weight")
         classes = 0 if scores is None else len(scores) - 1

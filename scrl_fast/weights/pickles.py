@@ -40,8 +40,8 @@ class ForeignObjectError(PickleError):
     """A pickle that holds an object of a class that is not read; ``name`` is the class."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"it asks for {name}, and only NumPy arrays, tensors and plain values are read")
-        self.name = name
+        self.name = name.encode("utf-8", "backslashreplace").decode()  # a pickle may spell surrogates
+        super().__init__(f"it asks for {self.name}, and only NumPy arrays, tensors and plain values are read")
 
 
 class Named:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scrl_fast.data.decode import EXTENSIONS
-from scrl_fast.data.image_files import ImageLimits
+from scrl_fast.data.image_files import ImageLimits, printable
 from scrl_fast.data.sources.annotated import AnnotatedImages
+from scrl_fast.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -82,4 +83,8 @@ def visible(folder: str) -> list[str]:
     """Names of what is in a folder and not hidden, sorted; none where it is missing."""
     if not os.path.isdir(folder):
         return []
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UsageError(f"{printable(folder)} cannot be listed: {error.strerror or error}") from error
+    return sorted(name for name in names if not name.startswith("."))

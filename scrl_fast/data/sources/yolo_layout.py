@@ -10,7 +10,7 @@ from typing import Any
 from scrl_fast.config.yaml_text import read_yaml, shortened
 from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.annotated import AnnotatedImages
-from scrl_fast.data.sources.annotation_files import read_annotations
+from scrl_fast.data.sources.annotation_files import foreign_content, read_annotations
 from scrl_fast.data.sources.files import image_folder, image_list
 from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit, child, files_in, images_in, role_of, subfolders
 from scrl_fast.data.sources.yolo import count_classes, is_label_file, read_yolo
@@ -86,6 +86,8 @@ def _read(path: str) -> dict[str, Any] | None:
         if os.path.basename(path).lower() not in ("data.yaml", "data.yml"):
             return None
         raise error if isinstance(error, UsageError) else UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) and os.path.basename(path).lower() in ("data.yaml", "data.yml"):
+        raise UsageError(f"{path} is no table of names and folders, but {shortened(content)}")
     return content if isinstance(content, dict) else None
 
 
@@ -238,7 +240,10 @@ def _names_beside(folders: Sequence[str]) -> list[str]:
         for name in _NAME_FILES:
             path = os.path.join(folder, name)
             if os.path.isfile(path):
-                lines = read_annotations(path, _LARGEST_NAMES).decode("utf-8-sig", "replace").splitlines()
+                content = read_annotations(path, _LARGEST_NAMES)
+                if kind := foreign_content(content):
+                    raise UsageError(f"{path} holds no names of classes: it is {kind}")
+                lines = content.decode("utf-8-sig", "replace").splitlines()
                 if names := [line.strip() for line in lines if line.strip()]:
                     return names
     return []

@@ -22,14 +22,15 @@ from scrl_fast.data.sources.base import identity_of
 from scrl_fast.errors import UsageError
 from scrl_fast.run.folder import newest_checkpoint
 from scrl_fast.run.resume import changed_options, flatten
+from scrl_fast.transfer.best import main_metric
 from scrl_fast.transfer.compare.config import CompareConfig, is_named
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.training_data import fit_length
 from scrl_fast.weights.checkpoint_files import CheckpointError, find
+from scrl_fast.weights.errors import WeightsError
+from scrl_fast.weights.file_kinds import check_regular
 
 SAVES = 10  # checkpoints of a row where run.checkpoint_every leaves it open: an epoch of a small share is short
-HEADLINES = {"instance": "segm", "keypoints": "keypoints"}
-"""Whose AP is a row's ``AP`` where a task measures several kinds; boxes elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def fingerprint_of(init: str) -> str:
         return init
     try:
         path = find(init)
+        check_regular(path)  # a pipe or a device has no end to be read to
         return expected_digest(path) or digest_of(path)
-    except (CheckpointError, OSError):  # a folder in another layout, or a start whose rows will fail
+    except (CheckpointError, WeightsError, OSError):  # a folder in another layout, or a start whose rows will fail
         return "no checkpoint"
 
 
@@ -197,6 +199,6 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def values_of(row: Row, task: str, result: Mapping[str, float]) -> dict[str, Any]:
     """A row of the table: ``{init, share, seed, AP, AP50, ...}`` in points; None for what the data cannot tell (-1)."""
     clean = {name: None if value == -1 else value for name, value in result.items()}
-    kind = HEADLINES.get(task, "bbox")
-    head = {name: clean[f"{kind}_{name}"] for name in ("AP", "AP50") if name not in clean and f"{kind}_{name}" in clean}
+    kind = main_metric(result).removesuffix("AP")
+    head = {name: clean[kind + name] for name in ("AP", "AP50") if name not in clean and kind + name in clean}
     return {"init": row.init, "start": row.label, "share": row.share, "seed": row.seed, **head, **clean}
