@@ -170,7 +170,7 @@ def no_curves() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data sets of the transfer tasks, tiny, in their official layouts; whoever changes some copies them first."""
+    """The data sets of the transfer tasks, tiny, in their official layouts. A test that changes one copies it first."""
     from tiny_transfer import write_all
 
     return write_all(tmp_path_factory.mktemp("data"))

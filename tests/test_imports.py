@@ -1,4 +1,4 @@
-"""The order of the house: who may import whom, how many modules stand at the top, how long files and functions are."""
+"""The order of the house: allowed imports, the number of modules at the top, the length of files and functions."""
 
 from __future__ import annotations
 

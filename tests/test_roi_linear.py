@@ -1,4 +1,4 @@
-"""RoI linear accuracy: the protocol is blind to who made the weights, exact where the answer is known, repeatable."""
+"""RoI linear accuracy: the protocol treats all weights alike, exact where the answer is known, repeatable."""
 
 from __future__ import annotations
 

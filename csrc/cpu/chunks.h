@@ -34,9 +34,9 @@ std::vector<Chunk> chunks_of(const std::vector<Item>& items) {
 }
 
 // run(c) for the chunks c of [first, last), backwards if asked. Each thread has a share of neighbours, so that it reads
-// memory in order and a second loop over the same chunks finds in a core's cache what the first left there. Who is done
-// helps the others: loader processes share these cores, and a thread that lost its core would hold up all of them. A
-// thread more for every 32 k elements.
+// memory in order and a second loop over the same chunks finds in a core's cache what the first left there. A thread
+// that is done helps the others: loader processes share these cores, and a thread that lost its core would hold up all
+// of them. A thread more for every 32 k elements.
 template <class Run>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t first, int64_t last, bool backwards, const Run& run) {
   int64_t elements = 0;

@@ -1,5 +1,5 @@
-// Gradient of the map, gathered image by image: whoever owns an image's channels visits its boxes in a fixed order and
-// writes each element once, so there is nothing to add up between threads and nothing to clear beforehand.
+// Gradient of the map, gathered image by image: the thread that owns an image's channels visits its boxes in a fixed
+// order and writes each element once, so there is nothing to add up between threads and nothing to clear beforehand.
 #include <algorithm>
 
 #include "cpu/roi_align_boxes.h"

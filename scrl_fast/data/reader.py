@@ -33,7 +33,7 @@ class BatchItem(NamedTuple):
 
 
 class Reading:
-    """Has the workers know what the calling thread reads in the meantime."""
+    """Context: reports to the workers the file that the calling thread is reading."""
 
     __slots__ = ("_name", "_workers")  # made for every image: a generator would take longer than some reads
 

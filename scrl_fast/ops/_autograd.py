@@ -65,10 +65,11 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def is_plain_one(factor: Tensor) -> bool:
-    """Whether what comes in is the 1 of a plain ``loss.backward()``, so that gradients at hand can be handed out.
+    """Whether the incoming gradient is the 1 of ``loss.backward()``.
 
-    False wherever looking would synchronise or the value is traced or batched; and where the graph stays, because a
-    write into the gradient handed out would spoil the next pass over it.
+    Then the gradients of the forward pass can be returned as they are. False where reading the value would synchronise,
+    where it is traced or batched, and where the graph is kept: a write into the returned gradient would spoil the next
+    pass over the graph.
     """
     return (
         PRIVATE

@@ -150,7 +150,7 @@ def _tell_of_wrong_gpu() -> None:
 
 
 def forget() -> None:
-    """Choose anew from the next call on: for who changes SCRL_FAST_BACKEND or TRITON_INTERPRET in a running process."""
+    """Forgets all choices, for a program that changes SCRL_FAST_BACKEND or TRITON_INTERPRET while it runs."""
     for decided in (_variable, _choose, triton_failure):
         decided.cache_clear()
 

@@ -185,14 +185,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 def _remember(ctx: Any, input: Tensor, target: Tensor, options: Sequence[Any], grads: Sequence[Tensor]) -> None:
     two_views, reduction, of_input, of_target = options
     ctx.made = of_input, of_target
-    # the rows themselves are kept for who asks for a second derivative, to be refused
+    # the rows themselves are kept so that a second derivative can be refused
     ctx.save_for_backward(*grads, input if of_input else None, target if of_target else None)
     divided_later = input.dtype is torch.float16 and reduction == _MEAN
     ctx.divisor = max(input.shape[0] // (2 if two_views else 1), 1) if divided_later else 1
 
 
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The forward pass has made the gradients; what is left is to multiply them by what comes in."""
+    """The gradients that the forward pass has made, multiplied by the incoming gradient."""
     *made, input, target = ctx.saved_tensors
     if grad_loss is None:
         return None, None

@@ -46,17 +46,18 @@ class RoIAlignPatch:
 
 
 def patch_roi_align(*, backend: Backend | None = None) -> RoIAlignPatch:
-    """From here on detectors that call ``torchvision.ops.roi_align`` call ours; returns the patch, to undo it.
+    """Replaces ``torchvision.ops.roi_align`` by ours in every module that imports it by name, now or until ``undo``.
 
-    Taken are torchvision's own detectors, detectron2's, and every module that has imported the function by name or
-    imports it until `RoIAlignPatch.undo`; the names are in ``changed``, and the log (logger ``scrl_fast``) has a line.
-    Networks need not be built anew. What changes is as in `roi_align`: a deterministic gradient, half precision as it
-    is under autocast, NaN for boxes that are not finite, ValueError for an image index outside the batch.
-    Not taken: a function kept elsewhere than in a module (a default argument, functools.partial), scripted modules,
-    and torch.jit.script, which cannot compile ours: script before, or after `undo`.
-    Patches may be nested: torchvision's comes back when all are undone, in any order; the newest's ``backend`` counts.
-    It holds for all threads of the process, whichever thread patched: a lock guards the change, not the calls, so patch
-    and undo while no other thread builds or imports a detector.
+    Returns the patch. Its ``changed`` lists the replaced names, which the logger ``scrl_fast`` gives in one line.
+    Torchvision's and detectron2's detectors are included. Existing networks need not be rebuilt.
+    The calls then behave as `roi_align`: the gradient is deterministic, half precision is read and returned as it is
+    under autocast, boxes that are not finite give NaN, and an image index outside the batch raises ValueError.
+    Does not reach: default arguments, functools.partial, scripted modules. torch.jit.script cannot compile ours: script
+    before the patch, or after ``undo``.
+    Patches may be nested. The newest one's ``backend`` counts, and torchvision's function comes back when all are
+    undone, in any order.
+    The patch is process-wide. Its lock guards the replacement, not the calls: do not patch or undo while another thread
+    imports or builds a detector.
     """
     patch = RoIAlignPatch(backend)
     with _lock:

@@ -44,7 +44,7 @@ def sample_box_pairs(
     """Draw boxes in the overlap of the two crops of each image and map them into both views: `(boxes1, boxes2)`.
 
     crops1, crops2: `[B, 5]` integers, rows `(y, x, h, w, flip)` in pixels of the original image; NumPy arrays or CPU
-    tensors, and what comes in comes out. Both crops become views of view_size x view_size pixels.
+    tensors. Returns the same type as the input (ndarray or CPU tensor). Both views have view_size x view_size pixels.
     boxes1, boxes2: float32 `[N, 5]`, rows `(image, x0, y0, x1, y1)` in pixels of the view, by image, then by box; row i
     of both shows the same region. The image index of boxes2 counts on from B: views are stacked as [view 1; view 2].
     An image gives boxes_per_image rows, or none where the overlap is min_size or less in either direction.

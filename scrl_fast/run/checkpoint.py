@@ -100,9 +100,9 @@ class CheckpointManager:
         return newest_good(self.folder)
 
     def check_room(self, state: dict[str, Any], groups: Sequence[dict[str, Any]], files: int) -> None:
-        """Raises UsageError unless the disk has room for so many checkpoints like this state, as it says itself.
+        """Raises UsageError unless the disk reports room for ``files`` checkpoints of this size.
 
-        groups: those of the optimizer, whose parameters get momentum.
+        state: what one checkpoint holds. groups: those of the optimizer, whose parameters get momentum.
         """
         size = _size(state)
         if not state["optimizer"].get("state"):  # before the first step: momentum comes

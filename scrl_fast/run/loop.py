@@ -1,7 +1,7 @@
 """The life of a run, the same for every trainer: steps, signals, agreement between processes, saving, last words.
 
-What is a trainer's own (batches, a step, a row of the log, its state) it gives as a `scrl_fast.run.task.TrainingTask`.
-The loop knows no error of the data and no model by name.
+A trainer supplies batches, steps, log rows and state as a `scrl_fast.run.task.TrainingTask`. The loop knows no error of
+the data and no model by name.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ class TrainedDetector:
 
     network: torchvision's, in eval mode; it takes lists of images ``[3, H, W]`` with values from 0 to 1.
     config: the ``model`` section of its run. classes: names by label. category_ids: their numbers in annotations.
-    path: its checkpoint. It computes in float32.
+    path: its checkpoint.
+    The detector computes in float32.
     """
 
     def __init__(self, network: nn.Module, config: DetectorConfig, categories: Categories, path: Path) -> None:

@@ -33,7 +33,7 @@ def _from_text(value: str) -> Any:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """The value without what JSON cannot hold, whoever wrote it: such items are left out of dicts and lists."""
+    """The value, from any source, without the items of dicts and lists that JSON cannot hold."""
     if isinstance(value, dict) and depth < MAX_DEPTH:
         kept = {name: plain(item, depth + 1) for name, item in value.items() if type(name) is str}
         return {name: item for name, item in kept.items() if item is not _LEFT_OUT}

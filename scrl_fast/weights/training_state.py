@@ -1,4 +1,4 @@
-"""The structure of a training checkpoint: which kinds of value its sections hold, whoever made the file."""
+"""The structure of a training checkpoint: the kinds of value that its sections may hold, whatever the file's origin."""
 
 from __future__ import annotations
 
