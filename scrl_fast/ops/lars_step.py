@@ -19,7 +19,7 @@ PLAIN, ADAPT, PLAIN_BY_LR = 0.0, 1.0, 2.0
 
 
 class LarsSettings(NamedTuple):
-    """The numbers of a step as kernels take them: rows for groups of tensors that share them, and who is in which."""
+    """The numbers of a step as kernels take them: rows for groups of tensors that share them, and each tensor's row."""
 
     rows: list[tuple[float, ...]]
     """(lr, momentum, weight_decay, trust_coefficient, eps, grad_scale, mode) of each group."""
