@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from scrl_fast import atomic_files as durable
+from scrl_fast import atomic_files
 from scrl_fast.run.checkpoint import (
     CHECKPOINT_KEYS,
     CheckpointError,
@@ -282,14 +282,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_write_text_replaces_at_once(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
-    durable.write_text(path, "old\n")
+    atomic_files.write_text(path, "old\n")
 
     def fail(*_):
         raise OSError("no")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no"):
-        durable.write_text(path, "new\n")
+        atomic_files.write_text(path, "new\n")
     assert path.read_text() == "old\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -309,4 +309,4 @@ def test_what_is_no_file_is_named_and_passed_over(tmp_path, make):
 def test_a_pipe_named_as_the_checksum_is_none(tmp_path):
     (tmp_path / "x.pt").touch()
     os.mkfifo(tmp_path / "x.pt.sha256")
-    assert durable.expected_digest(tmp_path / "x.pt") is None
+    assert atomic_files.expected_digest(tmp_path / "x.pt") is None

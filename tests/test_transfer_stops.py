@@ -121,7 +121,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
     measuring = []
 
     @dataclass(frozen=True)
-    class Fellow(World):
+    class FakePeer(World):
         def all_reduce_ints(self, numbers):
             if measuring and which == "another":
                 return [0, 1, int(why == "stall")]
@@ -131,7 +131,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
             raise AssertionError("the others do not come")
 
     options = ["--train.steps=1", "--run.checkpoint_every=9", "--data.timeout=0.3"]
-    run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", *options)), world=Fellow())
+    run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", *options)), world=FakePeer())
     released, plain, read = threading.Event(), run.detections, run.data.val.read
 
     def detections(indices):
@@ -197,7 +197,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_with_a_checkpoint(data_root, 
 
 def test_all_processes_hear_of_a_bad_image_and_of_a_signal_at_the_end(data_root, tmp_path):
     @dataclass(frozen=True)
-    class Fellow(World):
+    class FakePeer(World):
         """A world where another process says this, in the step after so many."""
 
         says: tuple = (0, 0, 0)
@@ -209,13 +209,13 @@ def test_all_processes_hear_of_a_bad_image_and_of_a_signal_at_the_end(data_root,
             return super().all_reduce_ints(numbers)
 
     config = parse(arguments("detection", data_root, tmp_path / "a", "--train.steps=3"))
-    run = Transfer(config, world=Fellow(says=(0, 1, 1), after=2))
+    run = Transfer(config, world=FakePeer(says=(0, 1, 1), after=2))
     with pytest.raises(PeerFailed, match="data of another process"):
         run.fit()
     assert run.loop.saved == 2 and (tmp_path / "a" / "checkpoints" / "step_00000002.pt").exists()
     run = Transfer(
         parse(arguments("detection", data_root, tmp_path / "b", "--train.steps=2")),
-        world=Fellow(says=(0, 1, 0), after=2),
+        world=FakePeer(says=(0, 1, 0), after=2),
     )
     summary = run.fit()  # at the last step: nobody must be left alone in the measurement
     assert summary["interrupted"] == "a signal to another process" and "result" not in summary
