@@ -180,5 +180,5 @@ def test_a_view_below_the_stride_of_an_encoder_of_timm_is_refused(tmp_path, monk
         SCRLTrainer(config, source=Pictures())
 
 
-def deep_encoder(name):
+def deep_encoder(name, size=None):
     return Encoder(name, torch.nn.Identity(), out_channels=4, stride=64)
