@@ -104,6 +104,8 @@ def test_the_table_says_what_is_missing():
 def test_the_ap_of_a_task_is_that_of_what_it_is_about():
     row = Row("random", "random", 0.1, 0)
     coco = {"bbox_AP": 30.0, "bbox_AP50": 50.0, "segm_AP": 20.0, "segm_AP50": 40.0, "segm_APs": -1}
-    assert values_of(row, "detection", coco)["AP"] == 30 and values_of(row, "instance", coco)["AP"] == 20
+    boxes = {name: value for name, value in coco.items() if name.startswith("bbox")}
+    assert values_of(row, "detection", boxes)["AP"] == 30 and values_of(row, "custom", boxes)["AP50"] == 50
+    assert values_of(row, "instance", coco)["AP"] == values_of(row, "custom", coco)["AP"] == 20
     assert values_of(row, "instance", coco)["segm_APs"] is None
     assert values_of(row, "voc", {"AP": 7.0})["AP"] == 7
