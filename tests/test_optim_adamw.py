@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -222,3 +223,21 @@ def test_the_state_of_adamw_is_checked_before_it_is_used(tmp_path) -> None:
 def test_options_that_do_not_go_together_are_named(options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config.from_dict(options)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+def test_a_copy_goes_on_with_its_average_and_its_count(copied):
+    model, target = network(), network()
+    optimizer = AdamW(groups_of(model), lr=0.01)
+    optimizer.attach_ema(target.parameters(), model.parameters())
+    backward(model, 0)
+    next(model.parameters()).grad.fill_(float("nan"))
+    optimizer.step(ema_momentum=0.9)
+    its_model, its_target, its_optimizer = copied((model, target, optimizer))
+    for each, average in ((model, optimizer), (its_model, its_optimizer)):
+        backward(each, 1)
+        average.step(ema_momentum=0.9)
+    assert its_optimizer.skipped == optimizer.skipped == 1
+    assert all(map(torch.equal, its_model.parameters(), model.parameters()))
+    assert all(map(torch.equal, its_target.parameters(), target.parameters()))
+    assert not torch.equal(next(target.parameters()), next(model.parameters()))

@@ -15,23 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from scrl_fast.errors import UsageError, did_you_mean
-from scrl_fast.models.encoder import Encoder
+from scrl_fast.models.encoder import WholeEncoder
 
 STRIP_WIDTHS = (448, 896)
 """Widths of the strips whose maps tell the stride: they differ by a multiple of 2, 4, ..., 64, 7, 14 and 28."""
 
 
-class ModuleEncoder(Encoder):
+class ModuleEncoder(WholeEncoder):
     """A network of the user's as an encoder. Of several maps (list, tuple, dict) the last one counts."""
-
-    @property
-    def checkpointing(self) -> bool:
-        return False
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on:
-            raise UsageError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
 
     def forward(self, images: Tensor) -> Tensor:
         features = maps_of(self.body(images))[-1]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from scrl_fast.errors import UsageError
+
 
 class Encoder(nn.Module):
     """Images ``[B, 3, H, W]`` to a feature map ``[B, out_channels, ceil(H / stride), ceil(W / stride)]``.
@@ -44,6 +46,19 @@ class Encoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, out_channels={self.out_channels}, stride={self.stride}"
+
+
+class WholeEncoder(Encoder):
+    """An encoder whose blocks are not known, so that none can be recomputed."""
+
+    @property
+    def checkpointing(self) -> bool:
+        return False
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on:
+            raise UsageError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
 
 
 def _checkpointed(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:

@@ -15,7 +15,7 @@ from torchvision.models import resnet as torchvision_resnet
 from scrl_fast.config.backbones import TIMM_PREFIX, is_code, is_given
 from scrl_fast.errors import UsageError
 from scrl_fast.models.custom import import_module_encoder
-from scrl_fast.models.encoder import Encoder
+from scrl_fast.models.encoder import Encoder, WholeEncoder
 
 TORCHVISION_NAMES = (
     "resnet18",
@@ -32,17 +32,8 @@ TORCHVISION_NAMES = (
 TINY_NAME = "resnet10_tiny"
 
 
-class TimmEncoder(Encoder):
+class TimmEncoder(WholeEncoder):
     """The last feature map of a timm model built with ``features_only=True``."""
-
-    @property
-    def checkpointing(self) -> bool:
-        return False
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on:
-            raise UsageError(f"train.checkpoint_activations works with torchvision's backbones, not with {self.name!r}")
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)[-1]

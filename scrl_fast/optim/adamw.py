@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
+from scrl_fast.ops._arguments import check_number, check_sequence
 from scrl_fast.ops._tensor_lists import check_lists, check_memory
+from scrl_fast.optim.base import EmaOptimizer
 
 Matched = tuple[list[Tensor], list[Tensor]]
 """Parameters that have a gradient, and the gradients."""
 
 
-class AdamW(Optimizer):
+class AdamW(EmaOptimizer):
     """Adam with decoupled weight decay (arXiv 1711.05101); the arithmetic is that of torch's fused kernels.
 
     Parameters whose gradient is None are left out. A step in which any gradient is NaN or infinite changes nothing, the
@@ -43,18 +44,8 @@ class AdamW(Optimizer):
     ) -> None:
         numbers = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum": 0.9}
         # fused: by it load_state_dict brings the step counters to the device
-        super().__init__(params, {"lr": lr, **numbers, "adapt": True, "fused": True})
-        device = next((p.device for group in self.param_groups for p in group["params"]), None)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._average: tuple[list[Tensor], list[Tensor]] = ([], [])  # targets, sources
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        average: tuple[list[Tensor], ...] = ()  # targets, sources
+        super().__init__(params, {"lr": lr, **numbers, "adapt": True, "fused": True}, average)
 
     @staticmethod
     def _check_group(group: dict[str, Any]) -> None:
@@ -68,7 +59,10 @@ class AdamW(Optimizer):
             raise ValueError(f"betas must be two numbers, got {group['betas']}")
         if not isinstance(group["adapt"], bool):
             raise TypeError(f"adapt must be True or False, got {group['adapt']!r}")
-        for i, parameter in enumerate(group["params"]):
+
+    @staticmethod
+    def _check_params(params: list[Tensor]) -> None:
+        for i, parameter in enumerate(params):
             if not parameter.is_floating_point() or parameter.is_sparse:
                 raise TypeError(f"params[{i}] has dtype {parameter.dtype}: AdamW takes dense floating-point parameters")
             if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
@@ -103,11 +97,6 @@ class AdamW(Optimizer):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"state_dict does not fit: state[{place}]['{name}'] is {got}, must be {list(wanted)}")
 
-    @property
-    def skipped(self) -> Tensor:
-        """How many steps were skipped for a gradient that was not finite: int64, on the parameters' device."""
-        return self._skipped
-
     def attach_ema(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         """``step(ema_momentum=m)`` then also moves each target towards its source, after the source's own update.
 
@@ -116,26 +105,9 @@ class AdamW(Optimizer):
         targets, sources = list(check_sequence("targets", targets)), list(check_sequence("sources", sources))
         check_lists(targets=targets, sources=sources)
         check_memory({"targets": targets}, {"sources": sources})
-        self._average = targets, sources
+        self._average = (targets, sources) if targets else ()
 
-    @overload
-    def step(self, closure: None = None, ema_momentum: float | None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float], ema_momentum: float | None = None) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, ema_momentum: float | None = None) -> float | None:
-        """One update; returns what closure (which recomputes loss and gradients) returned.
-
-        ema_momentum: momentum, in [0, 1], of the average attached by `attach_ema`; None leaves the average alone.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if ema_momentum is not None:
-            check_scalar("ema_momentum", ema_momentum, 0, 1)
-            if not self._average[0]:
-                raise ValueError(f"ema_momentum is {ema_momentum}, but attach_ema was not called")
+    def _update(self, ema_momentum: float | Tensor | None) -> None:
         groups = [(group, _with_gradients(group["params"])) for group in self.param_groups]
         broken = self._count_if_broken([grad for _, (_, grads) in groups for grad in grads])
         for group, (params, grads) in groups:
@@ -144,8 +116,8 @@ class AdamW(Optimizer):
         if ema_momentum is not None:
             # filled in on the device, since a copy from the host would wait for it
             momentum = torch.full((), float(ema_momentum), dtype=torch.float64, device=broken.device)
-            ema_update_(*self._average, torch.where(broken > 0, 1.0, momentum))
-        return loss
+            targets, sources = self._average
+            ema_update_(targets, sources, torch.where(broken > 0, 1.0, momentum))
 
     def _count_if_broken(self, grads: list[Tensor]) -> Tensor:
         """1.0 on the device where any gradient is not finite, else 0.0; counted in `skipped`."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import compress
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from scrl_fast.ops import ema_update_
 from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
 from scrl_fast.ops._tensor_lists import DTYPES, check_lists, check_memory
 from scrl_fast.ops.lars_step import LarsSettings, make_settings, step_by
+from scrl_fast.optim.base import EmaOptimizer
 
 NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "adapt", "grad_scale")
 """What a group may set for itself."""
@@ -32,7 +33,7 @@ class _Matched(NamedTuple):
     """Target and source where the source is none of params."""
 
 
-class LARS(Optimizer):
+class LARS(EmaOptimizer):
     """Layer-wise adaptive rate scaling over SGD with momentum (arXiv 1708.03888), one fused update for all parameters.
 
     The formula is that of `scrl_fast.ops.lars_step_`. Parameters whose gradient is None are left out; sparse gradients
@@ -63,28 +64,20 @@ class LARS(Optimizer):
             "trust_coefficient": trust_coefficient,
             "eps": eps,
         }
-        super().__init__(params, {"lr": lr, **numbers, "adapt": True, "grad_scale": 1.0})
+        average: dict[Tensor, Tensor] = {}  # source -> target
+        super().__init__(params, {"lr": lr, **numbers, "adapt": True, "grad_scale": 1.0}, average)
         self.skip_nonfinite = skip_nonfinite
-        device = next((p.device for group in self.param_groups for p in group["params"]), None)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._average: dict[Tensor, Tensor] = {}  # source -> target
         self._matched: _Matched | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # copies and pickles; the base class names what it keeps
-        own = {name: getattr(self, name) for name in ("skip_nonfinite", "_skipped", "_average")}
-        return super().__getstate__() | own | {"_matched": None}
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"skip_nonfinite": self.skip_nonfinite, "_matched": None}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-            for i, parameter in enumerate(self.param_groups[-1]["params"]):
-                if parameter.is_complex():
-                    known = ", ".join(str(dtype) for dtype in DTYPES)
-                    raise TypeError(f"params[{i}] has dtype {parameter.dtype}: LARS takes {known}")
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    @staticmethod
+    def _check_params(params: list[Tensor]) -> None:
+        for i, parameter in enumerate(params):
+            if parameter.is_complex():
+                known = ", ".join(str(dtype) for dtype in DTYPES)
+                raise TypeError(f"params[{i}] has dtype {parameter.dtype}: LARS takes {known}")
 
     @staticmethod
     def _check_group(group: dict[str, Any]) -> None:
@@ -128,11 +121,6 @@ class LARS(Optimizer):
                 f"the parameter {list(parameter.shape)}"
             )
 
-    @property
-    def skipped(self) -> Tensor:
-        """How many steps were skipped for a gradient that was not finite: int64, on the parameters' device."""
-        return self._skipped
-
     def attach_ema(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         """``step(ema_momentum=m)`` then also moves each target towards its source, after the source's own update.
 
@@ -150,29 +138,6 @@ class LARS(Optimizer):
                 raise ValueError(f"sources[{i}] is sources[{first}], with another target: a source has one")
         self._average = average
         self._matched = None
-
-    @overload
-    def step(self, closure: None = None, ema_momentum: float | Tensor | None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float], ema_momentum: float | Tensor | None = None) -> float: ...
-    @torch.no_grad()
-    def step(
-        self, closure: Callable[[], float] | None = None, ema_momentum: float | Tensor | None = None
-    ) -> float | None:
-        """One update; returns what closure (which recomputes loss and gradients) returned.
-
-        ema_momentum: momentum, in [0, 1], of the average attached by `attach_ema`; None leaves the average alone.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if ema_momentum is not None:
-            check_scalar("ema_momentum", ema_momentum, 0, 1)
-            if not self._average:
-                raise ValueError(f"ema_momentum is {ema_momentum}, but attach_ema was not called")
-        self._update(ema_momentum)
-        return loss
 
     def _update(self, ema_momentum: float | Tensor | None) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
