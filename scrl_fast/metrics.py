@@ -84,6 +84,7 @@ class LogWindow:
         self.rows: list[list[float]] = []
         self.scores: list[float] = []  # probe accuracies at the logging points since the last checkpoint
         self.best = -math.inf  # the probe's accuracy at best.pt
+        self.improved: bool | None = None  # by the last `end_interval`; None where there was no score
         self.pairs = 0  # box pairs of all windows so far
 
     def take(self, images: int) -> dict[str, float]:
@@ -97,13 +98,12 @@ class LogWindow:
             self.scores.append(row["probe_accuracy"])
         return row
 
-    def is_best(self) -> bool:
-        """Whether the probe has never been more accurate than since the last checkpoint; False without a score."""
-        if not self.scores:
-            return False
-        score, self.scores = fmean(self.scores), []
-        better, self.best = score > self.best, max(score, self.best)
-        return better
+    def end_interval(self) -> None:
+        """A checkpoint comes: notes whether the probe was never more accurate than since the last one."""
+        self.improved = None
+        if self.scores:
+            score, self.scores = fmean(self.scores), []
+            self.improved, self.best = score > self.best, max(score, self.best)
 
     def state_dict(self) -> dict[str, Any]:
         return {"pending": self.rows, "scores": self.scores, "best": self.best, "pairs": self.pairs}

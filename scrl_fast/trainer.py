@@ -92,7 +92,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         self.model, self.optimizer = build(self.config, **sizes, device=self.device, encoder=encoder)
         self.compares = config.eval.roi_linear and config.data.source == "demo"
         self.untrained = copy.deepcopy(encoder) if encoder is not None and self.compares else None
-        self.network: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
+        self.ddp_model: torch.nn.Module | None = None  # the model as all processes train it, from the first step on
         self.meter = StepMeter()
         self.window = LogWindow()  # what the meter gave since the last logging point
         self.projections: Tensor | None = None  # of the last batch
@@ -173,8 +173,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         momentum = self.set_schedule()
         if self.config.train.cuda_graphs:  # what the graphs of the step before returned may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
-        if self.network is None:
-            self.network = self.world.wrap_ddp(self.model, self.device, static=len(batch) == 1)
+        if self.ddp_model is None:
+            self.ddp_model = self.world.wrap_ddp(self.model, self.device, static=len(batch) == 1)
         own_pairs = sum(each.pairs for each in batch)
         total = max(self.world.all_reduce_ints([own_pairs])[0] if pairs is None else pairs, 1)
         batches = [each.to(self.device, self.config.train.channels_last) for each in batch]
@@ -196,9 +196,9 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
         share: of the box pairs of the step. labelled: views of the step whose image has a label, in all processes.
         """
-        assert self.network is not None
+        assert self.ddp_model is not None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            output = self.network(batch.views, batch.boxes, batch.labels)
+            output = self.ddp_model(batch.views, batch.boxes, batch.labels)
         objective = loss = output.loss * share
         row = [loss.detach(), *[torch.zeros_like(loss.detach())] * 3]
         if labelled is not None:  # the probe's input carries no gradient: encoder and heads do not feel it
@@ -211,8 +211,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     def reducing_after(self, last: bool) -> AbstractContextManager[object]:
         """Several processes exchange gradients after the last batch of a step only."""
-        if isinstance(self.network, torch.nn.parallel.DistributedDataParallel) and not last:
-            return self.network.no_sync()
+        if isinstance(self.ddp_model, torch.nn.parallel.DistributedDataParallel) and not last:
+            return self.ddp_model.no_sync()
         return nullcontext()
 
     def count_labelled(self, batches: Sequence[Batch]) -> Tensor | None:
@@ -364,15 +364,19 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         how = {"momentum": config.init_momentum, "views": config.views}
         return initialise(self.model, self.optimizer, config.init, **how)
 
+    def before_save(self) -> None:
+        """Measures the probe on the validation images, where there are any; else its accuracy in training counts."""
+        if self.validation is not None:
+            self.window.scores = [self.validate(self.validation)]
+        self.window.end_interval()
+
     def is_best(self) -> bool:
         """Whether the probe has never been more accurate.
 
         Without labels the newest counts as the best: the loss is lowest in a collapsed network, and RankMe highest
         in an untrained one.
         """
-        if self.validation is not None:
-            self.window.scores = [self.validate(self.validation)]
-        return self.window.is_best() if self.window.scores else not self.source.num_classes
+        return self.window.improved if self.window.improved is not None else not self.source.num_classes
 
     def validate(self, validation: ProbeValidation) -> float:
         """The probe's top-1 on the validation images, in the row of this step; all processes call it."""

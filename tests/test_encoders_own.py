@@ -325,7 +325,7 @@ def test_a_trained_detector_is_loaded_where_its_code_is_named_again(tmp_path, da
         load_detector(tmp_path / "run", device="cpu")
     assert not mark.exists()
     detector = load_detector(tmp_path / "run", device="cpu", backbone="own_encoders:marking")
-    assert all(map(torch.equal, detector.network.state_dict().values(), run.network.state_dict().values()))
+    assert all(map(torch.equal, detector.network.state_dict().values(), run.model.state_dict().values()))
 
 
 def test_frozen_stages_are_torchvisions(tmp_path) -> None:

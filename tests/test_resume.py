@@ -177,7 +177,14 @@ def test_work_ends_at_a_signal_and_again_only_when_asked():
         assert stop.run_interruptible(lambda: 5) == 5
         assert stop.run_interruptible(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)) is None
         os.kill(os.getpid(), signal.SIGUSR1)  # outside: a request, nothing more
-        assert stop.signal_name == "SIGUSR1"
+        assert stop.reason == "SIGUSR1"
+        stop.request_stop("another reason")
+        assert stop.reason == "SIGUSR1"
+        reached = []
+        with stop.interruptible():
+            stop.request_stop("the time is up")
+            reached.append("what comes after a stop")
+        assert not reached
         assert stop.run_interruptible(lambda: 5) is None  # what comes after a request is not begun
     with pytest.raises(KeyboardInterrupt):  # not ours
         SignalHandler().run_interruptible(lambda: signal.default_int_handler(signal.SIGINT, None))

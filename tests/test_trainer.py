@@ -80,6 +80,7 @@ def test_best_is_the_most_accurate_probe_or_without_labels_the_newest(tmp_path):
         trainer.log_row = log_row
         trainer.fit()
         assert torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["step"] == expected
+        assert trainer.is_best() == trainer.is_best() == (expected == 9)  # asked again, nothing has changed
 
 
 def test_weights_depend_on_the_number_of_threads_only_and_a_resumed_run_keeps_it(tmp_path):

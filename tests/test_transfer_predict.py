@@ -55,7 +55,7 @@ def images(data_root):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_detector_finds_what_the_measurement_finds(task, runs, images):
     run = runs[task]
-    (expected,) = detect(run.network, run.data.val, [0])
+    (expected,) = detect(run.model, run.data.val, [0])
     detector = load_detector(run.folder, device="cpu")
     found = detector.predict(run.data.val.read(0), score=0.01)
     assert len(found) == len(expected.boxes) > 0

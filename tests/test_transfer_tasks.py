@@ -56,14 +56,14 @@ def test_init_is_in_the_backbone_before_the_first_step(data_root, tmp_path):
     torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.body.state_dict().items()}}, tmp_path / "w.pth")
     arguments = ("instance", data_root, tmp_path / "run", f"--init={tmp_path}/w.pth")
     run = transfer(*arguments)
-    body = run.network.backbone.body.state_dict()
+    body = run.model.backbone.body.state_dict()
     assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
     assert "tensors of the encoder matched" in run.loop.restore()[0]
     run.loop.save()
     (tmp_path / "w.pth").unlink()  # a run that goes on needs it no more
     again = transfer(*arguments, "--resume=auto")
     assert "resumed from" in again.loop.restore()[0] and again.config.init == f"{tmp_path}/w.pth"
-    assert torch.equal(again.network.backbone.body.conv1.weight, encoder.body.conv1.weight)
+    assert torch.equal(again.model.backbone.body.conv1.weight, encoder.body.conv1.weight)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match=r"init=.*w\.pth: there is no such checkpoint"):
@@ -99,7 +99,7 @@ def test_resume_is_exact(data_root, tmp_path, roi_align):
     part.fit()
     rest = transfer("detection", data_root, tmp_path / "b", *more, "--resume=auto", "--data.workers=3")
     rest.fit()
-    states = [whole.network.state_dict(), rest.network.state_dict()]
+    states = [whole.model.state_dict(), rest.model.state_dict()]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     moments = [[s["momentum_buffer"] for s in run.optimizer.state.values()] for run in (whole, rest)]
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
@@ -138,7 +138,7 @@ def test_its_backbone_goes_on_elsewhere(data_root, tmp_path):
     run = transfer("detection", data_root, tmp_path / "a", "--train.steps=1", "--eval.images=1")
     run.fit()
     other = transfer("voc", data_root, tmp_path / "b", f"--init={tmp_path}/a")
-    body, own = other.network.backbone.body.state_dict(), run.network.backbone.body.state_dict()
+    body, own = other.model.backbone.body.state_dict(), run.model.backbone.body.state_dict()
     assert all(torch.equal(body[name], own[name]) for name in own)
 
 

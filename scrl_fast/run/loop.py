@@ -162,7 +162,7 @@ class TrainingLoop(Generic[T]):
         if failures:
             self.end_with_failed_data(failure, where)
         if stops:
-            self.stop_all()
+            self.note_stop()
         return (None if stops else result), weight
 
     def end_with_failed_data(self, failure: Exception | None, where: str) -> NoReturn:
@@ -175,9 +175,9 @@ class TrainingLoop(Generic[T]):
         error = self.task.data_error(failure, where)
         raise error from (failure if error is not failure else None)
 
-    def stop_all(self) -> None:
-        """Notes that all processes know of a signal to one of them."""
-        self.stop.signal_name = self.stop.signal_name or SIGNAL_OF_PEER
+    def note_stop(self) -> None:
+        """Notes that all processes know of a stop of one of them."""
+        self.stop.request_stop(SIGNAL_OF_PEER)
         self.stopped_together = True
 
     def advance(self, images: int) -> None:
@@ -235,9 +235,11 @@ class TrainingLoop(Generic[T]):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes
 
-    def save(self, planned: bool = True, best: bool = False) -> None:
-        """Writes a checkpoint of this step. planned: it may become best.pt, as the task says. best: it does."""
-        best = best or (planned and self.task.is_best())
+    def save(self, planned: bool = True) -> None:
+        """Writes a checkpoint of this step. planned: the task may measure first, and have it become best.pt."""
+        if planned:
+            self.task.before_save()
+        best = planned and self.task.is_best()
         state = self.state_dict()
         if self.world.rank == 0:
             self.check_folder(state)
@@ -323,7 +325,7 @@ class TrainingLoop(Generic[T]):
                     self.save_unsaved()
                 raise
             if stop:
-                self.stop.signal_name = self.stop.signal_name or ON_ROW
+                self.stop.request_stop(ON_ROW)
 
     def finish(self) -> dict[str, Any]:
         """Curves, evaluation and the last words."""
@@ -336,7 +338,7 @@ class TrainingLoop(Generic[T]):
         summary |= self.task.evaluate()
         self.check_folder(state)
         last = self.checkpoints.folder / "last.pt"
-        summary["interrupted"] = self.stop.signal_name
+        summary["interrupted"] = self.stop.reason
         summary["checkpoint"] = str(last if last.exists() else self.found.path or "")
         summary["resume_command"] = self.resume_command()
         for line in self.last_words():
@@ -352,7 +354,7 @@ class TrainingLoop(Generic[T]):
             return [*self.task.last_words(), done]
         message = self.stop.stop_message(self.step)
         if not self.task.trains:
-            message = f"{self.stop.signal_name}: stopped before the measurement was complete. To measure anew:"
+            message = f"{self.stop.reason}: stopped before the measurement was complete. To measure anew:"
         return [message, f"  {self.resume_command()}"]
 
     def resume_command(self) -> str:

@@ -18,7 +18,7 @@ SIGNAL_OF_PEER = "a signal to another process"
 
 
 class SignalHandler:
-    """While active, the signals that ask a run to stop set ``signal_name`` and end nothing.
+    """Whether the run is to stop, and the ``reason``: while active, signals that ask for it set it and end nothing.
 
     They are SIGINT, SIGTERM, SIGUSR1 (some schedulers' warning), SIGHUP (a lost session; one that is ignored, as under
     nohup, stays so) and SIGXCPU (a limit of processor time).
@@ -27,12 +27,12 @@ class SignalHandler:
     """
 
     def __init__(self) -> None:
-        self.signal_name = ""
+        self.reason = ""  # the signal's name, or what `request_stop` was told
         self.previous: dict[int, Any] = {}
         self.immediate = False
 
     def __bool__(self) -> bool:
-        return bool(self.signal_name)
+        return bool(self.reason)
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
@@ -47,26 +47,33 @@ class SignalHandler:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        impatient = bool(self.signal_name) and number == signal.SIGINT
-        self.signal_name = signal.Signals(number).name
-        if impatient or self.immediate:
+        impatient = bool(self.reason) and number == signal.SIGINT
+        self.reason = signal.Signals(number).name
+        self.request_stop(self.reason)
+        if impatient:
+            raise KeyboardInterrupt
+
+    def request_stop(self, reason: str) -> None:
+        """Stops the run as a signal does, `interruptible` work at once; a reason that is there already stays."""
+        self.reason = self.reason or reason
+        if self.immediate:
             self.immediate = False  # once: what handles this exception must not be interrupted
             raise KeyboardInterrupt
 
     def stop_message(self, step: int) -> str:
         """The line after a stop behind this step, which is saved; the command that resumes follows it."""
         if step == 0:
-            return f"{self.signal_name}: stopped before the first step, so there is nothing to save. To start again:"
-        return f"{self.signal_name}: stopped after step {step}, everything is saved. To continue:"
+            return f"{self.reason}: stopped before the first step, so there is nothing to save. To start again:"
+        return f"{self.reason}: stopped after step {step}, everything is saved. To continue:"
 
     def run_interruptible(self, work: Callable[[], T]) -> T | None:
         """What ``work`` returns; None when a signal ended it, or came before it: then it is not even begun."""
         try:
             with self.interruptible():
-                if not self.signal_name:  # looked at inside, so that no signal slips in between
+                if not self.reason:  # looked at inside, so that no signal slips in between
                     return work()
         except KeyboardInterrupt:  # that came between the end of the block and its exit
-            if not self.signal_name:
+            if not self.reason:
                 raise
         return None
 
@@ -77,7 +84,7 @@ class SignalHandler:
         try:
             yield
         except KeyboardInterrupt:
-            if not self.signal_name:  # it was not ours
+            if not self.reason:  # it was not ours
                 raise
         finally:
             self.immediate = False

@@ -101,6 +101,9 @@ class TrainingTask(ABC, Generic[T]):
     def evaluate(self) -> dict[str, Any]:
         """Measures, logs and returns results for the summary; every process calls it. Empty if a signal ended it."""
 
+    def before_save(self) -> None:
+        """Measures what a planned checkpoint of this step is judged by; every process calls it."""
+
     def is_best(self) -> bool:
         """Whether the checkpoint of this step, a planned one, becomes best.pt."""
         return self.step == self.last_step

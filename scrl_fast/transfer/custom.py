@@ -164,12 +164,10 @@ def split_off(source: AnnotatedImages, share: float, seed: int) -> tuple[Annotat
     drawn = np.random.default_rng([seed, len(order)]).permutation(len(order))
     count = min(max(1, round(share * len(order))), len(order) - 1)
     measured = {order[place] for place in drawn[:count]}
-    parts: tuple[list[int], list[int]] = [], []
-    for index, picture in enumerate(pictures):
-        parts[picture in measured].append(index)
-    train, val = (source.subset(part) for part in parts)
-    val.notes = []  # those of all, said once
-    return train, val
+    parts: tuple[list[Objects], list[Objects]] = [], []
+    for objects, picture in zip(source.objects, pictures, strict=True):
+        parts[picture in measured].append(objects)
+    return source.with_objects(parts[0]), source.with_objects(parts[1], notes=())  # those of all are said once
 
 
 def _shared_images(train: AnnotatedImages, val: AnnotatedImages) -> list[str]:
@@ -220,15 +218,9 @@ def _select(source: AnnotatedImages, classes: Sequence[str]) -> AnnotatedImages:
 
     objects = [relabelled(each) for each in source.objects]
     lost = sum(map(len, source.objects)) - sum(map(len, objects))
-    return AnnotatedImages(
-        source.folder,
-        objects,
-        classes,
-        annotation_file=source.annotation_file,
-        category_ids=[source.category_ids[place] for place in places],
-        limits=source.limits,
-        notes=[*source.notes, f"{source.annotation_file}: {lost} objects are of other classes than data.classes"],
-    )
+    note = f"{source.annotation_file}: {lost} objects are of other classes than data.classes"
+    ids = [source.category_ids[place] for place in places]
+    return source.with_objects(objects, classes=classes, category_ids=ids, notes=[*source.notes, note])
 
 
 # ---- what is said ----

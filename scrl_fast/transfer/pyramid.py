@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ def load_backbone(encoder: Encoder, init: Any, config: DetectorConfig) -> weight
     source = init if known else weights.read_initial(os.fspath(init), encoder.name)
     report = weights.load_into(encoder, source, branch=config.branch)
     if isinstance(source, weights.Weights):
-        report.notes += weights.normalization_notes(source, {"mean": config.mean, "std": config.std}, "model")
+        notes = weights.normalization_notes(source, {"mean": config.mean, "std": config.std}, "model")
+        report = replace(report, notes=[*report.notes, *notes])
     return report
 
 

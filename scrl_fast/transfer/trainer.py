@@ -40,16 +40,22 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Transfer(TrainingTask[list[Example]]):
     """One task of `scrl_fast.transfer.config.TASK_DEFAULTS`: ``Transfer(config).fit()``.
 
-    train, val: annotated images to use instead of those that ``config.data`` names.
+    train, val: annotated images to use instead of those that ``config.data`` names. val_name: of ``val``, for the log.
     world: rank and size of this process, where torchrun does not announce them.
     Raises UsageError naming the option, path or key for everything that can be found before the first step.
-    After construction ``network``, ``optimizer`` and `train_step` may also be used without ``fit``.
+    After construction ``model``, ``optimizer`` and `train_step` may also be used without ``fit``.
     """
 
     start_options: ClassVar[Mapping[str, Any]] = {"resume": "", "json": ""}
 
     def __init__(
-        self, config: TransferConfig, *, train: Any = None, val: Any = None, world: World | None = None
+        self,
+        config: TransferConfig,
+        *,
+        train: Any = None,
+        val: Any = None,
+        val_name: str = "",
+        world: World | None = None,
     ) -> None:
         config = validated(config)
         if train is None or val is None:
@@ -58,7 +64,7 @@ class Transfer(TrainingTask[list[Example]]):
         patience = rendezvous.exchange_timeout(config.data.timeout)
         self.world = rendezvous.join(self.device, timeout=patience) if world is None else world
         self.trains = not config.eval.only
-        self.data = TransferData(config, self.world, self.device.type, train=train, val=val)
+        self.data = TransferData(config, self.world, self.device.type, train=train, val=val, val_name=val_name)
         config = self.data.config
         self.steps_per_epoch = self.data.steps_per_epoch
         self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
@@ -70,11 +76,11 @@ class Transfer(TrainingTask[list[Example]]):
         torch.backends.cudnn.benchmark = False  # the padded images' shapes change from step to step
 
         torch.manual_seed(config.train.seed)
-        self.network = self.build().to(self.device)
+        self.model = self.build().to(self.device)
         if config.train.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_sgd(self.network, config.optim)
-        self.parallel: nn.Module | None = None  # the network as all processes train it
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_sgd(self.model, config.optim)
+        self.ddp_model: nn.Module | None = None  # the model as all processes train it, from the first step on
         self.precision = config.train.precision
         if self.precision == "auto":
             self.precision = "bf16" if self.device.type == "cuda" else "fp32"
@@ -83,6 +89,11 @@ class Transfer(TrainingTask[list[Example]]):
         self.pending: list[dict[str, float]] = []  # losses since the last row
         self.pace = Pace(self.last_step)
         self.best = Best()
+
+    @property
+    def network(self) -> nn.Module:
+        """The earlier name of ``model``."""
+        return self.model
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the plan, to ``train.max_steps`` or to a signal, and measures.
@@ -109,7 +120,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     def batches(self) -> Generator[list[Example], None, None]:
         """This process's part of the batches, from the present step on."""
-        return self.data.batches(int(self.network.first_label), self.step, self.last_step)  # type: ignore[arg-type]
+        return self.data.batches(int(self.model.first_label), self.step, self.last_step)  # type: ignore[arg-type]
 
     def batch_weight(self, batch: list[Example]) -> int:
         """Images."""
@@ -128,12 +139,12 @@ class Transfer(TrainingTask[list[Example]]):
     def train_step(self, batch: Sequence[Example], weight: int | None = None) -> None:
         """One update. Raises DetectionLossError, naming the step and the last good checkpoint, before a bad one."""
         config = self.config
-        if self.parallel is None:
-            self.parallel = self.world.wrap_ddp(self.network, self.device, static=False)
-        self.parallel.train()
+        if self.ddp_model is None:
+            self.ddp_model = self.world.wrap_ddp(self.model, self.device, static=False)
+        self.ddp_model.train()
         try:
             row = train_step(
-                self.parallel,
+                self.ddp_model,
                 self.optimizer,
                 batch,
                 lr=config.optim.rate(self.step, config.train.batch_size),
@@ -194,7 +205,7 @@ class Transfer(TrainingTask[list[Example]]):
         """Detector, optimizer, loss scale, the losses since the last row, and the names of the classes."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         return {
-            "model": self.network.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": {"scaler": self.scaler.state_dict()},  # every step seeds torch's generator anew
             "loader": {"epoch": epoch, "batch": done, "world_size": self.world.size},
@@ -206,8 +217,8 @@ class Transfer(TrainingTask[list[Example]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint. Raises UsageError for one of another detector."""
         with using("model"):
-            check_same_detector(self.network, dict(state), str(self.loop.found.path))
-            self.network.load_state_dict(state["model"])
+            check_same_detector(self.model, dict(state), str(self.loop.found.path))
+            self.model.load_state_dict(state["model"])
         with using("optimizer"):
             load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         with using("rng"):
@@ -223,7 +234,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     def initialise(self) -> list[str]:
         """What `build` took from ``init``."""
-        return [f"init: {self.network.init_report}"]
+        return [f"init: {self.model.init_report}"]
 
     # ---- measurement ----
 
@@ -245,7 +256,7 @@ class Transfer(TrainingTask[list[Example]]):
             lambda: stop.run_interruptible(lambda: measure(self.config.task, found, self.data.val))
         )
         if result is None:
-            self.loop.stop_all()
+            self.loop.note_stop()
             return {}
         self.loop.log.amend({self.config.task: result})
         self.loop.log.say(f"step {self.step}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
@@ -257,15 +268,15 @@ class Transfer(TrainingTask[list[Example]]):
             return {}
         path = self.loop.checkpoints.folder / "best.pt"
         if self.best.improve(result, self.step):
-            self.loop.save(best=True)
+            self.loop.save()
             self.loop.log.say(f"best so far: {self.best} ({path})")
         elif self.step == self.last_step:
             self.loop.log.say(f"best: {self.best} ({path})")
         return {"best": self.best.to_plain() | {"checkpoint": str(path)}}
 
     def is_best(self) -> bool:
-        """The last checkpoint, unless measurements decide."""
-        return self.step == self.last_step and not self.evaluate_every
+        """Whether the best measurement is of this step; the last checkpoint where none are made on the way."""
+        return self.step == (self.best.step if self.evaluate_every else self.last_step)
 
     def detections(self, indices: Sequence[int]) -> list[Detections]:
         """Detections in these images of the validation split, in order."""
@@ -274,7 +285,7 @@ class Transfer(TrainingTask[list[Example]]):
     def detect(self, indices: Sequence[int]) -> Iterator[Detections]:
         """`detections` one by one."""
         return detect(
-            self.network,
+            self.model,
             self.data.val,
             indices,
             batch_size=self.config.eval.batch_size,

@@ -23,17 +23,25 @@ class TransferData:
     """Both splits of a run, read and checked against its options.
 
     train, val: `ImagesWithBoxes` to use instead of those that ``config.data`` names; ``train`` stays None where
-    ``config.eval.only`` trains nothing. indices: the images to train on. notes: what the user should know of them.
+    ``config.eval.only`` trains nothing. val_name: of ``val``. indices: the images to train on. notes: what the user
+    should know of them.
     Raises UsageError naming the option, the path or the file.
     """
 
     def __init__(
-        self, config: TransferConfig, world: World, device_type: str, *, train: Any = None, val: Any = None
+        self,
+        config: TransferConfig,
+        world: World,
+        device_type: str,
+        *,
+        train: Any = None,
+        val: Any = None,
+        val_name: str = "",
     ) -> None:
         self.config, self.world = config, world
         self.masks = config.model.detector == "mask_rcnn"
         self.keypoints = KEYPOINTS if config.model.detector == "keypoint_rcnn" else 0
-        self.val_name, self.found = config.data.val or "the validation part", []
+        self.val_name, self.found = val_name or config.data.val or "the validation part", []
         if config.task == "custom" and (train is None or val is None):
             custom = read_custom(config)
             self.val_name, self.found = custom.val_name, custom.found

@@ -126,22 +126,17 @@ class AnnotatedImages(EncodedImages):
 
     def only(self, keep: Callable[[Objects], NDArray[np.bool_]]) -> AnnotatedImages:
         """The same images with the objects for which ``keep`` is true: ``data.only(lambda o: ~o.crowd)``."""
-        return self._with([objects[keep(objects)] for objects in self.objects])
+        return self.with_objects([objects[keep(objects)] for objects in self.objects])
 
     def subset(self, indices: Sequence[int]) -> AnnotatedImages:
         """Some of the images, in the order given."""
-        return self._with([self.objects[i] for i in indices])
+        return self.with_objects([self.objects[i] for i in indices])
 
-    def _with(self, objects: list[Objects]) -> AnnotatedImages:
-        return AnnotatedImages(
-            self.folder,
-            objects,
-            self.classes,
-            annotation_file=self.annotation_file,
-            category_ids=self.category_ids,
-            limits=self.limits,
-            notes=self.notes,
-        )
+    def with_objects(self, objects: Sequence[Objects], **changed: Any) -> AnnotatedImages:
+        """These objects instead, an entry an image. changed: other arguments of the class that differ."""
+        names = ("folder", "classes", "annotation_file", "category_ids", "limits", "notes")
+        kept = {name: getattr(self, name) for name in names}
+        return AnnotatedImages(objects=objects, **(kept | changed))
 
 
 def concatenate(parts: Sequence[AnnotatedImages]) -> AnnotatedImages:
@@ -149,13 +144,9 @@ def concatenate(parts: Sequence[AnnotatedImages]) -> AnnotatedImages:
     objects = [
         replace(objects, file_name=part.name_of(index)) for part in parts for index, objects in enumerate(part.objects)
     ]
-    first = parts[0]
-    return AnnotatedImages(
-        "",
+    return parts[0].with_objects(
         objects,
-        first.classes,
+        folder="",
         annotation_file=" + ".join(part.annotation_file for part in parts),
-        category_ids=first.category_ids,
-        limits=first.limits,
         notes=[note for part in parts for note in part.notes],
     )

@@ -106,14 +106,14 @@ def _split(name: str, parts: Sequence[_Part]) -> LabelledSplit:
 def _read(part: _Part, classes: Sequence[str], limits: ImageLimits) -> AnnotatedImages:
     names = part.names()
     source = read_voc_folder(part.annotations, part.images, names, classes=classes, origin=part.origin, limits=limits)
-    if part.listing is None:
-        annotated = {os.path.splitext(objects.file_name)[0] for objects in source.objects}
-        bare = [name for name in images_in(str(part.images)) if os.path.splitext(name)[0] not in annotated]
-        if bare:
-            source.notes.append(
-                f"{part.images}: {len(bare)} images have no XML file and are left out, such as {bare[0]}"
-            )
-    return source
+    if part.listing is not None:
+        return source
+    annotated = {os.path.splitext(objects.file_name)[0] for objects in source.objects}
+    bare = [name for name in images_in(str(part.images)) if os.path.splitext(name)[0] not in annotated]
+    if not bare:
+        return source
+    note = f"{part.images}: {len(bare)} images have no XML file and are left out, such as {bare[0]}"
+    return source.with_objects(source.objects, notes=[*source.notes, note])
 
 
 def _numbered(source: AnnotatedImages) -> AnnotatedImages:
@@ -121,5 +121,4 @@ def _numbered(source: AnnotatedImages) -> AnnotatedImages:
     ids = [objects.image_id for objects in source.objects]
     if len(set(ids)) == len(ids):
         return source
-    source.objects = [replace(objects, image_id=objects.file_name) for objects in source.objects]
-    return source
+    return source.with_objects([replace(objects, image_id=objects.file_name) for objects in source.objects])

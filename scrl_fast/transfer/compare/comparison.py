@@ -32,7 +32,7 @@ from scrl_fast.transfer.compare.rows import (
     values_of,
 )
 from scrl_fast.transfer.compare.table import Results, markdown, seen_line, summary_of
-from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, OutOfTime, RowTimes, TimedTransfer
+from scrl_fast.transfer.compare.timed import TIMED_STEPS, Deadline, RowTimes, TimedTransfer
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import read_split, trainable
@@ -128,7 +128,8 @@ class Comparison:
     def run_rows(self, stop: SignalHandler) -> None:
         """The open rows in their order, until the end, a signal or the deadline."""
         for row in self.results.open:
-            if stop or self.deadline.is_over():
+            self.deadline.check(stop)
+            if stop:
                 return
             number = self.rows.index(row) + 1
             self.say(f"row {number} of {len(self.rows)}: {row.describe()}")
@@ -144,7 +145,7 @@ class Comparison:
         try:
             self.files.write(row, config)
             transfer = self.transfer(config)
-            transfer.data.val_name = self.val_name
+
             begun = transfer.loop.found.path is None
             summary = transfer.fit()
         except Exception as error:
@@ -170,6 +171,7 @@ class Comparison:
             replace(config, resume="auto" if begun else ""),
             train=self.train,
             val=self.val,
+            val_name=self.val_name,
             deadline=self.deadline,
             times=self.times,
             on_times=lambda: self.say(f"measured here: {self.times.step:.3g}s a step{self.whole()}"),
@@ -196,22 +198,19 @@ class Comparison:
             self.config.compare,
             workers=self.config.data.workers,
             say=self.say,
-            tick=self.deadline.check,
+            tick=lambda: self.deadline.check(stop),
             file=self.folder / "seen.json",
         )
         starts = dict(zip(self.config.inits, self.results.labels, strict=True))
         work = {label: partial(check.of_start, init) for init, label in starts.items()}
         work[LABELLED] = partial(check.of_labelled, self.train)
-        try:
-            for name, look in work.items():
-                found = stop.run_interruptible(look)
-                if found is None:
-                    return False
-                self.seen[name] = found
-                if found.exact + found.alike:
-                    self.say(seen_line(name, in_words(found, self.measured, self.config.compare)))
-        except OutOfTime:
-            return False
+        for name, look in work.items():
+            found = stop.run_interruptible(look)
+            if found is None:
+                return False
+            self.seen[name] = found
+            if found.exact + found.alike:
+                self.say(seen_line(name, in_words(found, self.measured, self.config.compare)))
         return True
 
     def seen_in_words(self) -> dict[str, tuple[str, str]]:

@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from scrl_fast.run.signals import SignalHandler
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.trainer import Transfer
 
 TIMED_STEPS = 5  # of the first row, before the first estimate; the first of them is not counted
 TIMED_IMAGES = 2  # measured then, for the time of a measurement
-
-
-class OutOfTime(Exception):
-    """``--minutes`` are over."""
 
 
 class Deadline:
@@ -28,10 +25,10 @@ class Deadline:
     def is_over(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
 
-    def check(self) -> None:
-        """Raises OutOfTime."""
+    def check(self, stop: SignalHandler) -> None:
+        """Stops the work as a signal does once the time is up."""
         if self.is_over():
-            raise OutOfTime
+            stop.request_stop(f"--minutes={self.minutes:g}")
 
     def left(self) -> float | None:
         """Seconds; None where there is no end."""
@@ -59,11 +56,12 @@ class TimedTransfer(Transfer):
         *,
         train: Any,
         val: Any,
+        val_name: str,
         deadline: Deadline,
         times: RowTimes,
         on_times: Callable[[], None],
     ) -> None:
-        super().__init__(config, train=train, val=val)
+        super().__init__(config, train=train, val=val, val_name=val_name)
         self.deadline, self.times, self.on_times = deadline, times, on_times
         self.timed: list[float] = []
         self.probing = False
@@ -76,8 +74,7 @@ class TimedTransfer(Transfer):
         super().train_step(batch, weight)
         if self.times.step is None:
             self.time_step()
-        if self.deadline.is_over():
-            self.stop_in_time()
+        self.deadline.check(self.loop.stop)
 
     def time_step(self) -> None:
         """Takes the time of this step; with enough of them, or the last one, the times are known."""
@@ -93,13 +90,8 @@ class TimedTransfer(Transfer):
             self.times.image, self.probing = (time.monotonic() - started) / len(images), False
             self.on_times()
 
-    def stop_in_time(self) -> None:
-        """The loop stops after this step as on a signal."""
-        self.loop.stop.signal_name = self.loop.stop.signal_name or f"--minutes={self.deadline.minutes:g}"
-
     def detect(self, indices: Sequence[int]) -> Iterator[Detections]:
         for found in super().detect(indices):
-            if self.deadline.is_over() and not self.probing:
-                self.stop_in_time()
-                raise KeyboardInterrupt  # which the loop takes for the signal that it has just been told of
+            if not self.probing:
+                self.deadline.check(self.loop.stop)
             yield found
