@@ -365,9 +365,14 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         return initialise(self.model, self.optimizer, config.init, **how)
 
     def before_save(self) -> None:
-        """Measures the probe on the validation images, where there are any; else its accuracy in training counts."""
+        """The probe's top-1 on the validation images, where there are any; else its accuracy in training counts."""
         if self.validation is not None:
-            self.window.scores = [self.validate(self.validation)]
+            if self.loop.clock.steps:  # since the last row
+                self.loop.log_step()
+            top1 = self.validation.top1(self.model)
+            self.loop.log.amend({"validation_accuracy": top1})
+            self.loop.log.say(f"step {self.step}: the online probe names {top1:.2%} of the validation images")
+            self.window.scores = [top1]
         self.window.end_interval()
 
     def is_best(self) -> bool:
@@ -377,15 +382,6 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         in an untrained one.
         """
         return self.window.improved if self.window.improved is not None else not self.source.num_classes
-
-    def validate(self, validation: ProbeValidation) -> float:
-        """The probe's top-1 on the validation images, in the row of this step; all processes call it."""
-        if self.loop.clock.steps:  # since the last row
-            self.loop.log_step()
-        top1 = validation.top1(self.model)
-        self.loop.log.amend({"validation_accuracy": top1})
-        self.loop.log.say(f"step {self.step}: the online probe names {top1:.2%} of the validation images")
-        return top1
 
     def evaluate(self) -> dict[str, Any]:
         """The demo's RoI linear accuracy, in process 0; a signal ends it there and then."""
