@@ -27,7 +27,7 @@ from scrl_fast.evaluate.probe_validation import ProbeValidation
 from scrl_fast.metrics import LogWindow, StepMeter, as_rows, feature_std, rankme
 from scrl_fast.run import plots
 from scrl_fast.run.agreement import check_same_everywhere
-from scrl_fast.run.checkpoint import load_optimizer_state, using
+from scrl_fast.run.checkpoint import load_networks, load_optimizer_state, using
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import keep_memory, set_numerics, set_threads, step_seed
@@ -344,7 +344,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         if not self.threads_asked and state["loader"].get("world_size", 1) == self.world.size:
             self.set_threads(before=state["config"]["train"].get("threads", 0))
         with using("model"):
-            self.model.load_state(state["model"])
+            load_networks(self.model, state["model"])
         with using("optimizer"):
             load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         with using("rng"):

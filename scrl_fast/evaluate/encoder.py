@@ -10,11 +10,13 @@ from torch import Tensor
 
 from scrl_fast import weights
 from scrl_fast.config.defaults import IMAGENET_MEAN, IMAGENET_STD
+from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
 from scrl_fast.evaluate.images import has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
+from scrl_fast.weights.tensor_values import check_values
 
 DEFAULT_SIZE, DEFAULT_BACKBONE = 224, "resnet50"
 
@@ -56,18 +58,26 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
-    views = training.get("views", {}) if isinstance(training, dict) else {}
+    views = _views_of(training.get("views", {}), source.path)
     return EvaluatedEncoder(
         encoder.to(device),
         source.path,
         str(report),
-        size=int(views.get("size", DEFAULT_SIZE)),
-        mean=tuple(views.get("mean", IMAGENET_MEAN)),
-        std=tuple(views.get("std", IMAGENET_STD)),
-        training=training if isinstance(training, dict) else {},
+        size=weights.view_size(source),
+        mean=views.mean,
+        std=views.std,
+        training=training,
         probe=source.parts.get("probe"),
         untrained=has_untrained_batch_norm(encoder),
     )
+
+
+def _views_of(said: dict[str, Any], path: str) -> ViewsConfig:
+    """The normalisation that a file's options hold. Raises WeightsError naming the file where it cannot be used."""
+    try:
+        return ViewsConfig(mean=said.get("mean", IMAGENET_MEAN), std=said.get("std", IMAGENET_STD))
+    except UsageError as error:
+        raise weights.WeightsError(f"{path}: the options in it cannot be used: {error}") from error
 
 
 def probe_of(evaluated: EvaluatedEncoder, classes: int, where: str) -> torch.nn.Linear:
@@ -75,11 +85,15 @@ def probe_of(evaluated: EvaluatedEncoder, classes: int, where: str) -> torch.nn.
 
     Raises UsageError when there is none, or when it has another number of classes than the data in ``where``.
     """
-    if not evaluated.probe:
+    probe, width = evaluated.probe, evaluated.encoder.out_channels
+    if not probe:
         raise UsageError(f"{evaluated.name} holds no online probe: --head=train trains classifiers")
-    weight = evaluated.probe["weight"]
-    if len(weight) != classes:
-        raise UsageError(f"the online probe of {evaluated.name} knows {len(weight)} classes, but {where} has {classes}")
-    layer = torch.nn.Linear(weight.shape[1], classes).to(next(evaluated.encoder.parameters()).device)
-    layer.load_state_dict(evaluated.probe)
-    return layer
+    layer = torch.nn.Linear(width, classes)
+    shapes = {name: list(tensor.shape) for name, tensor in probe.items()}
+    if shapes.keys() != {"weight", "bias"} or shapes["weight"][1:] != [width] or shapes["bias"] != shapes["weight"][:1]:
+        raise UsageError(f"the online probe of {evaluated.name} is {shapes}, no linear layer of {width} features")
+    if (known := shapes["bias"][0]) != classes:
+        raise UsageError(f"the online probe of {evaluated.name} knows {known} classes, but {where} has {classes}")
+    check_values(f"{evaluated.name}: probe", probe, layer.state_dict())
+    layer.load_state_dict(probe)
+    return layer.to(next(evaluated.encoder.parameters()).device)

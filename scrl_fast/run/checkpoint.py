@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,6 +20,7 @@ import torch
 from scrl_fast import atomic_files
 from scrl_fast.config.run_folder import is_step_file, step_in_name, step_path
 from scrl_fast.errors import UsageError
+from scrl_fast.models import SCRL
 from scrl_fast.weights.checkpoint_files import (
     CHECKPOINT_KEYS,
     CheckpointError,
@@ -29,6 +30,7 @@ from scrl_fast.weights.checkpoint_files import (
     step_files,
     verify,
 )
+from scrl_fast.weights.tensor_values import check_values
 from scrl_fast.weights.training_state import check_training_state
 
 __all__ = [
@@ -158,6 +160,17 @@ def using(part: str) -> Iterator[None]:
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"the checkpoint's {part} cannot be used ({cause})") from error
+
+
+def load_networks(model: SCRL, state: Mapping[str, Any]) -> None:
+    """Networks of a run from a checkpoint.
+
+    Raises UsageError naming the part and the tensor that is missing, of another shape, no floats, or not finite.
+    """
+    for part, own in model.state().items():
+        if own is not None and isinstance(state.get(part), Mapping):
+            check_values(f"checkpoint part {part!r}", state[part], own)
+    model.load_state(dict(state))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any], step: int) -> None:

@@ -28,6 +28,7 @@ from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, DETECTORS, DetectorConfig
 from scrl_fast.transfer.pyramid import build_pyramid, head_norm_layer
+from scrl_fast.weights.tensor_values import check_values
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # a box of 224 pixels belongs to stride 16 (FPN, arXiv 1612.03144, eq. 1)
 
@@ -302,7 +303,7 @@ _BUILDERS: dict[str, Any] = OrderedDict(
 
 
 def check_same_detector(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming a few differing tensors when a checkpoint holds another detector."""
+    """Raise UsageError naming tensors when a checkpoint holds another detector, or values that are no finite floats."""
     own, found = network.state_dict(), state["model"]
     wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
     if wrong := wrong + [name for name in found if name not in own]:
@@ -313,3 +314,4 @@ def check_same_detector(network: nn.Module, state: dict[str, Any], path: str | o
             f"tensors are missing, left over or of another shape, {', '.join(wrong[:3])}, ...; give the options it "
             "was trained with (its run folder has them in config.yaml)"
         )
+    check_values(f"resume={path}", found, own)

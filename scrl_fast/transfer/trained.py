@@ -24,6 +24,7 @@ from scrl_fast.transfer.dataset import KEYPOINTS
 from scrl_fast.transfer.detector import build_detector
 from scrl_fast.weights.checkpoint_files import find, load
 from scrl_fast.weights.errors import CheckpointError
+from scrl_fast.weights.tensor_values import check_values
 from scrl_fast.weights.training_state import check_training_state
 
 DEFAULT_SCORE = 0.5
@@ -164,6 +165,7 @@ def _check_tensors(
             f"{path}: its options are those of {config.detector} with {config.backbone}, but {len(wrong)} of its "
             f"tensors are missing, left over or of another shape: {', '.join(wrong[:3])}"
         )
+    check_values(path, found, expected)
 
 
 def set_threshold(network: Any, score: float) -> None:

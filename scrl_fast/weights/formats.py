@@ -16,9 +16,10 @@ from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS
-from scrl_fast.weights.layouts import PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
+from scrl_fast.weights.layouts import BATCH_COUNTER, PUBLISHED_PARTS, State, Weights, to_detectron2, to_published
 from scrl_fast.weights.metadata import flattened
 from scrl_fast.weights.momentum import momentum_by_name, parameter_order
+from scrl_fast.weights.tensor_values import check_floats
 
 DETECTRON2_NOTE = (
     "detectron2: INPUT.FORMAT=RGB (its default is BGR), MODEL.RESNETS.STRIDE_IN_1X1=False, MODEL.PIXEL_MEAN and "
@@ -127,6 +128,8 @@ def write_reference(path: Path, weights: Weights) -> None:
     evaluator's two parameters; without a probe they have places there and no momentum.
     Raises WeightsError for an encoder that it does not know.
     """
+    for part, state in weights.parts.items():
+        check_floats(f"{weights.path}: {part}", state, BATCH_COUNTER)
     renamed = {part: {_reference_name(part, n): t for n, t in state.items()} for part, state in weights.parts.items()}
     epoch = weights.metadata.get("epoch", 0)
     document: dict[str, Any] = {"tag": "last", "epoch": epoch if isinstance(epoch, int) else 0}
@@ -148,6 +151,7 @@ def _reference_optimizer(weights: Weights) -> dict[str, Any] | str:
     buffers = momentum_by_name(weights)
     if not buffers:
         return "fake_state_dict"
+    check_floats(f"{weights.path}: momentum", buffers, BATCH_COUNTER)
     adapted, plain, _ = parameter_order(Weights("", "scrl-reference", weights.parts))
     try:
         settings = {name: float((weights.optimizer or {})["param_groups"][0][name]) for name in _LARS_SETTINGS}

@@ -31,6 +31,7 @@ BATCH_COUNTER = "num_batches_tracked"
 """The buffer of a BatchNorm that counts batches; some formats leave it out."""
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."
+_SECTIONS = ("data", "views", "boxes", "model", "optim", "train", "run", "eval")
 
 
 @dataclass
@@ -99,15 +100,24 @@ def _metadata(value: Any) -> dict[str, Any]:
     found = plain(value)
     if not isinstance(found, dict):
         return {}
+    if "config" in found:
+        found["config"] = _options(found["config"])
     return {name: item for name, item in found.items() if name != "config" or isinstance(item, dict)}
+
+
+def _options(config: Any) -> Any:
+    """A run's options without the sections that are no dicts, as another program's may be."""
+    if not isinstance(config, dict):
+        return config
+    return {name: item for name, item in config.items() if isinstance(item, dict) or name not in _SECTIONS}
 
 
 def _scrl_fast_weights(path: str, document: Mapping[str, Any]) -> Weights:
     parts = {str(part): _state(path, part, state) for part, state in document["model"].items() if state is not None}
-    config = plain(document.get("config"))
+    config = _options(plain(document.get("config")))
     config = config if isinstance(config, dict) else {}
     metadata = {"config": config, **plain({k: document[k] for k in ("step", "epoch", "version") if k in document})}
-    if isinstance(config.get("model"), dict):
+    if "model" in config:
         metadata |= {name: str(config["model"].get(name, "")) for name in ("backbone", "method")}
     return Weights(path, "scrl_fast", parts, metadata=metadata, optimizer=_dict_or_none(document.get("optimizer")))
 

@@ -14,6 +14,7 @@ from scrl_fast.config.backbones import is_code
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.layouts import BATCH_COUNTER, State, Weights, cast_like, read
+from scrl_fast.weights.tensor_values import check_values
 
 Source = str | os.PathLike[str] | Weights
 Branch = Literal["online", "target"]
@@ -49,8 +50,8 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
         of a torchvision detection backbone, a timm model); parameters and buffers are overwritten in place.
     source: a path for `read`, the `Weights` that it returned, or ``"random"``, which leaves the encoder as it is.
     branch: the network to take from a checkpoint with two.
-    Raises WeightsError, before anything is written, naming the first tensor that is missing or of another shape.
-    Batch counters may be missing, since no forward pass reads them.
+    Raises WeightsError, before anything is written, naming the first tensor that is missing, of another shape, no
+    floats, or not finite. Batch counters may be missing, since no forward pass reads them.
     """
     if source == RANDOM:
         return LoadReport(RANDOM, RANDOM)
@@ -62,6 +63,7 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     if weights.named and any(key not in state for key in own):  # a network of the user's own: no layout fits its names
         state = max(state, _best_names(weights.named, own), key=lambda names: sum(key in own for key in names))
     _refuse_misfits(state, own, weights, name)
+    check_values(f"{weights.path} ({weights.layout})", state, own)
     body.load_state_dict({key: cast_like(state.get(key, tensor), tensor) for key, tensor in own.items()})
     used = [key for key in own if key in state]
     missing = tuple(key for key in own if key not in state)
@@ -147,7 +149,9 @@ def load_into_scrl(model: SCRL, source: Source) -> LoadReport:
     ]
     for name, module, state in heads:
         if module is not None:
-            (taken if _load_if_fits(module, state) else fresh).append(name)
+            (taken if _load_if_fits(module, state, f"{weights.path} ({weights.layout}): {name}") else fresh).append(
+                name
+            )
     report.notes.append("encoder" + "".join(f", {name}" for name in taken) + " loaded")
     if not own_target:
         report.notes.append("the target encoder is a copy of the online one")
@@ -160,10 +164,11 @@ def _under(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _load_if_fits(module: nn.Module, state: State) -> bool:
+def _load_if_fits(module: nn.Module, state: State, source: str) -> bool:
     own = module.state_dict()
     fits = all(key in state and state[key].shape == own[key].shape for key in own if not key.endswith(BATCH_COUNTER))
     if fits:
+        check_values(source, state, own)
         module.load_state_dict({key: cast_like(state.get(key, tensor), tensor) for key, tensor in own.items()})
     return fits
 

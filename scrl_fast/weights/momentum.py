@@ -8,23 +8,27 @@ from torch import Tensor
 from scrl_fast.models import SCRL
 from scrl_fast.optim import LARS, lars_param_groups
 from scrl_fast.weights.layouts import BATCH_COUNTER, Weights
+from scrl_fast.weights.tensor_values import check_values
 
 
 def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:
     """Fill the optimizer's momentum buffers from a checkpoint of ours or of the published implementation.
 
     Returns the number of buffers filled: one for each parameter with the same name and shape on both sides.
+    Raises WeightsError naming a buffer that holds no finite floats; nothing is changed then.
     """
     found = momentum_by_name(weights)
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    filled = 0
-    for name, parameter in model.named_parameters():
-        buffer = found.get(name)
-        if buffer is not None and id(parameter) in mine and buffer.shape == parameter.shape:
-            kept = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
-            optimizer.state[parameter]["momentum_buffer"] = kept.copy_(buffer)
-            filled += 1
-    return filled
+    fits = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in found and id(parameter) in mine and found[name].shape == parameter.shape
+    }
+    check_values(f"{weights.path} ({weights.layout}): momentum", found, fits)
+    for name, parameter in fits.items():
+        kept = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
+        optimizer.state[parameter]["momentum_buffer"] = kept.copy_(found[name])
+    return len(fits)
 
 
 def momentum_by_name(weights: Weights) -> dict[str, Tensor]:

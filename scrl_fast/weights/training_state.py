@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast.weights.errors import CheckpointError
+from scrl_fast.weights.tensor_values import shown, value_fault
 
 LARGEST_STEP = 1 << 53
 """Steps are counted in numbers that a float64 holds exactly."""
@@ -43,15 +44,9 @@ def check_training_state(path: object, state: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: the checkpoint's {section} cannot be used: {fault}")
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, _PLAIN):
-        return f"{value!r:.60}"
-    return f"a {type(value).__name__}"
-
-
 def _count(value: Any, least: int = 0) -> str:
     good = type(value) is int and least <= value < LARGEST_STEP
-    return "" if good else f"must be a whole number from {least} on, is {_shown(value)}"
+    return "" if good else f"must be a whole number from {least} on, is {shown(value)}"
 
 
 def _in(place: str, fault: str) -> str:
@@ -65,9 +60,9 @@ def _first(faults: Any) -> str:
 def _named(value: Any, fault_of: Callable[[Any], str], names: type = str) -> str:
     """The fault of a dict: its names must be of one type, its values pass ``fault_of``."""
     if not isinstance(value, dict):
-        return f"must be a dict, is {_shown(value)}"
+        return f"must be a dict, is {shown(value)}"
     if wrong := [name for name in value if type(name) is not names]:
-        return f"has the key {_shown(wrong[0])}, where keys are of type {names.__name__}"
+        return f"has the key {shown(wrong[0])}, where keys are of type {names.__name__}"
     return _first(_in(f"{name!r:.60}", fault_of(item)) for name, item in value.items())
 
 
@@ -77,17 +72,17 @@ def _config(value: Any) -> str:
     train = value.get("train")
     threads = train.get("threads", 0) if isinstance(train, dict) else 0
     good = type(threads) is int and 0 <= threads <= LARGEST_THREADS
-    return "" if good else f"train.threads must be a whole number from 0 to {LARGEST_THREADS}, is {_shown(threads)}"
+    return "" if good else f"train.threads must be a whole number from 0 to {LARGEST_THREADS}, is {shown(threads)}"
 
 
 def _data(value: Any) -> str:
     """The images of the run: empty, or their number and a hash of their names."""
     if not isinstance(value, dict):
-        return f"must be a dict, is {_shown(value)}"
+        return f"must be a dict, is {shown(value)}"
     if fault := _in("images", _count(value["images"]) if "images" in value else ""):
         return fault
     names = value.get("names", "")
-    return "" if type(names) is str else f"names must be text, is {_shown(names)}"
+    return "" if type(names) is str else f"names must be text, is {shown(names)}"
 
 
 def _options(value: Any) -> str:
@@ -99,11 +94,11 @@ def _option(value: Any) -> str:
         return _options(value)
     if isinstance(value, (list, tuple)):
         return _first(_option(item) for item in value)
-    return "" if type(value) in _PLAIN else f"must be a plain value, is {_shown(value)}"
+    return "" if type(value) in _PLAIN else f"must be a plain value, is {shown(value)}"
 
 
 def _tensor(value: Any) -> str:
-    return "" if isinstance(value, Tensor) else f"must be a tensor, is {_shown(value)}"
+    return "" if isinstance(value, Tensor) else f"must be a tensor, is {shown(value)}"
 
 
 def _model(value: Any) -> str:
@@ -127,20 +122,20 @@ def _optimizer(value: Any) -> str:
 
 
 def _parameter_state(value: Any) -> str:
-    plain = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {_shown(item)}"  # noqa: E731
+    plain = lambda item: "" if isinstance(item, (Tensor, *_PLAIN)) else f"is {shown(item)}"  # noqa: E731
     if fault := _named(value, plain):
         return fault
-    return _first(_in(repr(name), _tensor(value[name])) for name in _AVERAGES if name in value)
+    return _first(_in(repr(name), value_fault(name, value[name], torch.float32)) for name in _AVERAGES if name in value)
 
 
 def _generators(value: Any) -> str:
     if not isinstance(value, dict):
-        return f"must be a dict, is {_shown(value)}"
+        return f"must be a dict, is {shown(value)}"
     if "torch" in value:
         try:
             torch.Generator().set_state(value["torch"])
         except (RuntimeError, TypeError, ValueError):
-            return f"'torch' must be a state of torch's generator on a CPU, is {_shown(value['torch'])}"
+            return f"'torch' must be a state of torch's generator on a CPU, is {shown(value['torch'])}"
     if "scaler" in value:
         return _in("'scaler'", _named(value["scaler"], _number))
     return ""
@@ -148,12 +143,12 @@ def _generators(value: Any) -> str:
 
 def _number(value: Any) -> str:
     good = type(value) in (int, float) and math.isfinite(value)
-    return "" if good else f"must be a finite number, is {_shown(value)}"
+    return "" if good else f"must be a finite number, is {shown(value)}"
 
 
 def _loader(value: Any) -> str:
     if not isinstance(value, dict):
-        return f"must be a dict, is {_shown(value)}"
+        return f"must be a dict, is {shown(value)}"
     counters = {"epoch": 0, "batch": 0, "world_size": 1}
     if fault := _first(_in(name, _count(value[name], least)) for name, least in counters.items() if name in value):
         return fault
@@ -178,7 +173,7 @@ def _categories(value: Any) -> str:
 
 def _log(value: Any) -> str:
     if not isinstance(value, dict):
-        return f"must be a dict, is {_shown(value)}"
+        return f"must be a dict, is {shown(value)}"
     rows, scores, best = value.get("pending", []), value.get("scores", []), value.get("best", 0.0)
     if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
         return "'pending' must be a list of rows"
