@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import evidence_photos
 import harness
 import torch
 from evidence_report import DOCUMENT, draw, summary, table, tuning_table, write_markdown
@@ -41,6 +42,8 @@ TUNING_MEASURES = ("roi_linear", "image_probe")
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = argparse.ArgumentParser(prog="evidence.py", description=(__doc__ or "").split("\n\n")[0])
+    data = "voc: photographs, with options of its own (--data=voc --help)"
+    p.add_argument("--data", choices=("scenes", "voc"), default="scenes", help=data)
     p.add_argument("--budget", choices=BUDGETS, default="long" if device == "cuda" else "standard")
     p.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -97,6 +100,11 @@ def _change(parser: argparse.ArgumentParser, word: str) -> tuple[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--data", choices=("scenes", "voc"), default="scenes")
+    chosen, argv = which.parse_known_args(argv)
+    if chosen.data == "voc":
+        return evidence_photos.main(argv)
     args = parse(argv)
     trials = planned(args)
     found = run_trials(trials, args.jobs)
@@ -112,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         for trial in trials:
             trial.reload()
-        document = report(args, trials, rows, sys.argv[1:] if argv is None else argv)
+        document = report(args, trials, rows, argv)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if not args.tune and set(args.measures) >= set(MEASURES):

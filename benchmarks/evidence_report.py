@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import evidence_photos_report
 from evidence_runs import BUDGETS, MEASURES, METHODS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "evidence.md"
@@ -104,7 +105,8 @@ def write_markdown(file: Path, rows: Path) -> None:
     text = file.read_text(encoding="utf-8")
     begin, end = f"<!-- {rows.name}: begin -->", f"<!-- {rows.name}: end -->"
     if begin in text and end in text:
-        made = markdown(json.loads(rows.read_text()))
+        document = json.loads(rows.read_text())
+        made = evidence_photos_report.markdown(document) if document.get("data") == "voc" else markdown(document)
         head, rest = text.split(begin)
         file.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 

@@ -1,0 +1,293 @@
+"""What is measured on photographs: every stage as a command of scrl_fast, in the order in which they run.
+
+The most telling stages come first, so that a table of those that are finished says what can be said so far. In the
+words of a command, WORK and DATA stand for the folders given to the script: the repository holds no path.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+METHODS = ("byol", "scrl")
+SUPERVISED = "WORK/supervised.safetensors"
+VOC = "DATA/voc2007/VOCdevkit"
+DATA_SETS = {"voc": (VOC, "test"), "aquarium": ("DATA/aquarium", "val+test")}
+"""Of detection: folder, and the split to measure on."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Starts that are compared with one another: one encoder, one recipe of pre-training."""
+
+    name: str
+    backbone: str
+    views: tuple[str, ...]
+    """The normalisation of its images."""
+    starts: tuple[str, ...]
+    """In the order of the table; the first is what the others are compared with."""
+
+
+_HALF = "[0.5,0.5,0.5]"
+SCRATCH = Group("scratch", "evidence_encoder:resnet10_quarter", (), ("random", *METHODS))
+CONTINUED = Group(
+    "continued",
+    "timm:tf_efficientnet_lite0",
+    (f"--views.mean={_HALF}", f"--views.std={_HALF}"),
+    ("supervised", *METHODS),
+)
+LONG = replace(SCRATCH, name="long")
+"""As from scratch, and longer: does more training change who is ahead?"""
+GROUPS = (SCRATCH, CONTINUED)
+"""Those that detectors are trained from."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on each start of a group, whatever its method."""
+
+    epochs: int = 20
+    long_epochs: int = 80
+    batch_size: int = 64
+    view: int = 112
+    tuning_epochs: int = 3
+    continued_epochs: int = 5
+    pretraining_seeds: int = 3
+    images: int = 0
+    """Of RoI linear, 0: all; else so many of each split."""
+    dense_images: int = 990
+    detector_steps: int = 500
+    detector_batch: int = 8
+    detector_side: int = 192
+    detector_images: int = 0
+    """To measure on, 0: all."""
+    detector_seeds: int = 3
+    shares: tuple[float, ...] = (0.1, 1.0)
+    grid: tuple[tuple[float, float], ...] = ((4.0, 0.99), (8.0, 0.99), (16.0, 0.97))
+    """(lr, EMA) tried for both methods, on a seed and held photographs that are not reported."""
+
+
+BUDGETS = {
+    "standard": Budget(),
+    "smoke": Budget(
+        epochs=1, long_epochs=2, tuning_epochs=1, continued_epochs=1, pretraining_seeds=1, detector_seeds=1,
+        batch_size=4, view=64, images=8, dense_images=4,
+        detector_steps=1, detector_batch=2, detector_side=64, detector_images=2,
+        grid=((8.0, 0.99), (16.0, 0.97)),
+    ),  # does it run?
+}  # fmt: skip
+TUNING_SEED = 100
+HELD_FOLD = 5  # every fifth photograph of trainval chooses the setting
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. An empty one waits for results of others."""
+
+    name: str
+    words: tuple[str, ...]
+    facts: tuple[tuple[str, Any], ...]
+    """What its result stands for in the table: group, start, measure, ...."""
+    needs: tuple[str, ...] = ()
+    """Stages that must be finished before."""
+
+
+def planned(budget: Budget, results: Mapping[str, Any]) -> list[Stage]:
+    """Every stage in its order. results: of finished stages, by name; settings are chosen by those of tuning."""
+    stages = [*measures(SCRATCH, "random", 0, budget)]
+    stages.append(_stage("supervised", ("supervised",), group="continued", start="supervised", measure="weights"))
+    stages += measures(CONTINUED, "supervised", 0, budget)
+    stages += tuning(budget)
+    for group, method in ((SCRATCH, "scrl"), (SCRATCH, "byol"), (CONTINUED, "scrl"), (CONTINUED, "byol")):
+        stages += trained(group, method, 0, budget, results)
+        if (group, method) == (CONTINUED, "scrl"):
+            stages += _detectors_of_first_seed(budget, budget.shares[:1])
+    stages += measures(CONTINUED, "random", 0, budget)
+    stages += _detectors_of_first_seed(budget, budget.shares)
+    stages += [stage for method in ("scrl", "byol") for stage in trained(LONG, method, 0, budget, results)]
+    for share, seed in itertools.product(budget.shares, range(1, budget.detector_seeds)):
+        stages += itertools.chain.from_iterable(detectors(group, share, seed, budget) for group in GROUPS)
+    for seed in range(1, budget.pretraining_seeds):
+        stages += measures(SCRATCH, "random", seed, budget)
+        for group, method in itertools.product(GROUPS, ("scrl", "byol")):
+            stages += trained(group, method, seed, budget, results)
+    stages += [comparison(group, data, budget) for group in GROUPS for data in DATA_SETS]
+    return [_when_ready(stage, results) for stage in {stage.name: stage for stage in stages}.values()]
+
+
+def _when_ready(stage: Stage, results: Mapping[str, Any]) -> Stage:
+    """The stage, without its command as long as what the command reads is not there."""
+    return stage if all(name in results for name in stage.needs) else replace(stage, words=())
+
+
+def _detectors_of_first_seed(budget: Budget, shares: tuple[float, ...]) -> list[Stage]:
+    return [stage for share in shares for group in GROUPS for stage in detectors(group, share, 0, budget)]
+
+
+def _stage(name: str, words: tuple[str, ...], needs: tuple[str, ...] = (), **facts: Any) -> Stage:
+    return Stage(name, words, tuple(facts.items()), needs)
+
+
+# ---- pre-training ----
+
+
+def tuning(budget: Budget) -> list[Stage]:
+    """The grid, for both methods alike, and what each setting gives on held photographs of trainval."""
+    stages = []
+    for (lr, ema), method in itertools.product(budget.grid, METHODS):
+        name = f"tuning/{method}-lr{lr:g}-ema{ema:g}"
+        words = _pretraining(
+            SCRATCH, method, TUNING_SEED, budget.tuning_epochs, budget, f"WORK/{name}", "WORK/tune.txt"
+        )
+        words = (*words, f"--optim.lr={lr:g}", f"--optim.ema_momentum={ema:g}")
+        facts = {"group": "tuning", "start": method, "lr": lr, "ema": ema, "seed": TUNING_SEED}
+        stages.append(_stage(f"{name}/pretrain", words, measure="pretrain", **facts))
+        split = ("--data.root=WORK/voc", "--data.train=tune", "--data.test=held")
+        words = _roi_linear(SCRATCH, f"WORK/{name}", TUNING_SEED, budget, split)
+        stages.append(_stage(f"{name}/roi", words, (f"{name}/pretrain",), measure="roi", **facts))
+    return stages
+
+
+def chosen(method: str, budget: Budget, results: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(lr, EMA) with the best RoI linear accuracy on held photographs; None before all of the grid is measured."""
+    names = {setting: f"tuning/{method}-lr{setting[0]:g}-ema{setting[1]:g}/roi" for setting in budget.grid}
+    if not all(name in results for name in names.values()):
+        return None
+    return max(names, key=lambda setting: results[names[setting]]["result"]["accuracy"])
+
+
+def trained(group: Group, method: str, seed: int, budget: Budget, results: Mapping[str, Any]) -> list[Stage]:
+    """Pre-training of a start and its measures."""
+    run = run_of(group, method, seed)
+    epochs = {"scratch": budget.epochs, "long": budget.long_epochs, "continued": budget.continued_epochs}[group.name]
+    words = _pretraining(group, method, seed, epochs, budget, run, "WORK/trainval.txt")
+    facts: dict[str, Any] = {"group": group.name, "start": method, "seed": seed, "epochs": epochs}
+    if group is not CONTINUED:
+        setting = chosen(method, budget, results)
+        lr, ema = setting or (None, None)
+        words = (*words, f"--optim.lr={lr:g}", f"--optim.ema_momentum={ema:g}") if setting else ()
+        facts |= {"lr": lr, "ema": ema}
+    needs = ("supervised",) if group is CONTINUED else ()
+    stage = _stage(f"{group.name}/{method}-{seed}/pretrain", words, needs, measure="pretrain", **facts)
+    return [stage, *measures(group, method, seed, budget)]
+
+
+def run_of(group: Group, start: str, seed: int) -> str:
+    """The weights of a start, as ``--init`` takes them."""
+    if start in ("random", "supervised"):
+        return SUPERVISED if start == "supervised" else start
+    return f"WORK/{group.name}/{start}-{seed}"
+
+
+def _needs(group: Group, start: str, seed: int) -> tuple[str, ...]:
+    """The stage that makes the weights of a start."""
+    if start in METHODS:
+        return (f"{group.name}/{start}-{seed}/pretrain",)
+    return ("supervised",) if start == "supervised" else ()
+
+
+def _pretraining(
+    group: Group, method: str, seed: int, epochs: int, budget: Budget, run: str, images: str
+) -> tuple[str, ...]:
+    recipe: tuple[str, ...] = ("--config=demo", f"--optim.warmup_epochs={max(0.5, epochs / 20):g}")
+    if group is CONTINUED:  # its optimizer, rate and moving average, made for trained weights
+        recipe = ("--config=continue", f"--init={SUPERVISED}", "--optim.lr=4e-4")
+        recipe = (*recipe, f"--optim.warmup_epochs={epochs / 10:g}")
+    return (
+        *("scrl_fast.train", *recipe, "--data.source=list", f"--data.root={images}"),
+        *(f"--model.method={method}", f"--model.backbone={group.backbone}"),
+        *("--model.hidden_dim=512", "--model.projection_dim=128"),
+        *(*_views_and_boxes(group, budget), *PUBLISHED_COLOURS),
+        *(f"--train.batch_size={budget.batch_size}", f"--train.epochs={epochs}", f"--train.seed={seed}"),
+        *(f"--run.dir={run}", "--run.log_every=20", "--run.tensorboard=false", "--eval.roi_linear=false"),
+        "--resume=auto",
+    )
+
+
+PUBLISHED_COLOURS = (
+    *("--views.brightness=0.4", "--views.contrast=0.4", "--views.saturation=0.2", "--views.hue=0.1"),
+    *("--views.grayscale=0.2", "--views.blur_probability=[1.0,0.1]"),
+)
+"""The demo's recipe is stronger in them, for generated scenes."""
+
+
+def _views_and_boxes(group: Group, budget: Budget) -> tuple[str, ...]:
+    """A box is a cell of the last feature map at least, as in the paper's recipe."""
+    return (f"--views.size={budget.view}", *group.views, "--boxes.per_image=8", "--boxes.min_size=32")
+
+
+# ---- measures ----
+
+
+def measures(group: Group, start: str, seed: int, budget: Budget) -> list[Stage]:
+    """RoI linear and dense retrieval on photographs of the test split."""
+    weights = run_of(group, start, seed)
+    facts = {"group": group.name, "start": start, "seed": seed}
+    place, needs = f"{group.name}/{start}-{seed}", _needs(group, start, seed)
+    roi = _roi_linear(group, weights, seed, budget, (f"--data.root={VOC}",))
+    dense = (
+        *("scrl_fast.evaluate", "dense-consistency", f"--checkpoint={weights}", f"--backbone={group.backbone}"),
+        *("--data.source=list", "--data.root=WORK/test.txt", f"--images={budget.dense_images}", "--plot="),
+        *(*_views_and_boxes(group, budget), "--batchnorm=measured", f"--seed={seed}", "--workers=1"),
+    )
+    return [
+        _stage(f"{place}/roi", roi, needs, measure="roi", **facts),
+        _stage(f"{place}/dense", dense, needs, measure="dense", **facts),
+    ]
+
+
+def _roi_linear(group: Group, weights: str, seed: int, budget: Budget, split: tuple[str, ...]) -> tuple[str, ...]:
+    return (
+        *("scrl_fast.evaluate", "roi-linear", f"--checkpoint={weights}", f"--backbone={group.backbone}"),
+        *("--data.source=voc", *split, f"--data.max_images={budget.images}"),
+        *("--cache=", f"--seed={seed}", "--workers=1"),
+    )
+
+
+# ---- detection ----
+
+
+def detectors(group: Group, share: float, seed: int, budget: Budget) -> list[Stage]:
+    """A row of each start and data set: one share of the labels, one seed of fine-tuning."""
+    stages = []
+    for data, start in itertools.product(DATA_SETS, group.starts):
+        row = (f"--inits={run_of(group, start, 0)}", f"--shares={share:g}", f"--train.seed={seed}", "--seeds=1")
+        words = (*_comparing(group, data, budget), *row, "--compare.leaks=off")
+        facts = {"measure": "ap", "data": data, "share": share, "fine_tuning_seed": seed}
+        name, needs = f"detectors/{group.name}-{data}/{start}-{share:g}-{seed}", _needs(group, start, 0)
+        stages.append(_stage(name, words, needs, group=group.name, start=start, seed=0, **facts))
+    return stages
+
+
+def comparison(group: Group, data: str, budget: Budget) -> Stage:
+    """All rows of a group and data set as one table with differences, intervals and images that were seen before."""
+    inits = ",".join(run_of(group, start, 0) for start in group.starts)
+    shares = ",".join(f"{share:g}" for share in budget.shares)
+    words = (f"--inits={inits}", f"--shares={shares}", "--train.seed=0", f"--seeds={budget.detector_seeds}")
+    folder, seeds = f"detectors/{group.name}-{data}", range(budget.detector_seeds)
+    rows = itertools.product(group.starts, budget.shares, seeds)
+    needs = tuple(f"{folder}/{start}-{share:g}-{seed}" for start, share, seed in rows)
+    facts = {"group": group.name, "measure": "comparison", "data": data}
+    return _stage(f"{folder}/comparison", (*_comparing(group, data, budget), *words), needs, **facts)
+
+
+def _comparing(group: Group, data: str, budget: Budget) -> tuple[str, ...]:
+    root, measured_on = DATA_SETS[data]
+    side = budget.detector_side
+    return (
+        *("scrl_fast.transfer", "compare", "custom", f"--data.root={root}", f"--data.val={measured_on}"),
+        *(f"--compare.dir=WORK/detectors/{group.name}-{data}", "--compare.keep_detectors=false"),
+        *(f"--model.backbone={group.backbone}", *(word.replace("views", "model") for word in group.views)),
+        *(f"--model.short_side=[{side - 32},{side}]", f"--model.test_short_side={side}"),
+        *("--model.fpn_channels=64", "--model.head_channels=256", "--model.anchor_scale=4"),
+        *("--model.proposals_before_nms=[300,200]", "--model.proposals=[150,100]", "--model.rois_per_image=64"),
+        *(f"--train.steps={budget.detector_steps}", f"--train.batch_size={budget.detector_batch}"),
+        *("--optim.lr=0.04", "--optim.clip_norm=5", f"--eval.images={budget.detector_images}", "--eval.batch_size=8"),
+        *(
+            "--data.workers=1",
+            "--run.tensorboard=false",
+            f"--run.checkpoint_every={max(1, budget.detector_steps // 4)}",
+        ),
+    )
