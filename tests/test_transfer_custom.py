@@ -150,7 +150,7 @@ def test_parts_by_name_and_what_is_refused(yolo):
 
 def test_images_of_both_parts_are_counted(yolo):
     write(yolo / "data.yaml", "train: [train/images, valid/images]\nval: valid/images\nnames: [fish, star fish]\n")
-    assert "2 of 2 images to measure on are trained on, too" in "\n".join(read(yolo).found)
+    assert "all 2 images to measure on are trained on, too" in "\n".join(read(yolo).found)
 
 
 # ---- classes ----

@@ -16,6 +16,7 @@ from scrl_fast.data.sources.labelled_folder import find_labelled
 from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit
 from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
+from scrl_fast.transfer.shared_images import shared_images
 
 Chosen = dict[str, list[LabelledSplit]]
 NAMED_CLASSES = 20
@@ -46,7 +47,7 @@ def read_custom(config: TransferConfig) -> CustomData:
     notes = list(folder.notes)
     if "val" in read:
         train, val = read["train"], read["val"]
-        notes += _shared_images(train, val)
+        notes += shared_images(train, val, content=True)
         if not data.val and all(split.role == "test" for split in chosen["val"]):
             notes.append(f"no part is called val: {names['val']} is measured on")
     else:
@@ -170,13 +171,6 @@ def split_off(source: AnnotatedImages, share: float, seed: int) -> tuple[Annotat
     return source.with_objects(parts[0]), source.with_objects(parts[1], notes=())  # those of all are said once
 
 
-def _shared_images(train: AnnotatedImages, val: AnnotatedImages) -> list[str]:
-    names = [{os.path.realpath(source.name_of(index)) for index in range(len(source))} for source in (train, val)]
-    if shared := names[0] & names[1]:
-        return [f"{len(shared)} of {len(names[1])} images to measure on are trained on, too, such as {min(shared)}"]
-    return []
-
-
 # ---- classes ----
 
 
@@ -208,6 +202,8 @@ def _select(source: AnnotatedImages, classes: Sequence[str]) -> AnnotatedImages:
         if name not in source.classes:
             known = did_you_mean(name, source.classes) or f"; there are: {_listed(source.classes)}"
             raise UsageError(f"data.classes: {source.annotation_file} has no class {name!r}{known}")
+        if source.classes.count(name) > 1:
+            raise UsageError(f"data.classes: {source.annotation_file} has several classes {name!r}")
     places = [source.classes.index(name) for name in classes]
     new_label = np.full(len(source.classes), -1)
     new_label[places] = range(len(places))

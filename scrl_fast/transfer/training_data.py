@@ -17,6 +17,7 @@ from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import KEYPOINTS, Example, Examples, count_without_masks, read_split, trainable
 from scrl_fast.transfer.fine_tuning import training_batches
 from scrl_fast.transfer.schedule import follow_data
+from scrl_fast.transfer.shared_images import shared_images
 
 
 class TransferData:
@@ -63,6 +64,8 @@ class TransferData:
             config = self.config = self.fitted(config, len(self.indices))
             check_batch_size(config.train.batch_size, len(self.indices), world.size)
         self.notes = [*self.found, *check_data(config, self.train, self.val, self.indices)]
+        if config.task != "custom":  # whose own notes tell of files with the same content, too
+            self.notes += shared_images(self.train, self.val, content=False)
 
     def trainable(self, source: Any) -> list[int]:
         """Indices of the images that the detector can be trained on."""

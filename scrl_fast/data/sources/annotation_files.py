@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,10 @@ from numpy.typing import NDArray
 from scrl_fast.data.decode import Encoded
 from scrl_fast.data.image_files import BadImage, ImageLimits, read_file
 from scrl_fast.errors import UsageError
+
+MOST_CLASSES, LONGEST_NAME = 10_000, 200
+"""Classes of a data set, and characters of the name of one."""
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # of Unicode: control characters, halves of pairs, ends of lines and paragraphs
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -42,14 +47,35 @@ def read_annotations(path: str | os.PathLike[str], largest: int) -> bytes:
     """The bytes of a regular file of annotations.
 
     largest: bytes; a larger file is not read.
-    Raises FileNotFoundError; UsageError naming the file where it is a pipe, too large or cannot be read.
+    Raises FileNotFoundError; UsageError naming the file where it is a pipe, a link to nothing, too large, or cannot be
+    read.
     """
     try:
         return read_file(os.fspath(path), limit=largest, option="")
     except BadImage as error:
         if isinstance(error.__cause__, FileNotFoundError):
+            if os.path.islink(path):
+                raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there") from None
             raise error.__cause__ from None
         raise UsageError(f"cannot read {error}") from error
+
+
+def check_class_names(origin: str, names: Sequence[str]) -> list[str]:
+    """Notes on names that several classes have.
+
+    Raises UsageError for more than `MOST_CLASSES`, and for a name that no line of a log can hold: empty, of more than
+    `LONGEST_NAME` characters, or with control characters.
+    """
+    if len(names) > MOST_CLASSES:
+        raise UsageError(f"{origin}: {len(names)} classes, at most {MOST_CLASSES} are taken")
+    for label, name in enumerate(names):
+        if any(unicodedata.category(character) in _CONTROL for character in name):
+            raise UsageError(f"{origin}: the name of class {label}, {shown(name)}, holds control characters")
+        if not name.strip() or len(name) > LONGEST_NAME:
+            said = f"has {len(name)} characters, at most {LONGEST_NAME} are taken" if name.strip() else "is empty"
+            raise UsageError(f"{origin}: the name of class {label}, {shown(name)}, {said}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    return [f"{origin}: several classes are called {', '.join(map(repr, twice[:3]))}"] if twice else []
 
 
 def stated_size(height: Any, width: Any) -> tuple[int, int] | None:

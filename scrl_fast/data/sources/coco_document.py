@@ -11,7 +11,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from scrl_fast.data.sources.annotation_files import foreign_content, read_annotations, shown, stated_size
+from scrl_fast.data.sources.annotation_files import (
+    check_class_names,
+    foreign_content,
+    read_annotations,
+    shown,
+    stated_size,
+)
 from scrl_fast.data.sources.coco_fields import (
     area_of,
     bbox_of,
@@ -146,9 +152,8 @@ def _categories(file: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[
     if len({type(number) for number in names}) > 1:
         raise UsageError(f"{file}: ids of categories are numbers and text: {', '.join(map(repr, list(names)[:6]))}")
     ids = sorted(names)  # type: ignore[type-var]
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    notes = [f"{file}: several categories are called {', '.join(map(repr, twice[:3]))}"] if twice else []
-    return [names[number] for number in ids], ids, notes
+    classes = [names[number] for number in ids]
+    return classes, ids, check_class_names(file, classes)
 
 
 def _images(file: str, rows: list[dict[str, Any]]) -> list[Image]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.annotated import AnnotatedImages, concatenate
-from scrl_fast.data.sources.annotation_files import read_annotations
+from scrl_fast.data.sources.annotation_files import check_class_names, read_annotations
 from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit, child, files_in, images_in, subfolders
 from scrl_fast.data.sources.voc import LARGEST_LIST, class_names, listed_names, read_voc_folder
 from scrl_fast.errors import UsageError
@@ -63,8 +63,10 @@ def find_voc(root: str) -> LabelledFolder | None:
     for place in {part.annotations for part in every}:
         names = {name for part in every if part.annotations == place for name in part.names()}
         found |= class_names(place, sorted(names))
+    classes = sorted(found)
+    notes += check_class_names(root, classes)
     splits = [_split(name, group) for name, group in labelled.items()]
-    return LabelledFolder("VOC", root, tuple(splits), tuple(sorted(found)), tuple(notes))
+    return LabelledFolder("VOC", root, tuple(splits), tuple(classes), tuple(notes))
 
 
 def _all_parts(root: str) -> dict[str, list[_Part]]:

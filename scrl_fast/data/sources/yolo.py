@@ -22,6 +22,7 @@ from scrl_fast.data.decode import Encoded
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, printable, read_file
 from scrl_fast.data.sources.annotated import AnnotatedImages, Objects
 from scrl_fast.data.sources.annotation_files import (
+    MOST_CLASSES,
     box_notes,
     clip_boxes,
     foreign_content,
@@ -33,7 +34,6 @@ from scrl_fast.errors import UsageError
 
 BOX_FIELDS = 5
 FARTHEST = 2.0  # shares of the image: what lies farther out is no rounding and no object that the frame cuts
-MOST_CLASSES = 10_000  # where no file names the classes
 _LARGEST_LABELS = 1 << 24  # bytes: of one image
 NO_LABELS = ("classes.txt", "labels.txt", "notes.txt", "train.txt", "val.txt", "valid.txt", "test.txt")
 """Text files that tools write beside label files; so are all whose name begins with readme."""
@@ -230,7 +230,7 @@ def _text(path: str) -> str:
     try:
         data = read_annotations(path, _LARGEST_LABELS)
     except FileNotFoundError:
-        return ""  # removed since its folder was listed
+        raise UsageError(f"{path} is gone, though its folder lists it") from None
     if data.strip() and (other := foreign_content(data)):
         raise UsageError(f"{path} is {other}, not a label file")
     return data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")

@@ -10,7 +10,7 @@ from typing import Any
 from scrl_fast.config.yaml_text import read_yaml, shortened
 from scrl_fast.data.image_files import ImageLimits
 from scrl_fast.data.sources.annotated import AnnotatedImages
-from scrl_fast.data.sources.annotation_files import foreign_content, read_annotations
+from scrl_fast.data.sources.annotation_files import MOST_CLASSES, check_class_names, foreign_content, read_annotations
 from scrl_fast.data.sources.files import image_folder, image_list
 from scrl_fast.data.sources.layout import LabelledFolder, LabelledSplit, child, files_in, images_in, role_of, subfolders
 from scrl_fast.data.sources.yolo import count_classes, is_label_file, read_yolo
@@ -33,12 +33,14 @@ def find_yolo(root: str) -> LabelledFolder | None:
         return None
     names = _names_beside([root, os.path.join(root, "labels"), *folders.values()])
     nameless = not names
+    notes = check_class_names(root, names)
     if nameless:
         count = max(count_classes(root, images_of(root, [folder])) for folder in folders.values())
         names = [f"class {label}" for label in range(max(1, count))]
     splits = [_split(root, name, [folder], 0) for name, folder in folders.items()]
-    notes = ("no file names the classes (data.yaml or classes.txt): they are numbered",) if nameless else ()
-    return LabelledFolder("YOLO", root, tuple(splits), tuple(names), notes, nameless)
+    if nameless:
+        notes.append("no file names the classes (data.yaml or classes.txt): they are numbered")
+    return LabelledFolder("YOLO", root, tuple(splits), tuple(names), tuple(notes), nameless)
 
 
 def _split(root: str, name: str, places: Sequence[str], keypoint_fields: int) -> LabelledSplit:
@@ -95,7 +97,7 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
     names = _class_names(file, content)
     bases = _bases(root, content)
     keypoints = _keypoint_fields(file, content)
-    splits, notes = [], []
+    splits, notes = [], check_class_names(file, names)
     for key in SPLIT_KEYS:
         entries = content.get(key)
         if not entries:
@@ -123,15 +125,21 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
 
 def _class_names(file: str, content: Mapping[str, Any]) -> list[str]:
     names, count = content.get("names"), content.get("nc")
+    count = int(count) if isinstance(count, str) and count.isdecimal() and len(count) < 9 else count
+    if count is not None and (type(count) is not int or not 0 < count <= MOST_CLASSES):
+        raise UsageError(f"{file}: nc is {shortened(count)}, expected the number of classes, at most {MOST_CLASSES}")
     if isinstance(names, dict):
-        if not names or not all(type(label) is int and 0 <= label < 100_000 for label in names):
+        if not names or not all(type(label) is int and 0 <= label < MOST_CLASSES for label in names):
             raise UsageError(f"{file}: names holds {shortened(names)}, expected the number of each class and its name")
+        if max(names) >= 2 * len(names):
+            raise UsageError(f"{file}: names has {len(names)} names for the classes 0 to {max(names)}")
         names = [names.get(label, f"class {label}") for label in range(max(names) + 1)]
-    if names is None and type(count) is int and 0 < count < 100_000:
+    if names is None and count is not None:
         names = [f"class {label}" for label in range(count)]
-    if not isinstance(names, list) or not names or any(isinstance(name, (list, dict)) for name in names):
-        raise UsageError(f"{file}: names is {shortened(names)}, expected a list of the classes' names")
-    if type(count) is int and count != len(names):
+    if not isinstance(names, list) or not names or not all(type(name) in (str, int, float) for name in names):
+        said = "; words such as no and null stand for other values there unless they are in quotes"
+        raise UsageError(f"{file}: names is {shortened(names)}, expected a list of the classes' names{said}")
+    if count is not None and count != len(names):
         raise UsageError(f"{file}: nc is {count}, but names holds {len(names)} classes")
     return [str(name) for name in names]
 
@@ -239,7 +247,7 @@ def _names_beside(folders: Sequence[str]) -> list[str]:
     for folder in dict.fromkeys(folders):
         for name in _NAME_FILES:
             path = os.path.join(folder, name)
-            if os.path.isfile(path):
+            if os.path.isfile(path) or os.path.islink(path):
                 content = read_annotations(path, _LARGEST_NAMES)
                 if kind := foreign_content(content):
                     raise UsageError(f"{path} holds no names of classes: it is {kind}")

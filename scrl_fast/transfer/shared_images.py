@@ -1,0 +1,76 @@
+"""Images that are trained on and measured on, by their place on disk and, where it is cheap, by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+from scrl_fast.data.image_files import printable
+
+MOST_READ = 20_000
+"""Files that are read to compare their content, of both parts together."""
+SAMPLE = 4096
+"""Bytes from the middle of a file; two pictures of one size in bytes differ there."""
+
+
+def shared_images(train: Any, val: Any, *, content: bool) -> list[str]:
+    """A note where images to measure on are trained on, too.
+
+    content: also files that are equal byte by byte, and links; every file is asked for its size, and those of one size
+        are read in part.
+    """
+    if train is None or not (hasattr(train, "name_of") and hasattr(val, "name_of")):
+        return []
+    names = [[source.name_of(index) for index in range(len(source))] for source in (train, val)]
+    places = [{os.path.abspath(name) for name in part} for part in names]
+    shared = {name for name in names[1] if os.path.abspath(name) in places[0]}
+    if content:
+        shared |= _same_content(names[0], [name for name in names[1] if name not in shared])
+    if not shared:
+        return []
+    total = len(names[1])
+    what = f"all {total} images" if len(shared) == total else f"{len(shared)} of {total} images"
+    said = ": the result does not tell how the detector does on other images" if len(shared) == total else ""
+    return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}"]
+
+
+def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:
+    """Those of ``val`` that are the same file as one of ``train``, or of the same content."""
+    known, measured = _statuses(train), _statuses(val)
+    files = {(status.st_dev, status.st_ino) for status in known.values()}
+    found = {name for name, status in measured.items() if (status.st_dev, status.st_ino) in files}
+    left = {name: status.st_size for name, status in measured.items() if name not in found}
+    sizes = {status.st_size for status in known.values()} & set(left.values())
+    alike = [[n for n, s in measured.items() if n in left and s.st_size in sizes]]
+    alike.append([name for name, status in known.items() if status.st_size in sizes])
+    if sum(map(len, alike)) > MOST_READ:
+        return found
+    digests = {_sample_digest(name) for name in alike[1]} - {""}
+    return found | {name for name in alike[0] if _sample_digest(name) in digests}
+
+
+def _statuses(names: Sequence[str]) -> dict[str, os.stat_result]:
+    """Of the files that are there and hold something."""
+    found = {}
+    for name in names:
+        try:
+            status = os.stat(name)
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            found[name] = status
+    return found
+
+
+def _sample_digest(name: str) -> str:
+    """Of a file's size and middle; "" where it cannot be read."""
+    try:
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, (size - SAMPLE) // 2))
+            return f"{size} {hashlib.sha256(file.read(SAMPLE)).hexdigest()}"
+    except OSError:
+        return ""
