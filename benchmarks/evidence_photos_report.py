@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence_photos_plan import GROUPS, LONG, Stage
+from evidence_photos_plan import BUDGETS, CONTINUED, SCRATCH, SHORT, Stage
 
 NAMES = {"random": "random", "byol": "BYOL", "scrl": "SCRL", "supervised": "supervised"}
-HEADS = {"scratch": "from scratch", "long": "from scratch, longer", "continued": "ImageNet weights"}
-VALUES = {"roi": "accuracy", "dense": "retrieval"}
+VALUES = {"held": "accuracy", "roi": "accuracy", "dense": "retrieval"}
 COLUMNS = {
     "RoI linear": {"measure": "roi"},
     "dense retrieval": {"measure": "dense"},
@@ -37,10 +36,12 @@ def report(
 
 
 def row_of(stage: Stage, result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A measured value and what it is of, in percent; None for stages that measure nothing by themselves."""
+    """A measured value and what it is of, in percent but for RankMe; None for stages that measure nothing."""
     facts = dict(stage.facts)
     if facts["measure"] in VALUES:
         facts["value"] = 100 * result["result"][VALUES[facts["measure"]]]
+    elif facts["measure"] == "pretrain" and facts["group"] == SHORT.name:
+        facts |= {"measure": "rankme", "value": result["result"]["rankme"]}
     elif facts["measure"] == "ap":
         row = result["result"]["rows"][0]
         facts |= {"value": row["AP"], "AP50": row["AP50"]}
@@ -55,17 +56,33 @@ def cell(rows: Sequence[Mapping[str, Any]], group: str, start: str, column: Mapp
     return [row["value"] for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
+def heads(document: Mapping[str, Any]) -> dict[str, str]:
+    """What the groups are called, with the passes over the photographs."""
+    budget = BUDGETS[document["budget"]]
+    return {
+        "scratch": f"from scratch, {budget.epochs} epochs",
+        "short": f"from scratch, {budget.short_epochs} epochs",
+        "continued": f"ImageNet weights, {budget.continued_epochs} epochs",
+    }
+
+
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
-    """Group, start and the text of every column; a start without any value is left out but for those of the plan."""
+    """Group, start and the text of every column. Of the grid's settings, the one that held photographs choose."""
+    shown = [row for row in rows if row["group"] != SHORT.name]
+    shown += [row for row in rows if row["group"] == SHORT.name and _setting(row) == best(rows).get(row["start"])]
     lines = []
-    for group in (*GROUPS, LONG):
-        starts = dict.fromkeys(row["start"] for row in rows if row["group"] == group.name)
-        starts |= dict.fromkeys(group.starts if group in GROUPS else ())
-        order = ("random", "supervised", "byol", "scrl")
-        for start in sorted(starts, key=order.index):
-            found = [cell(rows, group.name, start, column) for column in COLUMNS.values()]
+    for group in (SCRATCH, SHORT, CONTINUED):
+        starts = dict.fromkeys((*(row["start"] for row in shown if row["group"] == group.name), *group.starts))
+        for start in sorted(starts, key=("random", "supervised", "byol", "scrl").index):
+            found = [cell(shown, group.name, start, column) for column in COLUMNS.values()]
             lines.append((group.name, start, [_shown(values) for values in found]))
     return lines
+
+
+def best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The setting of each method with the best RoI linear accuracy on held photographs, of those measured so far."""
+    held = sorted((row for row in rows if row["measure"] == "held"), key=lambda row: row["value"])
+    return {row["start"]: _setting(row) for row in held}
 
 
 def _shown(values: Sequence[float]) -> str:
@@ -84,10 +101,14 @@ def missing(document: Mapping[str, Any]) -> str:
 
 def table(document: Mapping[str, Any]) -> list[str]:
     """For the terminal."""
-    lines = [f"{'percent':30}" + "".join(f"{name:>20}" for name in COLUMNS)]
+    lines = [f"{'percent':36}" + "".join(f"{name:>20}" for name in COLUMNS)]
     for group, start, texts in cells(document["rows"]):
-        lines.append(f"{HEADS[group] + ', ' + NAMES[start]:30}" + "".join(f"{text:>20}" for text in texts))
-    lines += [f"tuning {NAMES[row['start']]}: {_setting(row)}: {row['value']:.1f}" for row in _tuned(document)]
+        lines.append(f"{heads(document)[group] + ', ' + NAMES[start]:36}" + "".join(f"{text:>20}" for text in texts))
+    lines += ["", f"{'settings':36}{'RoI linear, held':>20}{'RoI linear':>20}{'dense retrieval':>20}{'RankMe':>20}"]
+    lines += [
+        f"{NAMES[start] + ', ' + setting:30}" + "".join(f"{t:>20}" for t in texts)
+        for start, setting, texts in tuned(document)
+    ]
     return [*lines, missing(document)]
 
 
@@ -95,19 +116,30 @@ def markdown(document: Mapping[str, Any]) -> str:
     """For docs/evidence.md: both tables and what they are made of."""
     lines = [f"| | | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for group, start, texts in cells(document["rows"]):
-        lines.append(f"| {HEADS[group]} | {NAMES[start]} | {' | '.join(texts)} |")
-    if tuned := _tuned(document):
-        lines += ["", "| tuning | lr, EMA | RoI linear, held photographs |", "|---|---|---|"]
-        lines += [f"| {NAMES[row['start']]} | {row['lr']:g}, {row['ema']:g} | {row['value']:.1f} |" for row in tuned]
+        lines.append(f"| {heads(document)[group]} | {NAMES[start]} | {' | '.join(texts)} |")
+    if settings := tuned(document):
+        lines += [
+            "",
+            "| settings | lr, EMA | RoI linear, held | RoI linear | dense retrieval | RankMe |",
+            "|---" * 6 + "|",
+        ]
+        lines += [f"| {NAMES[start]} | {setting} | {' | '.join(texts)} |" for start, setting, texts in settings]
     where = document["environment"]
     commits = ", ".join(dict.fromkeys(stage["commit"] or "unknown" for stage in document["stages"]))
     said = f"{where['device_name']}, torch {where['torch']}, commits {commits}; `{document['command']}`."
     return "\n".join([*lines, "", f"Percent; several values as mean ± deviation (number). {missing(document)}. {said}"])
 
 
-def _tuned(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return sorted((row for row in document["rows"] if row["group"] == "tuning"), key=lambda row: row["start"])
+def tuned(document: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Method, setting, and its measures on held and on test photographs, and RankMe of its projections at the end."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in document["rows"]:
+        if row["group"] == SHORT.name:
+            found.setdefault((row["start"], _setting(row)), {})[row["measure"]] = row["value"]
+    names = ("held", "roi", "dense", "rankme")
+    texts = {key: [f"{each[name]:.1f}" if name in each else "-" for name in names] for key, each in found.items()}
+    return [(start, setting, texts[start, setting]) for start, setting in sorted(texts)]
 
 
 def _setting(row: Mapping[str, Any]) -> str:
-    return f"lr {row['lr']:g}, EMA {row['ema']:g}"
+    return f"{row['lr']:g}, {row['ema']:g}"

@@ -60,17 +60,18 @@ def stages(results=()):
 
 
 def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys):
-    asked = ["--only", "scratch/random-*", "scratch/scrl-*", "tuning/scrl-*", "detectors/scratch-voc/s*-0.25-*"]
+    asked = ["scratch/random-0/roi", "short/scrl-*", "scratch/scrl-0/pretrain", "detectors/scratch-voc/s*-0.25-*"]
+    asked = ["--only", *asked]
     assert evidence.main(options(photos, *asked)) == 0
     said = capsys.readouterr().out
     document = json.loads((photos.parent / "voc.json").read_text())
     done = [stage["name"] for stage in document["stages"]]
-    tuned = "tuning/scrl-lr16-ema0.97/"
-    expected = ["scratch/random-0/roi", "scratch/random-0/dense", tuned + "pretrain", tuned + "roi"]
-    expected += [f"scratch/scrl-0/{each}" for each in ("pretrain", "roi", "dense")]
-    assert done == [*expected, "detectors/scratch-voc/scrl-0.25-0"]
-    values = [(row["start"], row["measure"]) for row in document["rows"] if row["group"] == "scratch"]
-    assert values == [("random", "roi"), ("random", "dense"), ("scrl", "roi"), ("scrl", "dense"), ("scrl", "ap")]
+    short = [f"short/scrl-lr16-ema0.97/{each}" for each in ("pretrain", "held", "roi", "dense")]
+    rest = ["scratch/scrl-0/pretrain", "detectors/scratch-voc/scrl-0.25-0"]
+    assert set(done) == {"scratch/random-0/roi", *short, *rest}
+    values = [(row["group"], row["start"], row["measure"]) for row in document["rows"]]
+    assert values[:3] == [("scratch", "random", "roi"), ("short", "scrl", "rankme"), ("short", "scrl", "held")]
+    assert ("scratch", "scrl", "ap") in values
     assert f"{len(done)} of {len(done) + len(document['open'])} stages are finished; - is not measured yet" in said
     assert all(stage["commit"] and stage["seconds"] >= 0 for stage in document["stages"])
     assert str(photos.parent) not in json.dumps(document), "folders of a machine"
@@ -82,7 +83,7 @@ def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys)
     assert json.loads((photos.parent / "voc.json").read_text()) == document
     assert evidence.main(options(photos, "--list")) == 0
     listed = dict(reversed(line.split()) for line in capsys.readouterr().out.splitlines())
-    assert listed["scratch/scrl-0/roi"] == "finished" and listed["supervised"] == "open"
+    assert listed["scratch/random-0/roi"] == "finished" and listed["supervised"] == "open"
     assert listed["continued/scrl-0/pretrain"] == listed["scratch/byol-0/pretrain"] == "waits"
 
     file = photos.parent / "work/results/scratch.random-0.roi.json"
@@ -96,11 +97,11 @@ def test_a_stopped_pre_training_goes_on_and_is_no_result(photos, monkeypatch, ca
 
     work = Work(photos.parent / "work", photos)
     work.prepare()
-    stage = next(stage for stage in stages() if stage.name.endswith("lr16-ema0.97/pretrain"))
+    stage = next(stage for stage in stages() if stage.name == "short/byol-lr16-ema0.97/pretrain")
     with monkeypatch.context() as context:
         context.setattr(SignalHandler, "__enter__", lambda stop: stop.request_stop("SIGTERM") or stop)
         assert not work.run(stage) and work.result(stage) is None
-    assert work.run(stage) and work.result(stage)["result"]["step"] == 1
+    assert work.run(stage) and work.result(stage)["result"]["step"] == 2
     capsys.readouterr()
 
 
@@ -111,11 +112,14 @@ def test_photographs_of_the_test_split_are_never_trained_on(photos):
     assert not set(read["trainval"]) & set(read["test"]) and len(read["test"]) == 4
     assert sorted(read["tune"] + read["held"]) == sorted(read["trainval"]) and not set(read["tune"]) & set(read["held"])
     every = stages(stage.name for stage in stages())
-    trained = {word for stage in every for word in stage.words if stage.words[0] == "scrl_fast.train"}
-    roots = {word for word in trained if word.startswith("--data.root")}
-    assert roots == {"--data.root=WORK/trainval.txt", "--data.root=WORK/tune.txt"}
-    tuned = [stage.words for stage in every if stage.name.startswith("tuning/")]
-    assert not any("test.txt" in word or word == f"--data.root={plan.VOC}" for words in tuned for word in words)
+    trained = [stage for stage in every if stage.words[0] == "scrl_fast.train"]
+    assert {word for stage in trained for word in stage.words if "data.root" in word} == {
+        "--data.root=WORK/trainval.txt"
+    }
+    chosen_by = [stage.words for stage in every if stage.name.endswith("/held")]
+    assert all({"--data.root=WORK/voc", "--data.train=tune", "--data.test=held"} <= set(words) for words in chosen_by)
+    detectors = [stage.words for stage in every if stage.words[0] == "scrl_fast.transfer"]
+    assert detectors and not any("data.train" in word for words in detectors for word in words), "their own split"
 
 
 def test_both_methods_get_the_same_settings_and_grid():
@@ -126,14 +130,14 @@ def test_both_methods_get_the_same_settings_and_grid():
     for one in [name for name in every if "byol" in name]:
         other = every[one.replace("byol", "scrl")]
         assert [word.replace("byol", "scrl") for word in every[one].words] == list(other.words)
-    assert len([name for name in every if name.startswith("tuning/")]) == 4 * len(budget.grid)
+    assert len([name for name in every if name.startswith("short/")]) == 2 * 4 * len(budget.grid)
 
 
 def test_the_best_setting_of_the_held_photographs_is_taken_once_all_are_measured():
     budget = replace(TINY, grid=((8.0, 0.99), (16.0, 0.97)))
-    results = {"tuning/byol-lr8-ema0.99/roi": {"result": {"accuracy": 0.3}}}
+    results = {"short/byol-lr8-ema0.99/held": {"result": {"accuracy": 0.3}}}
     assert plan.chosen("byol", budget, results) is None
-    results["tuning/byol-lr16-ema0.97/roi"] = {"result": {"accuracy": 0.4}}
+    results["short/byol-lr16-ema0.97/held"] = {"result": {"accuracy": 0.4}}
     assert plan.chosen("byol", budget, results) == (16.0, 0.97) and plan.chosen("scrl", budget, results) is None
 
 
@@ -173,6 +177,21 @@ def test_absent_photographs_and_weights_are_refused(photos, capsys, monkeypatch)
         evidence.main(options(photos, "--only", "supervised"))
 
 
+def test_the_table_has_each_methods_best_setting():
+    rows = [
+        {"group": "short", "start": "byol", "lr": lr, "ema": 0.99, "measure": measure, "value": value}
+        for lr, held, roi in ((8.0, 30.0, 50.0), (16.0, 40.0, 45.0))
+        for measure, value in (("held", held), ("roi", roi), ("rankme", 9.0))
+    ]
+    document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
+    line = next(line for line in table(document) if "from scratch, 1 epochs, BYOL" in line)
+    assert line.split()[5:] == ["45.0", *["-"] * 5]
+    assert [line.split()[1:] for line in table(document) if line.startswith("BYOL, ")] == [
+        ["16,", "0.99", "40.0", "45.0", "-", "9.0"],
+        ["8,", "0.99", "30.0", "50.0", "-", "9.0"],
+    ]
+
+
 def test_the_table_of_a_part():
     found = {stage.name: None for stage in stages()}
     for name, value in (("scratch/random-0/roi", 0.25), ("scratch/random-1/roi", 0.35)):
@@ -181,10 +200,10 @@ def test_the_table_of_a_part():
     found |= {stage.name: None for stage in every if stage.name not in found}
     document = report("smoke", every, found, {"device_name": "a processor", "torch": "2"})
     document["command"] = shlex.join(["python", "evidence.py"])
-    line = next(line for line in table(document) if line.startswith("from scratch, random"))
-    assert line.split()[3:7] == ["30.0", "±", "7.1", "(2)"] and line.split()[7:] == ["-"] * 5
+    line = next(line for line in table(document) if line.startswith("from scratch, 2 epochs, random"))
+    assert line.split()[5:9] == ["30.0", "±", "7.1", "(2)"] and line.split()[9:] == ["-"] * 5
     text = markdown(document)
-    assert "| from scratch | random | 30.0 ± 7.1 (2) | - | - | - | - | - |" in text
+    assert "| from scratch, 2 epochs | random | 30.0 ± 7.1 (2) | - | - | - | - | - |" in text
     assert f"2 of {len(every)} stages are finished; - is not measured yet" in text and "commits abc" in text
-    starts = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| from scratch")]
+    starts = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| from scratch, 2")]
     assert starts == ["random", "BYOL", "SCRL"] and set(SCRATCH.starts) == {"random", *METHODS}
