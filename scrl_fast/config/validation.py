@@ -70,7 +70,8 @@ TIMEOUT_RANGE = from_above(0, 604_800)  # seconds, at most a week: timers of the
 SAMPLES_RANGE = Range(
     f"from 1 to {MAX_SAMPLES}, or -1 (adapts)", lambda value: value == -1 or 1 <= value <= MAX_SAMPLES
 )
-SEED_RANGE = within(0, 2**63 - 1)
+_LARGEST = 2**63 - 1
+SEED_RANGE = within(0, _LARGEST)
 
 
 def check_fields(section: Any, name: str, **ranges: Range) -> None:
@@ -211,6 +212,8 @@ def _converted(option: str, value: Any, kind: Any) -> Any:
         if isinstance(value, typing.cast(type, kind)):
             return value
         raise _wrong_type(option, value, kind)
+    if type(value) is int and abs(value) > _LARGEST:
+        raise UsageError(f"{option}: is a whole number of {value.bit_length()} bits, must be at most {_LARGEST}")
     words, other = _words_and_type(kind)
     if words:
         if value in words or type(value) is other:

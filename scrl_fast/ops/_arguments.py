@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LONGEST = 80
+
 
 def as_integer(name: str, value: Any) -> int:
     """value as an int: Python's or NumPy's. Raises TypeError for what is no integer."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # a compiler's integer stays what it is
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     return int(value)
 
 
@@ -25,29 +27,44 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     """`as_integer`, and ValueError outside [low, high]."""
     value = as_integer(name, value)
     if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low}..{high}, got {value}")
+        raise ValueError(f"{name} must lie in {low}..{high}, got {shown(value)}")
     return value
 
 
 def as_number(name: str, value: Any) -> float:
-    """value as a float: Python's or NumPy's. Raises TypeError for what is no number."""
+    """value as a float: Python's or NumPy's. Raises TypeError for what is no number, ValueError for one too large."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name} must be a number, got {_shown(value)}")
-    return float(value)
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float holds, got {shown(value)}") from None
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """`as_number`, and ValueError outside [low, high] and for NaN."""
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, finite: bool = True
+) -> float:
+    """`as_number`, and ValueError outside [low, high], for NaN and, with ``finite``, for infinity."""
     number = as_number(name, value)
     if not low <= number <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {shown(value)}")
+    if finite and math.isinf(number):
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
     return number
 
 
-def _shown(value: Any) -> str:
-    """A plain value; of anything larger its type."""
-    plain = value is None or isinstance(value, (str, bool, Real))
-    return f"{value!r:.80}" if plain else type(value).__name__
+def shown(value: Any) -> str:
+    """A plain value, its beginning where it is long; of anything larger its type."""
+    if isinstance(value, (tuple, list)) and len(value) <= 8:
+        ends = "()" if isinstance(value, tuple) else "[]"
+        return f"{ends[0]}{', '.join(map(shown, value))}{ends[1]}"
+    if not (value is None or isinstance(value, (str, bool, Real))):
+        return type(value).__name__
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def check_scalar(
@@ -69,7 +86,7 @@ def check_flag(name: str, value: Any) -> bool:
         return value
     if isinstance(value, np.bool_) or (isinstance(value, Real) and value in (0, 1)):
         return bool(value)
-    raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_sequence(name: str, values: Any) -> Sequence[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.config.defaults import MAX_SAMPLES
-from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer
+from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer, shown
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LARGEST_INT = (1 << 31) - 1
@@ -30,17 +30,17 @@ def check_arguments(
 
 
 def check_options(output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool) -> Options:
-    sides = list(output_size) if isinstance(output_size, Iterable) else [output_size] * 2
     try:
+        sides = list(output_size) if isinstance(output_size, Iterable) else [output_size] * 2
         height, width = (check_integer("output_size", side, 1, _LARGEST_INT) for side in sides)
     except (TypeError, ValueError):
         wanted = "one or two positive integers"
-        raise ValueError(f"output_size must be {wanted}, got {output_size!r}") from None
+        raise ValueError(f"output_size must be {wanted}, got {shown(output_size)}") from None
     if height * width > _LARGEST_INT:
         raise ValueError(f"output_size must have at most {_LARGEST_INT} bins, got {output_size}")
     scale = as_number("spatial_scale", spatial_scale)
     if not 0 < scale < math.inf:
-        raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
+        raise ValueError(f"spatial_scale must be positive and finite, got {shown(spatial_scale)}")
     ratio = max(check_sampling_ratio(sampling_ratio), -1)  # of -2**70 no kernel would hear
     return (height, width), scale, ratio, check_flag("aligned", aligned)
 
@@ -48,7 +48,7 @@ def check_options(output_size: Any, spatial_scale: float, sampling_ratio: int, a
 def check_sampling_ratio(sampling_ratio: int) -> int:
     ratio = as_integer("sampling_ratio", sampling_ratio)
     if ratio > MAX_SAMPLES:
-        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {ratio}")
+        raise ValueError(f"sampling_ratio must be at most {MAX_SAMPLES}, or -1 (adapts), got {shown(ratio)}")
     return ratio
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import check_integer, check_number
+from scrl_fast.ops._arguments import check_integer, check_number, shown
 from scrl_fast.ops.augment_views_triton import triton_augment_views
 from scrl_fast.ops.backends import Backend, Operation, register, triton_failure
 from scrl_fast.ops.view_table import (
@@ -183,9 +183,14 @@ def _refuse(rows: np.ndarray, bad: np.ndarray, names: str | list[str], wanted: s
 
 def _check_numbers(mean: Sequence[float], std: Sequence[float], threshold: float) -> int:
     """The least level that is solarised."""
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise ValueError(f"mean and std must hold three values and std be positive, got {mean} and {std}")
-    return math.ceil(min(max(check_number("solarize_threshold", threshold), 0), 256))
+    for name, values in (("mean", mean), ("std", std)):
+        fits = isinstance(values, Sequence) or (isinstance(values, np.ndarray) and values.ndim == 1)
+        if isinstance(values, str) or not fits or len(values) != 3:
+            raise ValueError(f"{name} must hold three numbers, got {shown(values)}")
+        for value in values:
+            if check_number(name, value) <= 0 and name == "std":
+                raise ValueError(f"std must be positive, got {shown(value)}")
+    return math.ceil(min(max(check_number("solarize_threshold", threshold, finite=False), 0), 256))
 
 
 def _check_images(images: PackedImages) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
+from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence, shown
 from scrl_fast.ops._tensor_lists import bump_versions, call_on_flat, check_lists, check_memory, check_number_device
 from scrl_fast.ops._triton import define_triton
 from scrl_fast.ops.backends import Backend, Operation, register
@@ -190,9 +190,10 @@ def _row(
     trust = check_number("trust_coefficient", trust_coefficient, 0)
     eps = check_number("eps", eps, 0)
     if not isinstance(adapt, bool):
-        raise TypeError(f"adapt must be True or False, got {adapt!r}")
-    scale = 1.0 if grad_scale == "lr" else check_number("grad_scale", grad_scale)
-    mode = ADAPT if adapt else PLAIN_BY_LR if grad_scale == "lr" else PLAIN
+        raise TypeError(f"adapt must be True or False, got {shown(adapt)}")
+    by_lr = isinstance(grad_scale, str) and grad_scale == "lr"
+    scale = 1.0 if by_lr else check_number("grad_scale", grad_scale)
+    mode = ADAPT if adapt else PLAIN_BY_LR if by_lr else PLAIN
     return (lr, momentum, decay, trust, eps, scale, mode), lr_tensor, momentum_tensor
 
 

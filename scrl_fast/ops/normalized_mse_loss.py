@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scrl_fast.ops import _native
+from scrl_fast.ops._arguments import shown
 from scrl_fast.ops._autograd import (
     below_autograd,
     differentiated_otherwise,
@@ -39,8 +40,8 @@ def normalized_mse_loss(
     Raises TypeError or ValueError naming the argument. Source: BYOL, arXiv 2006.07733, eq. 2.
     """
     _check("input", input, "target", target)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {shown(reduction)}")
     return _ROWS.resolve(input.device.type, backend)(input, target, reduction)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.ops import _native
+from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer, shown
 from scrl_fast.ops.backends import Backend, Operation, register
 from scrl_fast.ops.philox import philox4x32
 
@@ -56,12 +56,11 @@ def sample_box_pairs(
     Raises TypeError or ValueError naming the argument and its value. Source: SCRL, arXiv 2103.06122, section 3.2.
     """
     options = checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter)
-    if not 0 <= operator.index(step) < 1 << _WORD_BITS:
-        raise ValueError(f"step must lie in [0, 2**32), got {step}")
+    step, seed = check_integer("step", step, 0, (1 << _WORD_BITS) - 1), as_integer("seed", seed) & (1 << 64) - 1
     rows1, rows2 = checked_crops(crops1, crops2)
     names = None if keys is None else _checked_keys(keys, crops1)
     sample = _OPERATION.resolve("cpu", backend)
-    boxes1, boxes2 = sample(rows1, rows2, names, options, operator.index(seed) & (1 << 64) - 1, operator.index(step))
+    boxes1, boxes2 = sample(rows1, rows2, names, options, seed, step)
     return (boxes1, boxes2) if isinstance(crops1, np.ndarray) else (torch.from_numpy(boxes1), torch.from_numpy(boxes2))
 
 
@@ -210,17 +209,15 @@ def _clip(box: Box, size: int) -> Box:
 
 def checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter) -> Options:
     for name, value in (("view_size", view_size), ("boxes_per_image", boxes_per_image), ("min_size", min_size)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if not 1 <= value < _LIMIT:
-            raise ValueError(f"{name} must lie in 1..{_LIMIT - 1}, got {value}")
+        check_integer(name, value, 1, _LIMIT - 1)
     if min_size > view_size:
         raise ValueError(f"min_size must not exceed view_size {view_size}, got {min_size}")
-    if not 0 < iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must lie in (0, 1], got {iou_threshold}")
-    if not 0 <= jitter < 1:
-        raise ValueError(f"jitter must lie in [0, 1), got {jitter}")
-    return Options(int(view_size), int(boxes_per_image), int(min_size), float(iou_threshold), bool(grid), float(jitter))
+    if not 0 < as_number("iou_threshold", iou_threshold) <= 1:
+        raise ValueError(f"iou_threshold must lie in (0, 1], got {shown(iou_threshold)}")
+    if not 0 <= as_number("jitter", jitter) < 1:
+        raise ValueError(f"jitter must lie in [0, 1), got {shown(jitter)}")
+    grid = check_flag("grid", grid)
+    return Options(int(view_size), int(boxes_per_image), int(min_size), float(iou_threshold), grid, float(jitter))
 
 
 def checked_crops(crops1: Any, crops2: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._arguments import check_number, check_sequence
+from scrl_fast.ops._arguments import check_number, check_sequence, shown
 from scrl_fast.ops._tensor_lists import check_lists, check_memory
 from scrl_fast.optim.base import EmaOptimizer
 
@@ -42,7 +42,12 @@ class AdamW(EmaOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        numbers = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum": 0.9}
+        numbers = {
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": 0.9,
+        }
         # fused: by it load_state_dict brings the step counters to the device
         average: tuple[list[Tensor], ...] = ()  # targets, sources
         super().__init__(params, {"lr": lr, **numbers, "adapt": True, "fused": True}, average)
@@ -51,14 +56,14 @@ class AdamW(EmaOptimizer):
     def _check_group(group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay", "momentum"):
             check_number(name, group[name], 0)
-        for beta in group["betas"]:
-            check_number("betas", beta, 0)
-            if not beta < 1:
-                raise ValueError(f"betas must be below 1, got {group['betas']}")
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, got {group['betas']}")
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {shown(betas)}")
+        for beta in betas:
+            if not check_number("betas", beta, 0) < 1:
+                raise ValueError(f"betas must be below 1, got {shown(beta)}")
         if not isinstance(group["adapt"], bool):
-            raise TypeError(f"adapt must be True or False, got {group['adapt']!r}")
+            raise TypeError(f"adapt must be True or False, got {shown(group['adapt'])}")
 
     @staticmethod
     def _check_params(params: list[Tensor]) -> None:
@@ -134,10 +139,11 @@ class AdamW(EmaOptimizer):
                 zeros = {name: _zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p].update(step=torch.zeros((), dtype=torch.float32, device=p.device), **zeros)
         means, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
+        lr, weight_decay, eps = (float(group[name]) for name in ("lr", "weight_decay", "eps"))
         adamw(
             params, grads, means, squares, [], steps, fused=True, found_inf=broken, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
         )  # fmt: skip
 
     def _sgd(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], broken: Tensor) -> None:
@@ -146,8 +152,8 @@ class AdamW(EmaOptimizer):
                 self.state[p]["momentum_buffer"] = _zeros_like(p)
         buffers: list[Tensor | None] = [self.state[p]["momentum_buffer"] for p in params]
         sgd(
-            params, grads, buffers, fused=True, found_inf=broken, weight_decay=group["weight_decay"],
-            momentum=group["momentum"], lr=group["lr"], dampening=0.0, nesterov=False, maximize=False,
+            params, grads, buffers, fused=True, found_inf=broken, weight_decay=float(group["weight_decay"]),
+            momentum=float(group["momentum"]), lr=float(group["lr"]), dampening=0.0, nesterov=False, maximize=False,
         )  # fmt: skip
 
 

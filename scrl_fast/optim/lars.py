@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence
+from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence, shown
 from scrl_fast.ops._tensor_lists import DTYPES, check_lists, check_memory
 from scrl_fast.ops.lars_step import LarsSettings, make_settings, step_by
 from scrl_fast.optim.base import EmaOptimizer
@@ -86,8 +86,8 @@ class LARS(EmaOptimizer):
         for name in ("weight_decay", "trust_coefficient", "eps"):
             check_number(name, group[name], 0)
         if not isinstance(group["adapt"], bool):
-            raise TypeError(f"adapt must be True or False, got {group['adapt']!r}")
-        if group["grad_scale"] != "lr":
+            raise TypeError(f"adapt must be True or False, got {shown(group['adapt'])}")
+        if not (isinstance(group["grad_scale"], str) and group["grad_scale"] == "lr"):
             check_number("grad_scale", group["grad_scale"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

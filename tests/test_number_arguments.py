@@ -1,0 +1,135 @@
+"""Every number that an operation or an optimizer takes: right ones of any type, wrong ones named with their value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import available_backends
+
+from scrl_fast import ops
+from scrl_fast.config.schema import Config
+from scrl_fast.config.validation import validated
+from scrl_fast.errors import UsageError
+from scrl_fast.ops._arguments import check_number, shown
+from scrl_fast.ops.augment_views import augment_views
+from scrl_fast.ops.view_table import VIEW_DTYPE, PackedImages
+from scrl_fast.optim import LARS, AdamW
+
+INFINITE = [float("inf"), -float("inf"), np.float64("inf")]
+WRONG: list[Any] = [
+    *(10**400, -(10**400), 10**5000, Fraction(10**400), -1, np.int64(-5), float("nan"), np.float64("nan")),
+    *(Decimal("0.5"), "0.5", b"1", None, 1j, object(), np.array(0.5), np.array([0.5, 0.5])),
+]
+MAP, BOXES = torch.zeros(1, 2, 4, 4), torch.tensor([[0, 0.0, 0, 2, 2]])
+CROPS = np.array([[0, 0, 50, 50, 0]] * 2)
+IMAGES = PackedImages(np.zeros(0, np.uint8), *(np.zeros(0, np.int64) for _ in range(3)))
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.ones(3)]
+
+
+def roi_align(**number: Any) -> Any:
+    return ops.roi_align(MAP, BOXES, **({"output_size": 2} | number))
+
+
+def boxes(**number: Any) -> Any:
+    return ops.sample_box_pairs(CROPS, CROPS, **({"view_size": 224, "seed": 0, "step": 0} | number))
+
+
+def views(**number: Any) -> Any:
+    return augment_views(IMAGES, np.zeros(0, VIEW_DTYPE), **({"size": 8, "mean": (0, 0, 0), "std": (1, 1, 1)} | number))
+
+
+def step_of(kind: type[LARS | AdamW]) -> Callable[..., Any]:
+    def step(**number: Any) -> Any:
+        parameter = torch.nn.Parameter(torch.ones(3))
+        ema = {name: number.pop(name) for name in ("ema_momentum",) if name in number}
+        optimizer: Any = kind([parameter], **({"lr": 0.1} | number))
+        optimizer.attach_ema(tensors(), [parameter])
+        parameter.grad = torch.ones(3)
+        optimizer.step(**ema)
+        return parameter
+
+    return step
+
+
+def lars_step(**number: Any) -> Any:
+    return ops.lars_step_(tensors(), tensors(), tensors(), **({"lr": 0.1} | number))
+
+
+def ema(**number: Any) -> Any:
+    return ops.ema_update_(tensors(), tensors(), **number)
+
+
+LARS_NUMBERS = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+CALLS: list[tuple[Callable[..., Any], str]] = [
+    (ema, "momentum"),
+    *((lars_step, name) for name in (*LARS_NUMBERS, "grad_scale", "adapt")),
+    *((roi_align, name) for name in ("output_size", "spatial_scale", "sampling_ratio", "aligned")),
+    *(
+        (boxes, name)
+        for name in ("view_size", "boxes_per_image", "min_size", "iou_threshold", "jitter", "grid", "step")
+    ),
+    *((views, name) for name in ("size", "mean", "std", "threads", "solarize_threshold")),
+    *((step_of(LARS), name) for name in (*LARS_NUMBERS, "ema_momentum")),
+    *((step_of(AdamW), name) for name in ("lr", "weight_decay", "eps", "betas", "ema_momentum")),
+]
+TAKEN = {  # that are no mistake for these
+    "grad_scale": {"-1", "np.int64(-5)"},
+    "solarize_threshold": {"-1", "np.int64(-5)"},
+    "sampling_ratio": {"-1", "np.int64(-5)", shown(-(10**400))},
+    "ema_momentum": {"None"},
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), CALLS, ids=lambda value: value if isinstance(value, str) else value.__qualname__
+)
+def test_a_wrong_number_is_named_with_its_value(call: Callable[..., Any], name: str) -> None:
+    also = [] if name == "solarize_threshold" else INFINITE
+    for value in [*WRONG, *also]:
+        if shown(value) in TAKEN.get(name, ()):
+            call(**{name: value})
+            continue
+        with pytest.raises((TypeError, ValueError)) as refused:
+            call(**{name: value})
+        said = str(refused.value)
+        assert name in said and len(said) < 300 and "\n" not in said, (value, said)
+
+
+@pytest.mark.parametrize("backend", available_backends("ema_update_"))
+def test_numbers_of_any_type_are_one_number(backend: Any) -> None:
+    expected = None
+    for value in (0.5, Fraction(1, 2), np.float32(0.5), np.float64(0.5), np.array([0.5])[0]):
+        targets = tensors()
+        ops.ema_update_(targets, [torch.zeros(3)], value, backend=backend)
+        expected = targets[0] if expected is None else expected
+        assert torch.equal(targets[0], expected)
+    for kind in (LARS, AdamW):
+        assert torch.equal(step_of(kind)(lr=Fraction(1, 2)), step_of(kind)(lr=np.float64(0.5)))
+
+
+def test_long_values_are_cut() -> None:
+    assert (
+        shown(10**4000)[:3] == "100"
+        and len(shown(10**4000)) < 100
+        and shown(10**5000) == "a int of thousands of digits"
+    )
+    assert shown((7, 7.5)) == "(7, 7.5)" and shown([1]) == "[1]" and shown(object()) == "object"
+    assert check_number("x", float("inf"), finite=False) == float("inf")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63], ids=["large", "small", "64 bits"])
+def test_options_are_numbers_that_a_machine_counts(value: int) -> None:
+    for section, name in (("optim", "lr"), ("train", "epochs"), ("data", "workers")):
+        config = Config()
+        setattr(getattr(config, section), name, value)
+        with pytest.raises(UsageError, match=rf"{section}\.{name}: is a whole number of \d+ bits"):
+            validated(config)
