@@ -211,6 +211,13 @@ def test_other_tasks_keep_their_length():
     assert follow_data(config, 5) == config and config.train.steps == 90_000 and config.data.classes == ()
 
 
+def test_the_small_recipe_lies_beneath_the_command_line():
+    plain = parse(["custom", "--data.root=x"])
+    small = parse(["custom", "--config=small", "--data.root=x", "--train.steps=7"])
+    assert (small.train.steps, small.model.short_side, small.train.batch_size) == (7, (192, 192), 4)
+    assert small.data == plain.data and small.optim.lr_steps == plain.optim.lr_steps == (-1, -1)
+
+
 def test_a_batch_of_more_than_all_images_is_made_smaller(yolo):
     data = TransferData(options(yolo, "--model.backbone=resnet10_tiny"), World(), "cpu")
     assert data.config.train.batch_size == 6 and "train.batch_size=16" in "\n".join(data.notes)

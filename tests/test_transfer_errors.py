@@ -68,6 +68,7 @@ def lost_instances(data_root, tmp_path):
             r"init=/no/w\.pth: there is no such checkpoint",
         ),
         (lambda r, t: ["detection", "--config=scrl_200ep"], r"--config=scrl_200ep: there is no such file"),
+        (lambda r, t: ["detection", "--config=smal"], r"--config=smal is neither a recipe \(small\) .* 'small'"),
         (lambda r, t: ["instance", f"--data.root={r}", "--model.detector=fcos"], r"instance needs mask_rcnn"),
         (lambda r, t: ["detection", f"--data.root={r}", "--train.batch_size=99"], r"batch_size=99: .* 11 images"),
         (lambda r, t: ["detection", f"--data.root={r}", "--eval.only=true"], r"eval\.only=True .*--resume"),

@@ -88,21 +88,38 @@ def parse(argv: Sequence[str], *, prog: str, checkpoint_config: ReadConfig | Non
 
 
 def parse_as(
-    cls: type[Options], argv: Sequence[str], *, prog: str, description: str, base: Sequence[Settings] = ()
+    cls: type[Options],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    base: Sequence[Settings] = (),
+    recipes: Mapping[str, Settings] | None = None,
 ) -> Request[Options]:
     """The command line of another command than the trainer.
 
     cls: a dataclass whose fields are options, and whose fields that are dataclasses are sections.
-    base: settings beneath those of files and command line.
+    base: settings beneath those of files and command line. recipes: settings that ``--config`` takes by name.
     Raises UsageError, or SystemExit(0) after printing the help.
     """
-    names, tokens, print_config = _split(argv)
-    parser = make_parser(prog, cast(Any, cls), description)
+    recipes = recipes or {}
+    names, tokens, print_config = _split(argv, tuple(recipes))
+    parser = make_parser(prog, cast(Any, cls), description, tuple(recipes))
     _help_if_asked(parser, tokens)
-    files = [*base, *map(read_settings, names)]
+    files = [*base, *(_recipe_or_file(name, recipes) for name in names)]
     tokens, notes = _checked_tokens(tokens, cls)
     config = build(cls, *files, tokens=tokens, parser=parser)
     return Request(config, [*_notes_of(cls, files), *notes], print_config)
+
+
+def _recipe_or_file(name: str, recipes: Mapping[str, Settings]) -> Settings:
+    """The settings that ``--config`` names. Raises UsageError, with the recipe that a misspelt name may mean."""
+    if name in recipes:
+        return recipes[name]
+    hint = "" if Path(clean_path(name)).exists() else did_you_mean(name, recipes)
+    if hint:
+        raise UsageError(f"--config={name} is neither a recipe ({', '.join(recipes)}) nor a file{hint}")
+    return read_settings(name)
 
 
 def take_task(argv: list[str], tasks: Mapping[str, str], usage: str) -> str:

@@ -19,6 +19,7 @@ from scrl_fast.errors import UsageError, friendly_errors
 from scrl_fast.transfer.commands import COMMANDS, SUMMARIES
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
+from scrl_fast.transfer.recipes import RECIPES
 
 PROG = "python -m scrl_fast.transfer"
 USAGE = " TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
@@ -77,7 +78,7 @@ def parse_command(argv: list[str], cls: type[Options], prog: str, summaries: Map
         f"{(cls.__doc__ or '').splitlines()[0]} Task: {task}. The defaults below are those of detection; "
         "--print_config shows the task's own."
     )
-    command: dict[str, Any] = {"prog": f"{prog} {task}", "description": description}
+    command: dict[str, Any] = {"prog": f"{prog} {task}", "description": description, "recipes": recipes()}
     request = parse_as(cls, argv, base=settings, **command)
     if defaults := DETECTOR_DEFAULTS.get(request.config.model.detector):
         settings.append(Settings(defaults, f"the defaults of {request.config.model.detector}"))
@@ -87,6 +88,11 @@ def parse_command(argv: list[str], cls: type[Options], prog: str, summaries: Map
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")
     config.check_ready()
     return config
+
+
+def recipes() -> dict[str, Settings]:
+    """What ``--config`` takes by name."""
+    return {name: Settings(options, f"the recipe {name}") for name, options in RECIPES.items()}
 
 
 def write_result(config: TransferConfig, summary: dict[str, Any]) -> None:
