@@ -127,7 +127,10 @@ def _explained(results: Results) -> list[str]:
         )
     reached = [value["AP"] or 0.0 for value in results.values.values()]
     if reached and max(reached) < LEARNED:
-        notes.append(f"No row reaches an AP of {LEARNED:g}: train longer before anything is concluded from this.")
+        notes.append(
+            f"No row reaches an AP of {LEARNED:g}: train longer, or at a higher --optim.lr with --optim.clip_norm=5, "
+            "before anything is concluded from this."
+        )
     few = max(pairs, default=0)
     if others and 1 < few < FEW:
         factor = t_quantile(0.5 + CONFIDENCE / 2, few - 1) / math.sqrt(few)
