@@ -57,9 +57,10 @@ class Budget:
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
-    detector_steps: int = 500
+    detector_steps: tuple[int, int] = (1000, 400)
+    """From scratch, and from ImageNet weights: these know more, and a step of their network takes longer."""
     detector_batch: int = 8
-    detector_side: int = 192
+    detector_side: int = 128
     detector_images: int = 0
     """To measure on, 0: all."""
     detector_seeds: int = 3
@@ -73,7 +74,7 @@ BUDGETS = {
     "smoke": Budget(
         epochs=2, short_epochs=1, continued_epochs=1, pretraining_seeds=1, detector_seeds=1,
         batch_size=4, view=64, images=8, dense_images=4,
-        detector_steps=1, detector_batch=2, detector_side=64, detector_images=2,
+        detector_steps=(1, 1), detector_batch=2, detector_side=64, detector_images=2,
         grid=((8.0, 0.99), (16.0, 0.97)),
     ),  # does it run?
 }  # fmt: skip
@@ -275,19 +276,19 @@ def comparison(group: Group, data: str, budget: Budget) -> Stage:
 
 def _comparing(group: Group, data: str, budget: Budget) -> tuple[str, ...]:
     root, measured_on = DATA_SETS[data]
-    side = budget.detector_side
+    side, steps = budget.detector_side, budget.detector_steps[GROUPS.index(group)]
     return (
         *("scrl_fast.transfer", "compare", "custom", f"--data.root={root}", f"--data.val={measured_on}"),
         *(f"--compare.dir=WORK/detectors/{group.name}-{data}", "--compare.keep_detectors=false"),
         *(f"--model.backbone={group.backbone}", *(word.replace("views", "model") for word in group.views)),
-        *(f"--model.short_side=[{side - 32},{side}]", f"--model.test_short_side={side}"),
-        *("--model.fpn_channels=64", "--model.head_channels=256", "--model.anchor_scale=4"),
-        *("--model.proposals_before_nms=[300,200]", "--model.proposals=[150,100]", "--model.rois_per_image=64"),
-        *(f"--train.steps={budget.detector_steps}", f"--train.batch_size={budget.detector_batch}"),
+        *(f"--model.short_side=[{side},{side + 32}]", f"--model.test_short_side={side}"),
+        *("--model.fpn_channels=32", "--model.head_channels=128", "--model.anchor_scale=4"),
+        *("--model.proposals_before_nms=[200,100]", "--model.proposals=[100,50]", "--model.rois_per_image=32"),
+        *(f"--train.steps={steps}", f"--train.batch_size={budget.detector_batch}"),
         *("--optim.lr=0.04", "--optim.clip_norm=5", f"--eval.images={budget.detector_images}", "--eval.batch_size=8"),
         *(
             "--data.workers=1",
             "--run.tensorboard=false",
-            f"--run.checkpoint_every={max(1, budget.detector_steps // 4)}",
+            f"--run.checkpoint_every={max(1, steps // 4)}",
         ),
     )

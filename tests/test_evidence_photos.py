@@ -179,13 +179,21 @@ def test_absent_photographs_and_weights_are_refused(photos, capsys, monkeypatch)
 
 def test_the_table_has_each_methods_best_setting():
     rows = [
-        {"group": "short", "start": "byol", "lr": lr, "ema": 0.99, "measure": measure, "value": value}
+        {
+            "group": "short",
+            "start": "byol",
+            "lr": lr,
+            "ema": 0.99,
+            "measure": measure,
+            "value": value,
+            "mean_class": 7.0,
+        }
         for lr, held, roi in ((8.0, 30.0, 50.0), (16.0, 40.0, 45.0))
         for measure, value in (("held", held), ("roi", roi), ("rankme", 9.0))
     ]
     document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
     line = next(line for line in table(document) if "from scratch, 1 epochs, BYOL" in line)
-    assert line.split()[5:] == ["45.0", *["-"] * 5]
+    assert line.split()[5:] == ["45.0", "7.0", *["-"] * 5]
     assert [line.split()[1:] for line in table(document) if line.startswith("BYOL, ")] == [
         ["16,", "0.99", "40.0", "45.0", "-", "9.0"],
         ["8,", "0.99", "30.0", "50.0", "-", "9.0"],
@@ -195,15 +203,20 @@ def test_the_table_has_each_methods_best_setting():
 def test_the_table_of_a_part():
     found = {stage.name: None for stage in stages()}
     for name, value in (("scratch/random-0/roi", 0.25), ("scratch/random-1/roi", 0.35)):
-        found[name] = {"name": name, "commit": "abc", "result": {"accuracy": value}}
+        found[name] = {
+            "name": name,
+            "commit": "abc",
+            "result": {"accuracy": value, "mean_class_accuracy": value / 5},
+        }
     every = plan.planned(replace(TINY, pretraining_seeds=2), {})
     found |= {stage.name: None for stage in every if stage.name not in found}
     document = report("smoke", every, found, {"device_name": "a processor", "torch": "2"})
     document["command"] = shlex.join(["python", "evidence.py"])
     line = next(line for line in table(document) if line.startswith("from scratch, 2 epochs, random"))
-    assert line.split()[5:9] == ["30.0", "±", "7.1", "(2)"] and line.split()[9:] == ["-"] * 5
+    assert line.split()[5:9] == ["30.0", "±", "7.1", "(2)"]
+    assert line.split()[9:] == ["6.0", "±", "1.4", "(2)", *["-"] * 5]
     text = markdown(document)
-    assert "| from scratch, 2 epochs | random | 30.0 ± 7.1 (2) | - | - | - | - | - |" in text
+    assert "| from scratch, 2 epochs | random | 30.0 ± 7.1 (2) | 6.0 ± 1.4 (2) | - | - | - | - | - |" in text
     assert f"2 of {len(every)} stages are finished; - is not measured yet" in text and "commits abc" in text
     starts = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| from scratch, 2")]
     assert starts == ["random", "BYOL", "SCRL"] and set(SCRATCH.starts) == {"random", *METHODS}
