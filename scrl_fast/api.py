@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scrl_fast.config.files import Settings, build, option_kinds, read_settings, recipe_names, renamed_options
+from scrl_fast.config.run_folder import METRICS
 from scrl_fast.config.schema import Config, ViewsConfig
 from scrl_fast.data.image_files import BadImage
 from scrl_fast.data.image_inputs import ImageInput, rgb_of
@@ -27,7 +28,6 @@ from scrl_fast.evaluate.images import ImageLoader, frozen_copy, pool
 from scrl_fast.models import Encoder
 from scrl_fast.run.log import RowHook
 from scrl_fast.run.metrics_file import read_metrics
-from scrl_fast.run.paths import METRICS
 from scrl_fast.trainer import SCRLTrainer
 
 

@@ -120,9 +120,12 @@ def link_or_copy(source: Path, target: Path) -> None:
             write_synced(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 20))
 
 
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the same folder, since a rename is atomic only within one file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_name(path: Path, *, suffix: str = "") -> Path:
+    """A hidden name in the same folder, since a rename is atomic only within one file system.
+
+    suffix: the name's end, where readers tell the format by it.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
 
 
 def sidecar_of(path: Path) -> Path:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from scrl_fast.atomic_files import temporary_name
 from scrl_fast.config.backbones import has_own_names
 from scrl_fast.config.command_line import CommandParser
+from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.config.validation import clean_path
 from scrl_fast.config.yaml_text import read_text, shortened
 from scrl_fast.errors import UsageError, friendly_errors
@@ -37,7 +39,7 @@ def export(
     *,
     branch: str = "online",
     backbone: str = "",
-    size: int = 224,
+    size: int = VIEW_SIZE,
     overwrite: bool = False,
     encoder: Any = None,
 ) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def export(
     source = weights.read(checkpoint)
     encoder = _encoder_of(source, backbone, "target" if branch == "target" else "online", encoder)
     metadata = describe(source, encoder.name, branch if to != "scrl-reference" else "online and target", to)
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    temporary = temporary_name(out, suffix=out.suffix)
     try:
         metadata["checked"] = _write(to, temporary, source, encoder, metadata, size)
         _move(temporary, out)
@@ -148,7 +150,7 @@ def describe(source: Any, backbone: str, branch: str, to: str) -> dict[str, Any]
 
 def training_commit(path: str) -> str:
     """The commit of the run whose folder holds the checkpoint; "" for a checkpoint outside any run folder."""
-    from scrl_fast.run.paths import ENVIRONMENT
+    from scrl_fast.config.run_folder import ENVIRONMENT
 
     try:
         found = json.loads(read_text(Path(path).resolve().parent.parent / ENVIRONMENT))
@@ -266,7 +268,10 @@ def _parser() -> CommandParser:
         "--backbone", default="", help="name of the encoder, where the file does not tell, or package.module:function"
     )
     parser.add_argument(
-        "--size", type=int, default=224, help="image side: onnx is traced with it, hf names it (default: %(default)s)"
+        "--size",
+        type=int,
+        default=VIEW_SIZE,
+        help="image side: onnx is traced with it, hf names it (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scrl_fast.config.command_line import parse
+from scrl_fast.config.run_folder import LOG
 from scrl_fast.errors import friendly_errors
 
 PROG = "python -m scrl_fast.train"
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.trainer import SCRLTrainer
 
-        with rendezvous.one_of_a_job():
+        with rendezvous.distributed_command():
             trainer = SCRLTrainer(config)
-            report.log = trainer.folder / "log.txt"
+            report.log = trainer.folder / LOG
             trainer.fit()
     return 0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from scrl_fast import info
 from scrl_fast.build import build, check_global_batch, check_run, initialise, with_encoder
 from scrl_fast.config.backbones import code_arguments
+from scrl_fast.config.run_folder import BOXES
 from scrl_fast.config.schema import Config
 from scrl_fast.config.validation import validated
 from scrl_fast.data import Batch, Loader, identity_of, make_source, on_device, views_on_gpu
@@ -27,16 +28,15 @@ from scrl_fast.evaluate.probe_validation import ProbeValidation
 from scrl_fast.metrics import LogWindow, StepMeter, as_rows, feature_std, rankme
 from scrl_fast.run import plots
 from scrl_fast.run.agreement import check_same_everywhere
-from scrl_fast.run.checkpoint import load_networks, load_optimizer_state, using
+from scrl_fast.run.checkpoint import load_networks, load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import keep_memory, set_numerics, set_threads, step_seed
-from scrl_fast.run.paths import BOXES
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.schedules import ema_momentum, learning_rate
 
 MONITOR_ROWS = 2048  # projections that the collapse monitors look at: an SVD of more takes longer and says the same
-HOPELESS = 64  # images without a single box pair: by chance a few may have none
+MAX_PAIRLESS = 64  # images without a box pair from the start on: a few may have none by chance
 
 
 class NonFiniteError(RuntimeError):
@@ -276,7 +276,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         size, least = self.config.views.size, self.config.boxes.min_size
         what = f"no box pair in the last {steps} steps: boxes of boxes.min_size={least} pixels hardly fit into the "
         what += f"overlap of two views of views.size={size}"
-        if not self.window.pairs and (self.step * self.global_batch >= HOPELESS or self.step == self.last_step):
+        if not self.window.pairs and (self.step * self.global_batch >= MAX_PAIRLESS or self.step == self.last_step):
             raise UsageError(f"{what}, and nothing can be learned; lower --boxes.min_size or raise --views.size")
         self.loop.log.say(what)
 
@@ -339,19 +339,19 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         of process 0 alone, and several processes share them as if they were all.
         Raises UsageError when the global batch is another one: step numbers and schedules would mean something else.
         """
-        with using("config"):
+        with loading("config"):
             check_global_batch(self.config, state, self.world.size)
         if not self.threads_asked and state["loader"].get("world_size", 1) == self.world.size:
             self.set_threads(before=state["config"]["train"].get("threads", 0))
-        with using("model"):
+        with loading("model"):
             load_networks(self.model, state["model"])
-        with using("optimizer"):
+        with loading("optimizer"):
             load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
-        with using("rng"):
+        with loading("rng"):
             torch.set_rng_state(state["rng"]["torch"])
-        with using("loader"):
+        with loading("loader"):
             self.loader.load_state_dict(state["loader"].get("processes", [state["loader"]]))
-        with using("log"):
+        with loading("log"):
             self.window.load_state_dict(state.get("log", {}))
 
     def data_identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import kill_runs
 import pytest
 from test_resume import assert_same, metrics
 
-from scrl_fast.run.paths import METRICS
+from scrl_fast.config.run_folder import METRICS
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_unknown_encoder_names_the_nearest():
 
 def test_unknown_timm_name():
     pytest.importorskip("timm", reason="timm is an optional dependency")
-    with pytest.raises(ValueError, match="unknown backbone 'timm:resnet51'; did you mean timm:resnet5"):
+    with pytest.raises(ValueError, match="unknown backbone 'timm:resnet51'; did you mean 'timm:resnet5"):
         build_encoder("timm:resnet51")
 
 

@@ -99,7 +99,7 @@ def test_a_file_of_the_run_that_is_a_link_is_refused_by_name(tmp_path, name, tar
     (folder / name).symlink_to(tmp_path / target)
     with pytest.raises(UsageError, match=rf"run\.dir '.*downloaded': {name} there is a link"):
         prepare_folder(folder, resume=True)
-    assert not lock._locks.get(lock.identity_of(folder)) and not (tmp_path / "nowhere").exists()
+    assert not lock._locks.get(lock.inode_of(folder)) and not (tmp_path / "nowhere").exists()
 
 
 def test_checkpoints_may_lie_on_another_disk_but_not_in_another_run(tmp_path):
@@ -136,7 +136,7 @@ def test_what_is_refused_is_not_held(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match="already holds a run"):
         prepare_folder(tmp_path, resume=False)
-    assert not lock._locks.get(lock.identity_of(tmp_path))
+    assert not lock._locks.get(lock.inode_of(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "config.yaml", "env.json"])

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_transfer import transfer
 
 from scrl_fast.data.image_files import BadImage
+from scrl_fast.run.checkpoint import CheckpointManager
 from scrl_fast.transfer import load_detector
 from scrl_fast.transfer.__main__ import main
 from scrl_fast.transfer.categories import stored_categories
@@ -90,6 +91,22 @@ def test_loading_leaves_the_generator_of_random_numbers_alone(runs):
     before = torch.get_rng_state()
     load_detector(runs["detection"].folder, device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_gives_the_best_checkpoint_that_it_measured(runs, tmp_path):
+    run = runs["detection"]
+    manager, state = CheckpointManager(tmp_path / "checkpoints"), run.loop.state_dict()
+    manager.save(state | {"step": 1}, 1, best=True)  # best because it was the last one then: nothing was measured
+    manager.save(state | {"step": 2}, 2)
+    assert load_detector(tmp_path, device="cpu").path.name == "step_00000002.pt"
+    best = {"step": 3, "bbox_AP": 5.0}
+    manager.save(state | {"step": 3, "best": best}, 3, best=True)
+    manager.save(state | {"step": 4, "best": best}, 4)
+    assert load_detector(tmp_path, device="cpu").path == tmp_path / "checkpoints" / "best.pt"
+    assert load_detector(tmp_path / "checkpoints", device="cpu").path == tmp_path / "checkpoints" / "best.pt"
+    (tmp_path / "checkpoints" / "best.pt").write_bytes(b"damaged")
+    with pytest.warns(RuntimeWarning, match="best.pt is damaged.*taking the newest checkpoint"):
+        assert load_detector(tmp_path, device="cpu").path.name == "step_00000004.pt"
 
 
 def test_names_of_classes_come_from_the_run_or_its_task(runs):

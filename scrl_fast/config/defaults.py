@@ -8,6 +8,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue over ImageNet."""
 MAX_SAMPLES = 4096
 """Most samples of a RoIAlign bin and axis; csrc/roi_align.h says why."""
+BACKBONE = "resnet50"
+"""The encoder where none is named."""
+VIEW_SIZE = 224
+"""Height and width of a view in pixels, also where the file of an encoder does not say what it was trained on."""
+SCORE_THRESHOLD = 0.05
+"""A detector's weaker detections are dropped when it is measured and exported."""
+SHOWN_SCORE = 0.5
+"""Weaker detections are left out of predictions for people."""
 LOG_EVERY = 10
 """Steps between logging points: each waits for the GPU."""
 DATA_TIMEOUT = 300.0

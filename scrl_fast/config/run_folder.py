@@ -1,4 +1,4 @@
-"""Where a run lies that a command line goes on with, told from its folder, its config or one of its checkpoints."""
+"""The names of the files in a run folder, and which run folder a path lies in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
+LAST, BEST = "last.pt", "best.pt"
 CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
+METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
+BOXES, CURVES = "boxes.png", "curves.png"
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 
 

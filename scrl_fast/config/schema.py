@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from scrl_fast.config.backbones import backbone_fault
 from scrl_fast.config.defaults import (
+    BACKBONE,
     BACKBONE_STRIDES,
     DATA_TIMEOUT,
     DEMO_IMAGES,
@@ -22,6 +23,7 @@ from scrl_fast.config.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOG_EVERY,
+    VIEW_SIZE,
 )
 from scrl_fast.config.files import Settings, build, read_settings, recipe_names
 from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
@@ -107,7 +109,7 @@ class ViewsConfig:
 
     recipe: Literal["simclr", "simple", "none"] = "simclr"
     """simclr: all transforms; simple: crop and flip; none: resize and centre crop."""
-    size: int = 224
+    size: int = VIEW_SIZE
     """Height and width of a view in pixels."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Range of a crop's area, as a share of the image."""
@@ -197,7 +199,7 @@ class ModelConfig:
 
     method: Literal["scrl", "byol"] = "scrl"
     """scrl: matched boxes; byol: the same without boxes, on the average-pooled feature."""
-    backbone: str = "resnet50"
+    backbone: str = BACKBONE
     """resnet10_tiny (demo), resnet18/34/50/101/152, resnext*, wide_resnet* of torchvision, timm:NAME, or
     package.module:function, which makes any network with a feature map (docs/encoders.md)."""
     hidden_dim: int = 4096

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, name_of_content, read_file
 from scrl_fast.data.jpeg import (
     SHRINKS,
+    Pixels,
     decode_jpeg,
     frame_of,
     has_endless_header,
@@ -32,7 +32,6 @@ from scrl_fast.data.pillow import (
     to_rgb,
 )
 
-Pixels = NDArray[np.uint8]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 """Ends of the names of image files, compared in lower case."""
 _BYTES_PER_PIXEL = 7  # of an RGB picture of Pillow's (4) and its array (3); the other JPEG decoders take 3

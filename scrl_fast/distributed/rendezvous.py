@@ -75,7 +75,7 @@ def _check_group(device: torch.device) -> None:
 
 
 @contextmanager
-def one_of_a_job() -> Iterator[None]:
+def distributed_command() -> Iterator[None]:
     """For the work of a command that may be one process of several: leaves what `join` began when it has ended.
 
     An error ends the process as what `to_peer_error` makes of it.

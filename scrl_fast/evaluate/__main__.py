@@ -46,7 +46,7 @@ def run(task: str, options: Any, argv: Sequence[str] = ()) -> dict[str, Any]:
     from scrl_fast.run.numerics import keep_memory
 
     keep_memory()  # an eighth of the time on a CPU
-    with rendezvous.one_of_a_job():
+    with rendezvous.distributed_command():
         document = _run(task, options, argv, rendezvous.join(rendezvous.device_of(options.device)))
     return document
 

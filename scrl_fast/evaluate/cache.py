@@ -104,7 +104,7 @@ def _add(digest: Any, part: Any) -> None:
         digest.update(f"{type(part).__name__}={part!r};".encode())
 
 
-def identity_of(source: Any) -> list[Any]:
+def content_key(source: Any) -> list[Any]:
     """What tells one set of images from another: of files names, sizes and times of change; of scenes the pixels."""
     if isinstance(images := getattr(source, "images", None), np.ndarray):
         return [images]

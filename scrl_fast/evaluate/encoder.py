@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast import weights
-from scrl_fast.config.defaults import IMAGENET_MEAN, IMAGENET_STD
+from scrl_fast.config.defaults import BACKBONE, IMAGENET_MEAN, IMAGENET_STD, VIEW_SIZE
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
@@ -17,8 +17,6 @@ from scrl_fast.evaluate.config import Common
 from scrl_fast.evaluate.images import has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
 from scrl_fast.weights.tensor_values import check_values
-
-DEFAULT_SIZE, DEFAULT_BACKBONE = 224, "resnet50"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class EvaluatedEncoder:
     """For the line of result: the file, or ``random``."""
     report: str
     """Which tensors of the file were used."""
-    size: int = DEFAULT_SIZE
+    size: int = VIEW_SIZE
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     training: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +50,7 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     device = device_of(options.device)
     if options.checkpoint == weights.RANDOM:
         torch.manual_seed(options.seed)
-        encoder = build_encoder(options.backbone or DEFAULT_BACKBONE).to(device)
+        encoder = build_encoder(options.backbone or BACKBONE).to(device)
         return EvaluatedEncoder(encoder, "random", f"random {encoder.name}", untrained=True)
     source = weights.read(options.checkpoint)
     encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))

@@ -16,7 +16,7 @@ from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.data import make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress, map_batches
-from scrl_fast.evaluate.cache import FeatureCache, identity_of
+from scrl_fast.evaluate.cache import FeatureCache, content_key
 from scrl_fast.evaluate.config import FinetuneOptions, KnnOptions, LinearOptions, RankOptions
 from scrl_fast.evaluate.datasets import labelled_images, labels_of
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, probe_of
@@ -26,7 +26,7 @@ from scrl_fast.evaluate.knn import knn
 from scrl_fast.evaluate.linear import Epoch, HeadResult, accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.plots import draw_spectrum
 from scrl_fast.evaluate.rank import rank
-from scrl_fast.evaluate.result import HELPED, TaskContext, TaskResult, save_plot
+from scrl_fast.evaluate.result import NO_RESULT, TaskContext, TaskResult, save_plot
 from scrl_fast.models import Encoder
 
 # ---- linear ----
@@ -45,13 +45,13 @@ def linear_task(options: LinearOptions, evaluated: EvaluatedEncoder, context: Ta
     features = _cached_features(cache, encoder, test, loader, "the test images", context).to(device)
     labels = torch.from_numpy(labels_of(test)).to(device)
     if layer is not None:
-        return HELPED if context.only_helps else _probe_result(layer, features, labels, test.num_classes)
+        return NO_RESULT if context.only_helps else _probe_result(layer, features, labels, test.num_classes)
     epoch = _epochs(options, encoder, train, loader, cache, context)
     if context.only_helps:
         for number in range(options.epochs if options.augment == "crop" else 0):
             for _ in epoch(number):
                 pass
-        return HELPED
+        return NO_RESULT
     lrs = list(dict.fromkeys([*options.lrs, options.fixed_lr]))
     heads = fit_heads(
         epoch,
@@ -176,7 +176,7 @@ def knn_task(options: KnnOptions, evaluated: EvaluatedEncoder, context: TaskCont
     sets = ("the training images", train), ("the test images", test)
     bank, rows = (_cached_features(cache, encoder, images, loader, name, context) for name, images in sets)
     if context.only_helps:
-        return HELPED
+        return NO_RESULT
     bank_labels, labels = (torch.from_numpy(labels_of(images)) for images in (train, test))
     found = knn(bank, bank_labels, rows.to(device), labels, k=options.k, temperature=options.temperature)
     parts = [f"k={r.k}: top-1 {r.top1:.2%}, top-5 {r.top5:.2%}" for r in found]
@@ -196,7 +196,7 @@ def rank_task(options: RankOptions, evaluated: EvaluatedEncoder, context: TaskCo
     encoder, loader = _prepared(options, evaluated, source, context)
     features = pooled_features(encoder, source, loader, say=context.say, world=context.world)
     if context.only_helps:
-        return HELPED
+        return NO_RESULT
     result = rank(features)
     if options.plot:
         save_plot(options.plot, lambda path: draw_spectrum(path, features, Path(evaluated.name).name), context.say)
@@ -252,7 +252,7 @@ def _cached_features(
     """Pooled features ``[n, C]`` of all images, from the cache where it has them; no rows in ranks above 0."""
 
     def key() -> list[Any]:
-        return ["pooled", encoder, encoder.name, repr(loader.views), identity_of(source)]
+        return ["pooled", encoder, encoder.name, repr(loader.views), content_key(source)]
 
     def make() -> dict[str, Tensor]:
         stage = f"features of {name}"

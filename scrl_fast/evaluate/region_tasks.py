@@ -16,7 +16,7 @@ from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.schema import ModelConfig, ViewsConfig
 from scrl_fast.data import ImagesWithBoxes, Source, make_source
 from scrl_fast.errors import UsageError
-from scrl_fast.evaluate.cache import FeatureCache, identity_of
+from scrl_fast.evaluate.cache import FeatureCache, content_key
 from scrl_fast.evaluate.config import DenseOptions, PcaOptions, RoiLinearOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.dense import retrieval_result, retrieval_sums
@@ -25,7 +25,7 @@ from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnor
 from scrl_fast.evaluate.pca import Components, dense_features, principal_components
 from scrl_fast.evaluate.plots import draw_class_accuracies, draw_components, draw_similarity
 from scrl_fast.evaluate.regions import BoxFeatures, BoxLoader, box_features, classify, measure_batchnorm_on_boxes
-from scrl_fast.evaluate.result import HELPED, TaskContext, TaskResult, save_plot
+from scrl_fast.evaluate.result import NO_RESULT, TaskContext, TaskResult, save_plot
 from scrl_fast.models import Encoder
 from scrl_fast.run.plots import to_picture
 from scrl_fast.weights import RANDOM
@@ -42,7 +42,7 @@ def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, cont
     train, test = labelled_regions(options.data, options.seed)
     features = _box_features(options, evaluated, (train, test), context)
     if context.only_helps:
-        return HELPED
+        return NO_RESULT
     result, predicted = classify(*features, say=context.say)
     labels = features[1].labels
     names = getattr(test, "classes", [str(label) for label in range(result.classes)])
@@ -97,7 +97,7 @@ def _cache_key(
     """All that the features of a split depend on; short_side decides what `read` and `boxes` give."""
     boxes = [split.boxes(i) for i in range(len(split))]
     labels = [split.labels(i) for i in range(len(split))]
-    data = [identity_of(split), boxes, labels, options.data.short_side]
+    data = [content_key(split), boxes, labels, options.data.short_side]
     return ["regions", encoder, encoder.name, pooling, evaluated.mean, evaluated.std, data]
 
 
@@ -139,7 +139,7 @@ def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, context: Task
         world=world,
     )
     if context.only_helps:
-        return HELPED
+        return NO_RESULT
     result = retrieval_result(sums, len(indices), options.boxes)
     if options.plot:
         images = [index for index in options.plot_images if index < len(source)]
@@ -159,7 +159,7 @@ def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, context: Task
 def pca_task(options: PcaOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
     """Principal components of dense features as colours, a column an encoder."""
     if context.only_helps:
-        return HELPED
+        return NO_RESULT
     source = make_source(options.data, seed=options.seed)
     images = [index for index in options.images if index < len(source)]
     if not images:

@@ -32,7 +32,7 @@ class TaskResult:
     values: dict[str, Any]
 
 
-HELPED = TaskResult("", {})
+NO_RESULT = TaskResult("", {})
 """What a task returns in ranks above 0."""
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.models.encoder import WholeEncoder
 
@@ -32,7 +33,7 @@ class ModuleEncoder(WholeEncoder):
         return features
 
 
-def wrap_module(module: nn.Module, name: str = "", *, size: int = 224) -> ModuleEncoder:
+def wrap_module(module: nn.Module, name: str = "", *, size: int = VIEW_SIZE) -> ModuleEncoder:
     """A network as an encoder; its weights are trained where they are.
 
     module: images ``[B, 3, H, W]`` to a map ``[B, C, ceil(H / stride), ceil(W / stride)]``, or to several, the coarsest
@@ -64,7 +65,7 @@ def wrap_module(module: nn.Module, name: str = "", *, size: int = 224) -> Module
     return ModuleEncoder(name, module, channels, stride)
 
 
-def import_module_encoder(name: str, *, size: int = 224) -> ModuleEncoder:
+def import_module_encoder(name: str, *, size: int = VIEW_SIZE) -> ModuleEncoder:
     """The encoder that ``package.module:function()`` makes. It runs that code: never call it with a name from a file.
 
     Raises UsageError where it cannot be imported, fails, or gives no network.

@@ -6,14 +6,14 @@ torchvision, timm and detection backbones.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from scrl_fast.config.backbones import TIMM_PREFIX, is_code, is_given
-from scrl_fast.errors import UsageError
+from scrl_fast.config.defaults import VIEW_SIZE
+from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.models.custom import import_module_encoder
 from scrl_fast.models.encoder import Encoder, WholeEncoder
 
@@ -47,7 +47,7 @@ def encoder_names() -> tuple[str, ...]:
     return (TINY_NAME, *TORCHVISION_NAMES)
 
 
-def build_encoder(name: str, *, size: int = 224) -> Encoder:
+def build_encoder(name: str, *, size: int = VIEW_SIZE) -> Encoder:
     """Encoder with random weights, drawn from torch's global generator.
 
     name: one of `encoder_names`, ``timm:NAME`` for any timm model that offers feature maps, or
@@ -119,6 +119,5 @@ def _timm_encoder(name: str) -> Encoder:
 
 
 def _unknown(name: str, known: Any, also: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(encoder_names())}{also}"
-    return f"unknown backbone {name!r}; {hint}"
+    hint = did_you_mean(name, known) or f"; known: {', '.join(encoder_names())}{also}"
+    return f"unknown backbone {name!r}{hint}"

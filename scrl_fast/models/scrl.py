@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.config.defaults import BACKBONE, VIEW_SIZE
 from scrl_fast.errors import UsageError
 from scrl_fast.models.encoder import Encoder
 from scrl_fast.models.encoders import build_encoder
@@ -57,9 +58,9 @@ class SCRL(nn.Module):
 
     def __init__(
         self,
-        backbone: str | Encoder = "resnet50",
+        backbone: str | Encoder = BACKBONE,
         *,
-        view_size: int = 224,
+        view_size: int = VIEW_SIZE,
         method: Literal["scrl", "byol"] = "scrl",
         hidden_dim: int = 4096,
         projection_dim: int = 256,

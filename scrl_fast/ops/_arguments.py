@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _LONGEST = 80
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What every operation on floats takes."""
 
 
 def as_integer(name: str, value: Any) -> int:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.config.defaults import MAX_SAMPLES
-from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer, shown
+from scrl_fast.ops._arguments import FLOAT_DTYPES, as_integer, as_number, check_flag, check_integer, shown
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LARGEST_INT = (1 << 31) - 1
 Options = tuple[tuple[int, int], float, int, bool]
 """Bins (height, width), scale, sampling ratio, aligned."""
@@ -21,7 +20,7 @@ Options = tuple[tuple[int, int], float, int, bool]
 def check_arguments(
     input: Tensor, output_size: Any, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Options:
-    if not isinstance(input, Tensor) or input.dtype not in DTYPES:
+    if not isinstance(input, Tensor) or input.dtype not in FLOAT_DTYPES:
         got = input.dtype if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"input must be a float32, float64, bfloat16 or float16 tensor, got {got}")
     if input.ndim != 4:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from scrl_fast.ops._arguments import FLOAT_DTYPES
 
 
 def check_lists(**lists: Sequence[Tensor | None]) -> None:
     """The lists are of one length, and in each place shape, dtype and device agree with the first list's tensor.
 
-    The first list holds strided tensors of DTYPES; where ``ema_targets`` holds None, nothing is compared. Raises
+    The first list holds strided tensors of FLOAT_DTYPES; where ``ema_targets`` holds None, nothing is compared. Raises
     TypeError or ValueError naming the first place that does not fit.
     """
     (first, tensors), *others = lists.items()
@@ -25,7 +25,7 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{first}[{i}] must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{first}[{i}] has dtype {tensor.dtype}: float32, float64, bfloat16 and float16 are known")
         _check_layout(first, i, tensor)
         if tensor.device != tensors[0].device:  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import shown
+from scrl_fast.ops._arguments import FLOAT_DTYPES, shown
 from scrl_fast.ops._autograd import (
     below_autograd,
     differentiated_otherwise,
@@ -23,7 +23,6 @@ from scrl_fast.ops.backends import Backend, Operation, register
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def normalized_mse_loss(
@@ -63,7 +62,7 @@ def _check(input_name: str, input: Tensor, target_name: str, target: Tensor) -> 
     for name, tensor in ((input_name, input), (target_name, target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if input.dtype not in DTYPES:
+    if input.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{input_name} must be float32, float64, bfloat16 or float16, got {input.dtype}")
     if target.dtype != input.dtype:
         raise TypeError(f"{target_name} must have the dtype of {input_name}, {input.dtype}, got {target.dtype}")

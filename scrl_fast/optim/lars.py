@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from scrl_fast.ops import ema_update_
-from scrl_fast.ops._arguments import check_number, check_scalar, check_sequence, shown
-from scrl_fast.ops._tensor_lists import DTYPES, check_lists, check_memory
+from scrl_fast.ops._arguments import FLOAT_DTYPES, check_number, check_scalar, check_sequence, shown
+from scrl_fast.ops._tensor_lists import check_lists, check_memory
 from scrl_fast.ops.lars_step import LarsSettings, make_settings, step_by
 from scrl_fast.optim.base import EmaOptimizer
 
@@ -76,7 +76,7 @@ class LARS(EmaOptimizer):
     def _check_params(params: list[Tensor]) -> None:
         for i, parameter in enumerate(params):
             if parameter.is_complex():
-                known = ", ".join(str(dtype) for dtype in DTYPES)
+                known = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
                 raise TypeError(f"params[{i}] has dtype {parameter.dtype}: LARS takes {known}")
 
     @staticmethod

@@ -17,7 +17,7 @@ OWN_OPTIONS = (
     *("train.device", "train.threads", "train.keep_memory"),
 )
 """Options that may differ from machine to machine."""
-NAMED = 4  # differences that the error names
+MAX_LISTED = 4  # differences that the error names
 
 
 def check_same_everywhere(world: World, config: Mapping[str, Any], more: Mapping[str, Any]) -> None:
@@ -37,5 +37,5 @@ def check_same_everywhere(world: World, config: Mapping[str, Any], more: Mapping
         if other is not None:
             differences.append(f"{name} is {values[0]} in process 0, {values[other]} in process {other}")
     if differences:
-        left = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
-        raise UsageError(f"the processes of this run disagree: {'; '.join(differences[:NAMED])}{left}")
+        left = f" and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
+        raise UsageError(f"the processes of this run disagree: {'; '.join(differences[:MAX_LISTED])}{left}")

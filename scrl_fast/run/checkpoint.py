@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import torch
 
 from scrl_fast import atomic_files
-from scrl_fast.config.run_folder import is_step_file, step_in_name, step_path
+from scrl_fast.config.run_folder import BEST, LAST, is_step_file, step_in_name, step_path
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL
 from scrl_fast.weights.checkpoint_files import (
@@ -88,7 +88,7 @@ class CheckpointManager:
             self._sweep_temporaries()
             digest = atomic_files.write_synced(temporary, lambda file: torch.save(state, cast(IO[bytes], file)))
             atomic_files.publish(temporary, path, digest)
-            for name in ("last.pt", "best.pt") if best else ("last.pt",):
+            for name in (LAST, BEST) if best else (LAST,):
                 atomic_files.link_or_copy(path, temporary)
                 atomic_files.publish(temporary, self.folder / name, digest)
         except OSError as error:
@@ -151,7 +151,7 @@ def load_training_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def using(part: str) -> Iterator[None]:
+def loading(part: str) -> Iterator[None]:
     """Turns an error of the block, which puts a part of a checkpoint to use, into a CheckpointError that names it."""
     try:
         yield

@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scrl_fast.config.backbones import is_zoo
-from scrl_fast.config.run_folder import is_step_file, step_in_name
+from scrl_fast.config.run_folder import (
+    BOXES,
+    CHECKPOINTS,
+    CONFIG,
+    CURVES,
+    ENVIRONMENT,
+    LOG,
+    METRICS,
+    folder_of,
+    is_run,
+    is_step_file,
+    step_in_name,
+)
 from scrl_fast.distributed.rendezvous import get_or_set_in_store
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.run.lock import hold_folder, release_folder
-from scrl_fast.run.paths import BOXES, CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, LOG, METRICS, folder_of, is_run
 
 Options = TypeVar("Options", bound=Any)
 WRITTEN = (

@@ -21,7 +21,7 @@ except ImportError:  # no locks of this kind on this system
 
 NAME = ".lock"
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_locks: dict[tuple[int, int], FolderLock] = {}  # of this process, by what `identity_of` says of the folder
+_locks: dict[tuple[int, int], FolderLock] = {}  # of this process, by what `inode_of` says of the folder
 
 
 class RunFolderLost(OSError):
@@ -35,12 +35,12 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, handle: int, exclusive: bool = True) -> None:
-        self.folder, self.handle, self.identity = folder, handle, identity_of(folder)
+        self.folder, self.handle, self.inode = folder, handle, inode_of(folder)
         self.exclusive = exclusive
 
     def present(self) -> bool:
         """Whether the folder is still where it was."""
-        return identity_of(self.folder) == self.identity
+        return inode_of(self.folder) == self.inode
 
     def moved_to(self) -> Path | None:
         """Where the folder was moved, as Linux tells of an open file; None where it was removed or that is not told."""
@@ -48,46 +48,47 @@ class FolderLock:
             found = Path(os.readlink(f"/proc/self/fd/{self.handle}")).parent
         except OSError:
             return None
-        return found if identity_of(found) == self.identity else None
+        return found if inode_of(found) == self.inode else None
 
 
-def hold_folder(folder: Path, patience: float = 0.0) -> FolderLock:
-    """Takes the folder for this process, which may take it again. patience: seconds to wait for another process.
+def hold_folder(folder: Path, patience: float = 0.0, *, option: str = "run.dir") -> FolderLock:
+    """Takes the folder for this process, which may take it again.
 
+    patience: seconds to wait for another process. option: the one that names the folder, for errors.
     Raises UsageError naming the process that holds it, and for a ``.lock`` that no run has made.
     """
     folder = folder.absolute()
-    identity = identity_of(folder)
-    if identity is not None and (held := _locks.get(identity)) is not None:
+    inode = inode_of(folder)
+    if inode is not None and (held := _locks.get(inode)) is not None:
         if held.present():
             return held
         release_folder(held)  # of a folder that was moved here, or of one that is gone and whose inode this one has
-    handle = _open(folder)
+    handle = _open(folder, option)
     end = time.monotonic() + patience
     while (locked := _lock(handle)) is False:
         if time.monotonic() >= end:
             holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             os.close(handle)
             raise UsageError(
-                f"run.dir {str(folder)!r} is in use by {holder}: wait until that run has ended, or choose another "
-                "folder with --run.dir=NEW"
+                f"{option} {str(folder)!r} is in use by {holder}: wait until that run has ended, or choose another "
+                f"folder with --{option}=NEW"
             )
         time.sleep(0.2)
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     lock = FolderLock(folder, handle, exclusive=locked is True)
-    if lock.identity is not None:
-        _locks[lock.identity] = lock
+    if lock.inode is not None:
+        _locks[lock.inode] = lock
     return lock
 
 
 def release_folder(lock: FolderLock) -> None:
     """Gives the folder up."""
-    if lock.identity is not None and _locks.pop(lock.identity, None) is not None:
+    if lock.inode is not None and _locks.pop(lock.inode, None) is not None:
         os.close(lock.handle)
 
 
-def identity_of(folder: Path) -> tuple[int, int] | None:
+def inode_of(folder: Path) -> tuple[int, int] | None:
     """(device, inode) of a folder; None where there is none."""
     try:
         status = os.stat(folder)
@@ -96,10 +97,10 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _open(folder: Path) -> int:
+def _open(folder: Path, option: str) -> int:
     """The lock's file, open. A folder from elsewhere may hold a link to another file there, which would be cut."""
     path = folder / NAME
-    refused = UsageError(f"run.dir {str(folder)!r}: {NAME} there is a link or no regular file: remove it")
+    refused = UsageError(f"{option} {str(folder)!r}: {NAME} there is a link or no regular file: remove it")
     if path.is_symlink():
         raise refused
     with naming(path):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from scrl_fast.atomic_files import naming
+from scrl_fast.config.run_folder import LOG, METRICS
 from scrl_fast.run.metrics_file import MetricsFile
-from scrl_fast.run.paths import LOG, METRICS
 from scrl_fast.run.terminal import Terminal
 from scrl_fast.run.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
 
@@ -69,6 +69,23 @@ class LogHandler(logging.Handler):
             self.log.say(record.getMessage())
 
 
+class LogFile:
+    """log.txt of a folder, whose lines begin with the time; it goes on where there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG
+        # names and messages may hold bytes that are no UTF-8
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+
+    def note(self, message: str) -> None:
+        """Adds one message."""
+        with naming(self.path):
+            self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class RunLog:
     """Everything a run reports goes through here: `say` for sentences, `metrics` for numbers, `tick` once a step.
 
@@ -104,8 +121,7 @@ class RunLog:
         notebook = as_library and "ipykernel" in sys.modules
         shown = (stream or sys.stderr) if progress else None
         self.terminal = Terminal(shown, total=total_steps, done=step, notebook=notebook)
-        # names and messages may hold bytes that are no UTF-8
-        self.text = open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+        self.text = LogFile(folder)
         LOGGER.addHandler(self.handler)
         self.rows = MetricsFile(folder / METRICS, step)
         if self.rows.skipped:
@@ -158,8 +174,7 @@ class RunLog:
 
     def note(self, message: str) -> None:
         """One message to log.txt alone."""
-        with naming(self.folder / LOG):
-            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self.text.note(message)
 
     def say_once(self, message: str) -> None:
         """`say`, but only the first time that this message comes."""

@@ -19,6 +19,7 @@ import torch
 from scrl_fast._version import __version__
 from scrl_fast.atomic_files import write_text
 from scrl_fast.config.files import under_present_names
+from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, LAST, METRICS
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.distributed.rendezvous import launcher
 from scrl_fast.distributed.world import PeerFailed
@@ -28,7 +29,6 @@ from scrl_fast.run.checkpoint import CheckpointError, CheckpointManager
 from scrl_fast.run.lock import FolderLock, RunFolderLost, hold_folder, release_folder
 from scrl_fast.run.log import Clock, RowHook, RunLog
 from scrl_fast.run.metrics_file import read_metrics
-from scrl_fast.run.paths import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT, METRICS
 from scrl_fast.run.resume import Found, changed_data, changed_options, find_checkpoint, read_checkpoint
 from scrl_fast.run.signals import SIGNAL_OF_PEER, SignalHandler
 from scrl_fast.run.task import TrainingTask
@@ -337,7 +337,7 @@ class TrainingLoop(Generic[T]):
         state = self.state_dict() if self.task.trains else None
         summary |= self.task.evaluate()
         self.check_folder(state)
-        last = self.checkpoints.folder / "last.pt"
+        last = self.checkpoints.folder / LAST
         summary["interrupted"] = self.stop.reason
         summary["checkpoint"] = str(last if last.exists() else self.found.path or "")
         summary["resume_command"] = self.resume_command()

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
+from scrl_fast.config.run_folder import LOG
 from scrl_fast.errors import UsageError, friendly_errors
-from scrl_fast.transfer.commands import COMMANDS, SUMMARIES
+from scrl_fast.transfer.commands import COMMANDS, PROG, SUMMARIES
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 from scrl_fast.transfer.recipes import RECIPES
 
-PROG = "python -m scrl_fast.transfer"
 USAGE = " TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
 COMPARE_USAGE = (
     " TASK --data.root=... [--inits=random,RUN,...] [--shares=0.1,1] [--seeds=3] [--SECTION.OPTION=VALUE]..."
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scrl_fast.distributed import rendezvous  # torch, only once the options are known to be right
         from scrl_fast.transfer.trainer import Transfer
 
-        with rendezvous.one_of_a_job():
+        with rendezvous.distributed_command():
             transfer = Transfer(config)
-            report.log = transfer.folder / "log.txt"
+            report.log = transfer.folder / LOG
             summary = transfer.fit()
         if config.json and "result" in summary and transfer.world.rank == 0:
             write_result(config, summary)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.sources.cityscapes import CLASSES, INSTANCE, VOID, class_of, instance_image, label_path
+from scrl_fast.transfer.coco_metric import IOU_THRESHOLDS
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.masks import mask_tools
 
-OVERLAPS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
-LEAST_PIXELS = 100
+MIN_PIXELS = 100
 
 
 @dataclass
@@ -27,7 +27,7 @@ class _GroundTruth:
     """One object or group of a class in one image."""
 
     pixels: int
-    counts: bool  # a single object of at least LEAST_PIXELS
+    counts: bool  # a single object of at least MIN_PIXELS
 
 
 @dataclass
@@ -46,10 +46,10 @@ def cityscapes_average_precision(found: Sequence[Detections], source: Any) -> di
         _matches(image, instance_image(label_path(source.annotation_file, source.objects[image.index].file_name)))
         for image in found
     ]
-    table = np.full((len(OVERLAPS), len(CLASSES)), np.nan)
+    table = np.full((len(IOU_THRESHOLDS), len(CLASSES)), np.nan)
     for label in range(len(CLASSES)):
         pairs = [image[label] for image in images]
-        for row, overlap in enumerate(OVERLAPS):
+        for row, overlap in enumerate(IOU_THRESHOLDS):
             table[row, label] = class_average_precision(pairs, overlap)
     by_class = [_mean(table[:, label]) for label in range(len(CLASSES))]
     result = {"AP": _mean(np.array([np.nan if v < 0 else v for v in by_class])), "AP50": _mean(table[0])}
@@ -70,7 +70,7 @@ def _matches(image: Detections, values: NDArray[np.int32]) -> list[tuple[list[_G
         label = label_of.get(class_of(value))
         if label is not None:
             places[value] = label, len(truths[label])
-            truths[label].append(_GroundTruth(int(sizes[value]), value >= INSTANCE and sizes[value] >= LEAST_PIXELS))
+            truths[label].append(_GroundTruth(int(sizes[value]), value >= INSTANCE and sizes[value] >= MIN_PIXELS))
     predictions: list[list[_Prediction]] = [[] for _ in CLASSES]
     tools = mask_tools()
     for mask, score, predicted in zip(image.masks or [], image.scores.tolist(), image.labels.tolist(), strict=True):

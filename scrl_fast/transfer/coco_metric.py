@@ -20,6 +20,8 @@ from scrl_fast.transfer.dataset import KEYPOINTS
 from scrl_fast.transfer.detections import Detections
 from scrl_fast.transfer.masks import areas_of, has_mask
 
+IOU_THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
+"""Over which COCO averages."""
 Kind = Literal["bbox", "segm", "keypoints"]
 NAMES: dict[str, tuple[str, ...]] = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
+from scrl_fast.config.defaults import SCORE_THRESHOLD, SHOWN_SCORE
 from scrl_fast.config.validation import check_device, clean_path
-from scrl_fast.errors import UsageError
+from scrl_fast.errors import UsageError, tell
 
 PROG = "python -m scrl_fast.transfer"
 SUMMARIES = {
@@ -27,7 +28,7 @@ def predict(argv: Sequence[str]) -> None:
     _add_detector(parser)
     parser.add_argument("--images", type=clean_path, required=True, help="folder of images, at any depth, or one image")
     parser.add_argument("--out", type=clean_path, required=True, help="folder to write to, new or empty")
-    parser.add_argument("--score", type=float, default=0.5, help="keep objects that score more (default: %(default)s)")
+    _add_score(parser, SHOWN_SCORE)
     parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
@@ -40,6 +41,7 @@ def predict(argv: Sequence[str]) -> None:
     from scrl_fast.transfer.trained import load_detector
 
     detector = load_detector(args.detector, device=args.device, backbone=args.backbone)
+    tell(f"detector: {detector.path}")
     options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
     done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
@@ -55,14 +57,15 @@ def export(argv: Sequence[str]) -> None:
     _add_detector(parser)
     parser.add_argument("--to", choices=("torchvision", "onnx"), required=True, help="layout to write")
     parser.add_argument("--out", type=clean_path, required=True, help="file to write: .pth or .onnx")
-    parser.add_argument("--score", type=float, default=0.05, help="keep objects that score more (default: %(default)s)")
+    _add_score(parser, SCORE_THRESHOLD)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse(argv)
     _check_score(args.score)
     from scrl_fast.transfer.export import export_detector
     from scrl_fast.transfer.trained import load_detector
 
-    detector = load_detector(args.detector, device="cpu")
+    detector = load_detector(args.detector, device="cpu", backbone=args.backbone)
+    tell(f"detector: {detector.path}")
     done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
     print(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
 
@@ -76,6 +79,10 @@ def _add_detector(parser: CommandParser) -> None:
     parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
     own = "package.module:function of a detector on a network of your own, which no file may name alone"
     parser.add_argument("--backbone", default="", help=own)
+
+
+def _add_score(parser: CommandParser, default: float) -> None:
+    parser.add_argument("--score", type=float, default=default, help="keep objects above it (default: %(default)s)")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}

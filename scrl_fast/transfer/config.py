@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from scrl_fast.config.backbones import backbone_fault
-from scrl_fast.config.defaults import DATA_TIMEOUT, IMAGENET_MEAN, IMAGENET_STD
+from scrl_fast.config.defaults import BACKBONE, DATA_TIMEOUT, IMAGENET_MEAN, IMAGENET_STD, SCORE_THRESHOLD
 from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.schema import RunConfig
 from scrl_fast.config.validation import (
@@ -88,7 +88,7 @@ class DetectorConfig:
 
     detector: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos"] = "faster_rcnn"
     """Which one, on a feature pyramid."""
-    backbone: str = "resnet50"
+    backbone: str = BACKBONE
     """resnet10_tiny, one of torchvision's ResNet family, or timm:NAME or package.module:function with feature maps of
     stride 4, 8, 16 and 32."""
     branch: Literal["online", "target"] = "online"
@@ -138,7 +138,7 @@ class DetectorConfig:
     torchvision's detectors have 1/9. RetinaNet has no proposals; FCOS's box loss is GIoU."""
     box_smooth_l1_beta: float = 0.0
     """Beta of the smooth L1 loss of the box head, and of RetinaNet's boxes."""
-    score_threshold: float = 0.05
+    score_threshold: float = SCORE_THRESHOLD
     """Detections below this score are dropped."""
     nms_threshold: float = 0.5
     """Of two detections of a class whose IoU exceeds this, the weaker one is dropped."""
@@ -264,6 +264,11 @@ class TransferTrainConfig:
         check_device("train.device", self.device)
         if self.steps_range[0] > self.steps_range[1]:
             raise option_error("train.steps_range", self.steps_range, "must be a range, the smaller number first")
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends."""
+        return min(self.steps, self.max_steps or self.steps)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from scrl_fast import weights
+from scrl_fast.config.defaults import BACKBONE
 from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
@@ -37,7 +38,7 @@ def build_detector(
     detector: str,
     classes: int,
     *,
-    backbone: str = "resnet50",
+    backbone: str = BACKBONE,
     init: str | weights.Weights | Encoder = weights.RANDOM,
     branch: str = "online",
     keypoints: int = 17,

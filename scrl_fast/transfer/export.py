@@ -20,22 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.atomic_files import temporary_name, write_text
+from scrl_fast.config.defaults import SCORE_THRESHOLD
 from scrl_fast.errors import UsageError
 from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.transfer import torchvision_detector
+from scrl_fast.transfer.detections import first_label, hard_masks
 from scrl_fast.transfer.trained import TrainedDetector, set_threshold
 from scrl_fast.weights.layouts import BATCH_COUNTER
 
 SUFFIXES = {"torchvision": ".pth", "onnx": ".onnx"}
 """Every format with its suffix."""
 OPSET = 17
-PIXELS = 0.05
+BOX_TOLERANCE = 0.05
 """Largest difference of a box's edge between onnxruntime and PyTorch, in pixels."""
 _CHECKED_SIZES = ((240, 320), (333, 250))  # height, width
 
 
 def export_detector(
-    detector: TrainedDetector, to: str, out: str | os.PathLike[str], *, score: float = 0.05, overwrite: bool = False
+    detector: TrainedDetector,
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    score: float = SCORE_THRESHOLD,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a detector for other programs.
 
@@ -75,7 +82,7 @@ def export_detector(
 # ---- torchvision ----
 
 
-def torchvision_options(detector: TrainedDetector, score: float = 0.05) -> dict[str, Any]:
+def torchvision_options(detector: TrainedDetector, score: float) -> dict[str, Any]:
     """What `torchvision_detector.build` needs to know. Raises UsageError naming what torchvision's classes lack."""
     config = detector.config
     norm = config.norm_in_heads and config.norm != "frozen"
@@ -138,13 +145,13 @@ class _Graph(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.first_label = network, int(network.first_label)  # type: ignore[arg-type]
+        self.network, self.first_label = network, first_label(network)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         (found,) = self.network([image])
         arrays = [found["boxes"], found["labels"] - self.first_label, found["scores"]]
         if "masks" in found:
-            arrays.append(found["masks"][:, 0] >= 0.5)
+            arrays.append(hard_masks(found["masks"]))
         if "keypoints" in found:
             arrays.append(found["keypoints"])
         return tuple(arrays)
@@ -201,7 +208,7 @@ def _same_boxes(found: list[Any], expected: list[Any]) -> bool:
     """Whether each box has one of the same score and label near it: equal scores may stand in another order."""
     boxes, labels, scores = found[:3]
     for box, label, score in zip(*expected[:3], strict=True):
-        near = (np.abs(boxes - box) <= PIXELS).all(1) & (labels == label) & (np.abs(scores - score) <= 1e-3)
+        near = (np.abs(boxes - box) <= BOX_TOLERANCE).all(1) & (labels == label) & (np.abs(scores - score) <= 1e-3)
         if not near.any():
             return False
     return True

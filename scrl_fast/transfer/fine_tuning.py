@@ -17,6 +17,7 @@ from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.run.numerics import step_seed
 from scrl_fast.transfer.config import TransferDataConfig, TransferOptimConfig
 from scrl_fast.transfer.dataset import Example, Examples, aspect_ratio_batches, is_landscape, trainable
+from scrl_fast.transfer.detections import first_label
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
 
@@ -148,8 +149,7 @@ def fine_tune(
     lr_steps = lr_steps or decay_at or (steps * 2 // 3, steps * 8 // 9)
     optim = TransferOptimConfig(lr=lr, reference_batch=batch_size, warmup_steps=warmup_steps, lr_steps=lr_steps)
     optimizer = build_sgd(network, optim)
-    first_label = int(network.first_label)  # type: ignore[arg-type]
-    examples = Examples(train, first_label=first_label, flip=flip, seed=seed)
+    examples = Examples(train, first_label=first_label(network), flip=flip, seed=seed)
     device = next(network.parameters()).device
     losses = []
     network.train()

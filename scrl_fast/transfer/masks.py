@@ -54,6 +54,12 @@ def coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     return tools.decode(encoded)
 
 
+def encode_masks(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Masks ``[n, H, W]`` as COCO's compressed run lengths."""
+    tools = mask_tools()
+    return [tools.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+
+
 def mask_tools() -> Any:
     """pycocotools' mask functions. Raises UsageError where it is not installed."""
     try:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scrl_fast.data import ImagesWithBoxes
 from scrl_fast.data.prefetch import Prefetcher
 from scrl_fast.transfer.coco_metric import coco_average_precision, ground_truth
 from scrl_fast.transfer.dataset import Examples
-from scrl_fast.transfer.detections import Detections
-from scrl_fast.transfer.masks import mask_tools
+from scrl_fast.transfer.detections import Detections, to_arrays
+from scrl_fast.transfer.masks import encode_masks
 
 
 @torch.no_grad()
@@ -48,24 +46,12 @@ def detect(
                 with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                     found = network(inputs)
                 for index, each in zip(group, found, strict=True):
-                    yield _detections(index, each, int(network.first_label))  # type: ignore[arg-type]
+                    arrays = to_arrays(network, each)
+                    if arrays["masks"] is not None:
+                        arrays["masks"] = encode_masks(arrays["masks"])
+                    yield Detections(index, **arrays)
     finally:
         network.train(training)
-
-
-def _detections(index: int, found: dict[str, Tensor], first_label: int) -> Detections:
-    numbers = {name: value.float().cpu().numpy() for name, value in found.items() if name != "masks"}
-    labels = found["labels"].cpu().numpy().astype(np.int64) - first_label
-    masks = _encoded(found["masks"]) if "masks" in found else None
-    keypoints = numbers.get("keypoints")
-    return Detections(index, numbers["boxes"], numbers["scores"], labels, masks, keypoints)
-
-
-def _encoded(masks: Tensor) -> list[dict[str, Any]]:
-    """Run lengths of soft masks ``[n, 1, H, W]``, a pixel belonging to the object from one half on."""
-    tools = mask_tools()
-    hard = (masks[:, 0] >= 0.5).to(torch.uint8).cpu().numpy()
-    return [tools.encode(np.asfortranarray(mask)) for mask in hard]
 
 
 def average_precision(

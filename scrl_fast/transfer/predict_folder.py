@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from scrl_fast.atomic_files import write_file, write_text
+from scrl_fast.config.defaults import SHOWN_SCORE
+from scrl_fast.data.decode import Pixels
 from scrl_fast.data.image_files import BadImage, printable
 from scrl_fast.data.prefetch import prefetched
 from scrl_fast.data.sources.files import ImageFiles, image_folder
@@ -27,13 +27,12 @@ from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress
 from scrl_fast.run.terminal import Terminal
 from scrl_fast.transfer.draw import draw_prediction
-from scrl_fast.transfer.masks import mask_tools
-from scrl_fast.transfer.trained import DEFAULT_SCORE, Prediction, TrainedDetector
+from scrl_fast.transfer.masks import encode_masks
+from scrl_fast.transfer.trained import Prediction, TrainedDetector
 
 PICTURES, RESULTS, IMAGES = "pictures", "results.json", "images.json"
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _QUALITY = 92  # of JPEG: fine lines of a box stay clean
-Pixels = NDArray[np.uint8]
 
 
 def predict_folder(
@@ -41,7 +40,7 @@ def predict_folder(
     images: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    score: float = DEFAULT_SCORE,
+    score: float = SHOWN_SCORE,
     workers: int = 2,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def coco_results(
         entry |= {"bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]}
         entry |= {"score": round(float(found.scores[row]), 6), "file_name": file_name}
         if found.masks is not None:
-            encoded = mask_tools().encode(np.asfortranarray(found.masks[row].astype(np.uint8)))
+            (encoded,) = encode_masks(found.masks[row : row + 1])
             entry["segmentation"] = {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
         if found.keypoints is not None:
             entry["keypoints"] = [round(value, 3) for value in found.keypoints[row].reshape(-1).tolist()]

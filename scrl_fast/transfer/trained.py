@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scrl_fast.config.defaults import SHOWN_SCORE
 from scrl_fast.config.files import Settings, build, under_present_names
+from scrl_fast.config.run_folder import BEST, CHECKPOINTS
 from scrl_fast.config.yaml_text import shortened
 from scrl_fast.data.image_inputs import ImageInput, rgb_of
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.transfer.categories import Categories, stored_categories
 from scrl_fast.transfer.config import DetectorConfig, TransferConfig
 from scrl_fast.transfer.dataset import KEYPOINTS
+from scrl_fast.transfer.detections import to_arrays
 from scrl_fast.transfer.detector import build_detector
 from scrl_fast.weights.checkpoint_files import find, load
 from scrl_fast.weights.errors import CheckpointError
 from scrl_fast.weights.tensor_values import check_values
 from scrl_fast.weights.training_state import check_training_state
 
-DEFAULT_SCORE = 0.5
 RETINANET_ANCHORS = 9  # of a cell: three sizes, three shapes
 
 
@@ -70,7 +73,7 @@ class TrainedDetector:
         return next(self.network.parameters()).device
 
     @torch.no_grad()
-    def predict(self, image: ImageInput, *, score: float = DEFAULT_SCORE) -> Prediction:
+    def predict(self, image: ImageInput, *, score: float = SHOWN_SCORE) -> Prediction:
         """The objects in one image.
 
         image: a path; an array ``[H, W, 3]`` of uint8; a picture of Pillow's; or a tensor ``[3, H, W]`` of uint8 or of
@@ -84,32 +87,20 @@ class TrainedDetector:
         with self._lock:
             set_threshold(self.network, score)  # what is weaker costs nothing then, above all no masks
             (found,) = self.network([pixels.to(self.device).float().div_(255)])
-        return self._prediction(found)
-
-    def _prediction(self, found: Mapping[str, Tensor]) -> Prediction:
-        arrays = {name: value.cpu() for name, value in found.items()}
-        labels = arrays["labels"].numpy().astype(np.int64) - int(self.network.first_label)  # type: ignore[arg-type]
-        masks, keypoints = arrays.get("masks"), arrays.get("keypoints")
-        return Prediction(
-            boxes=arrays["boxes"].float().numpy(),
-            labels=labels,
-            names=[self.classes[label] for label in labels],
-            scores=arrays["scores"].float().numpy(),
-            masks=None if masks is None else (masks[:, 0] >= 0.5).numpy(),
-            keypoints=None if keypoints is None else keypoints.float().numpy(),
-        )
+        arrays = to_arrays(self.network, found)
+        return Prediction(names=[self.classes[label] for label in arrays["labels"]], **arrays)
 
 
 def load_detector(run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "") -> TrainedDetector:
     """The detector of a transfer run.
 
-    run: a run folder, of which the newest good checkpoint is taken, or a checkpoint. No code of the file is run.
+    run: a checkpoint, or a run folder: its ``best.pt`` where the run measured on the way (``eval.every``), else its
+        newest good checkpoint; ``path`` of the result tells which. No code of the file is run.
     backbone: ``package.module:function`` of a detector on a network of the user's own; a file alone may not name code.
     device: auto, cpu, cuda or cuda:N.
     Raises CheckpointError (a UsageError) for a file that is missing, damaged or holds no detector.
     """
-    path = find(run)
-    state = load(path)
+    path, state = _checkpoint_of(run)
     if missing := [key for key in ("model", "config") if key not in state]:
         raise CheckpointError(f"{path} is no checkpoint of a detector: it lacks {', '.join(missing)}")
     check_training_state(path, state)
@@ -126,6 +117,20 @@ def load_detector(run: str | os.PathLike[str], *, device: str = "auto", backbone
         network = build_detector(config.detector, classes, keypoints=keypoints, **arguments)
     network.load_state_dict(state["model"])
     return TrainedDetector(network.to(device_of(device)), config, stored_categories(state, classes), path)
+
+
+def _checkpoint_of(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to use and what it holds. A best.pt that no measurement chose may be older than the newest one."""
+    for best in (Path(run, CHECKPOINTS, BEST), Path(run, BEST)):
+        if best.is_file():
+            try:
+                state = load(best)
+                if state.get("best"):
+                    return best, state
+            except CheckpointError as error:
+                warnings.warn(f"{error}; taking the newest checkpoint", RuntimeWarning, stacklevel=3)
+    path = find(run)
+    return path, load(path)
 
 
 def _detector_config(options: dict[str, Any], path: Path, run: Any, backbone: str) -> DetectorConfig:

@@ -11,13 +11,14 @@ from torch import nn
 
 from scrl_fast import info
 from scrl_fast.config.backbones import code_arguments
+from scrl_fast.config.run_folder import BEST
 from scrl_fast.config.validation import validated
 from scrl_fast.data.bad_images import BadImage
 from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
-from scrl_fast.run.checkpoint import load_optimizer_state, using
+from scrl_fast.run.checkpoint import load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
 from scrl_fast.run.numerics import set_numerics, step_seed
@@ -26,7 +27,7 @@ from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.categories import categories_of
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.dataset import KEYPOINTS, Example
-from scrl_fast.transfer.detections import Detections
+from scrl_fast.transfer.detections import Detections, first_label
 from scrl_fast.transfer.detector import build_detector, check_same_detector
 from scrl_fast.transfer.fine_tuning import DetectionLossError, build_sgd, train_step
 from scrl_fast.transfer.metrics import measure
@@ -67,7 +68,7 @@ class Transfer(TrainingTask[list[Example]]):
         self.data = TransferData(config, self.world, self.device.type, train=train, val=val, val_name=val_name)
         config = self.data.config
         self.steps_per_epoch = self.data.steps_per_epoch
-        self.last_step = min(config.train.steps, config.train.max_steps or config.train.steps)
+        self.last_step = config.train.last_step
         self.evaluate_every = config.eval.every
         kind = f"{config.task}-{config.model.detector}"
         self.config = config = place_run(config, self.world, kind)
@@ -120,7 +121,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     def batches(self) -> Generator[list[Example], None, None]:
         """This process's part of the batches, from the present step on."""
-        return self.data.batches(int(self.model.first_label), self.step, self.last_step)  # type: ignore[arg-type]
+        return self.data.batches(first_label(self.model), self.step, self.last_step)
 
     def batch_weight(self, batch: list[Example]) -> int:
         """Images."""
@@ -216,17 +217,17 @@ class Transfer(TrainingTask[list[Example]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint. Raises UsageError for one of another detector."""
-        with using("model"):
+        with loading("model"):
             check_same_detector(self.model, dict(state), str(self.loop.found.path))
             self.model.load_state_dict(state["model"])
-        with using("optimizer"):
+        with loading("optimizer"):
             load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
-        with using("rng"):
+        with loading("rng"):
             self.scaler.load_state_dict(state["rng"]["scaler"])
-        with using("log"):
+        with loading("log"):
             pending = state.get("log", {}).get("pending", [])
             self.pending = [{str(name): float(value) for name, value in row.items()} for row in pending]
-        with using("best"):
+        with loading("best"):
             self.best = Best.of(state.get("best", {}))
 
     def data_identity(self) -> dict[str, Any]:
@@ -266,7 +267,7 @@ class Transfer(TrainingTask[list[Example]]):
         """Keeps the detector as best.pt where no measurement before, each after eval.every steps, was better."""
         if not (self.trains and self.evaluate_every):
             return {}
-        path = self.loop.checkpoints.folder / "best.pt"
+        path = self.loop.checkpoints.folder / BEST
         if self.best.improve(result, self.step):
             self.loop.save()
             self.loop.log.say(f"best so far: {self.best} ({path})")

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scrl_fast.transfer.coco_metric import IOU_THRESHOLDS
 from scrl_fast.transfer.detections import Detections
-
-THRESHOLDS = tuple(np.round(np.arange(0.5, 1.0, 0.05), 2).tolist())
 
 
 def voc_average_precision(found: Sequence[Detections], source: Any) -> dict[str, float]:
@@ -23,11 +22,11 @@ def voc_average_precision(found: Sequence[Detections], source: Any) -> dict[str,
 
     Means over the classes that have an object to find; 0 to 1, -1 where no class has.
     """
-    eleven = np.full((len(THRESHOLDS), len(source.classes)), np.nan)
+    eleven = np.full((len(IOU_THRESHOLDS), len(source.classes)), np.nan)
     area = np.full(len(source.classes), np.nan)
     for label in range(len(source.classes)):
         candidates = _sorted(found, label)
-        for row, threshold in enumerate(THRESHOLDS):
+        for row, threshold in enumerate(IOU_THRESHOLDS):
             right, wrong, total = _judge(candidates, source, found, label, threshold)
             if total:
                 recall, precision = _curve(right, wrong, total)
@@ -39,8 +38,8 @@ def voc_average_precision(found: Sequence[Detections], source: Any) -> dict[str,
     by_threshold = np.nanmean(eleven, axis=1)
     return {
         "AP": float(by_threshold.mean()),
-        "AP50": float(by_threshold[THRESHOLDS.index(0.5)]),
-        "AP75": float(by_threshold[THRESHOLDS.index(0.75)]),
+        "AP50": float(by_threshold[IOU_THRESHOLDS.index(0.5)]),
+        "AP75": float(by_threshold[IOU_THRESHOLDS.index(0.75)]),
         "AP50_area": float(np.nanmean(area)),
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scrl_fast import atomic_files
-from scrl_fast.config.run_folder import is_step_file, step_in_name
+from scrl_fast.config.run_folder import BEST, CHECKPOINTS, LAST, is_step_file, step_in_name
 from scrl_fast.weights.errors import CheckpointError
 from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
 from scrl_fast.weights.torch_files import read_torch
@@ -51,7 +51,7 @@ def step_files(folder: Path) -> list[Path]:
 def _candidates(folder: Path) -> list[Path]:
     """Newest first, each file once: the newest step, last.pt, the older steps, best.pt."""
     steps = step_files(folder)
-    order = [*steps[:1], folder / "last.pt", *steps[1:], folder / "best.pt"]
+    order = [*steps[:1], folder / LAST, *steps[1:], folder / BEST]
     files: dict[tuple[int, int], Path] = {}
     for path in filter(os.path.lexists, order):  # a pipe, a folder or a dead link under such a name is told, too
         status = path.stat() if path.exists() else path.lstat()
@@ -67,11 +67,11 @@ def find(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         found = newest_good(folder)
         if found is not None:
             return found
-    raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / 'last.pt'} or step_*.pt there")
+    raise CheckpointError(f"no checkpoint in {path}: expected {path / CHECKPOINTS / LAST} or step_*.pt there")
 
 
 def load(path: str | os.PathLike[str], *, expect: Sequence[str] = ()) -> dict[str, Any]:

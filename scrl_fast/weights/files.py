@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from scrl_fast.config.run_folder import CHECKPOINTS
 from scrl_fast.weights import checkpoint_files
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.file_kinds import check_regular, other_kind, start_of
@@ -55,7 +56,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 def _file_in(folder: Path) -> Path:
     """The published implementation's last checkpoint, or the newest good one of a run folder."""
     last = folder / PUBLISHED_LAST
-    return last if last.is_file() and not (folder / "checkpoints").is_dir() else checkpoint_files.find(folder)
+    return last if last.is_file() and not (folder / CHECKPOINTS).is_dir() else checkpoint_files.find(folder)
 
 
 def _hub_config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.config.backbones import is_code
+from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.layouts import BATCH_COUNTER, State, Weights, cast_like, read
@@ -243,11 +244,11 @@ def _stated_backbone(weights: Weights) -> str:
 
 
 def view_size(weights: Weights) -> int:
-    """The side of the views that the weights were trained on, where the file says it; 224 elsewhere."""
+    """The side of the views that the weights were trained on, where the file says it; `VIEW_SIZE` elsewhere."""
     config = weights.metadata.get("config")
     views = config.get("views") if isinstance(config, dict) else None
     size = views.get("size") if isinstance(views, dict) else None
-    return size if type(size) is int and 0 < size <= 4096 else 224
+    return size if type(size) is int and 0 < size <= 4096 else VIEW_SIZE
 
 
 def _shortened(names: Iterable[str], count: int = 4) -> str:

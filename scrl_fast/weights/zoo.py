@@ -58,7 +58,7 @@ def _of_torchvision(backbone: str) -> Weights:
     try:
         state = found.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
-        raise _not_had("torchvision", f"the weights of {backbone}", Path(torch.hub.get_dir()), error) from error
+        raise _download_error("torchvision", f"the weights of {backbone}", Path(torch.hub.get_dir()), error) from error
     return _weights(str(found), "torchvision", state)
 
 
@@ -79,7 +79,7 @@ def _of_timm(backbone: str) -> Weights:
         with torch.random.fork_rng(devices=[]):  # a network that is made only for its weights
             network: nn.Module = timm.create_model(name, pretrained=True, **own)
     except Exception as error:
-        raise _not_had("timm", f"the weights of {backbone}", _hub_cache(), error) from error
+        raise _download_error("timm", f"the weights of {backbone}", _hub_cache(), error) from error
     settings = timm.get_pretrained_cfg(name)
     said = {"mean": list(settings.mean), "std": list(settings.std)} if settings is not None else {}
     return _weights(f"timm's {name}", "timm", network.state_dict(), said)
@@ -103,14 +103,14 @@ def _of_hub(init: str) -> Weights:
             missing = error
             continue
         except Exception as error:
-            raise _not_had(init, f"the repository {name}", _hub_cache(), error) from error
+            raise _download_error(init, f"the repository {name}", _hub_cache(), error) from error
         else:
             if file == HUB_WEIGHTS:
                 _fetch_config(hf_hub_download, name, revision)
                 return read(path.parent)
             return read(path)
         break
-    raise _not_had(init, f"{' or '.join(HUB_FILES)} of {name}", _hub_cache(), missing)
+    raise _download_error(init, f"{' or '.join(HUB_FILES)} of {name}", _hub_cache(), missing)
 
 
 def _fetch_config(download: Any, name: str, revision: str) -> None:
@@ -129,7 +129,7 @@ def _hub_cache() -> Path | None:
     return Path(HF_HUB_CACHE)
 
 
-def _not_had(zoo: str, what: str, cache: Path | None, error: Exception) -> WeightsError:
+def _download_error(zoo: str, what: str, cache: Path | None, error: Exception) -> WeightsError:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     place = f", and they are not in the cache {cache}" if cache else ""

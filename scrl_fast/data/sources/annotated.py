@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.decode import Encoded
-from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, read_file
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
 
 
@@ -99,9 +99,6 @@ class AnnotatedImages(EncodedImages):
 
     def __len__(self) -> int:
         return len(self.objects)
-
-    def data(self, index: int) -> bytes:
-        return read_file(self.name_of(index), limit=self.limits.max_file_bytes)
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.folder, self.objects[index].file_name)

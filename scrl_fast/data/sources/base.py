@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scrl_fast.data.decode import Encoded
-from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits, memory_budget
+from scrl_fast.data.image_files import DEFAULT_LIMITS, ImageLimits, memory_budget, read_file
 
 UNLABELLED = -1
 
@@ -55,7 +55,7 @@ class ImagesWithBoxes(Protocol):
 
 
 class EncodedImages:
-    """What the sources of image files share: they bring `data`, `name_of` and `__len__`."""
+    """What sources of image files share: they bring `name_of`, `__len__`, and `data` where a name is no path."""
 
     limits: ImageLimits = DEFAULT_LIMITS
 
@@ -64,7 +64,7 @@ class EncodedImages:
 
     def data(self, index: int) -> bytes:
         """The file of image `index`. Raises BadImage if it cannot be read."""
-        raise NotImplementedError
+        return read_file(self.name_of(index), limit=self.limits.max_file_bytes)
 
     def name_of(self, index: int) -> str:
         raise NotImplementedError

@@ -48,9 +48,6 @@ class ImageFiles(EncodedImages):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def data(self, index: int) -> bytes:
-        return read_file(self.name_of(index), limit=self.limits.max_file_bytes)
-
     def label(self, index: int) -> int:
         return UNLABELLED if self.labels is None else int(self.labels[index])
 

@@ -6,6 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from scrl_fast.atomic_files import write_json, write_text
 from scrl_fast.distributed.rendezvous import announced_size
 from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell
 from scrl_fast.run.lock import hold_folder, release_folder
-from scrl_fast.run.log import format_seconds
+from scrl_fast.run.log import LogFile, format_seconds
 from scrl_fast.run.signals import SignalHandler
 from scrl_fast.transfer.checks import check_batch_size
 from scrl_fast.transfer.compare.config import LABELLED, CompareConfig
@@ -43,6 +44,8 @@ class Comparison:
 
     After construction nothing is trained yet, and what can be refused is: a UsageError names the option.
     """
+
+    log: LogFile  # open while `run` runs
 
     def __init__(self, config: CompareConfig) -> None:
         config.check_ready()
@@ -98,18 +101,19 @@ class Comparison:
     def run(self) -> int:
         """Trains what is open, prints the table, and returns the exit code: 1 where a row failed."""
         self.make_folder()
-        lock = self.hold()
+        lock = hold_folder(self.folder, option="compare.dir")
         try:
-            with SignalHandler() as stop:
-                self.say_plan()
-                if self.look_for_leaks(stop):
-                    self.run_rows(stop)
-            self.write()
+            with closing(LogFile(self.folder)) as self.log:
+                with SignalHandler() as stop:
+                    self.say_plan()
+                    if self.look_for_leaks(stop):
+                        self.run_rows(stop)
+                self.write()
+                print(self.table(), end="", flush=True)
+                for line in self.last_words():
+                    self.say(line)
         finally:
             release_folder(lock)
-        print(self.table(), end="", flush=True)
-        for line in self.last_words():
-            self.say(line)
         return EXIT_FAILURE if self.results.failed else 0
 
     def make_folder(self) -> None:
@@ -117,13 +121,6 @@ class Comparison:
             (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"compare.dir {str(self.folder)!r} cannot be written to: {error.strerror}") from error
-
-    def hold(self) -> Any:
-        """No other comparison may use the folder meanwhile."""
-        try:
-            return hold_folder(self.folder)
-        except UsageError as error:
-            raise UsageError(str(error).replace("run.dir", "compare.dir")) from None
 
     def run_rows(self, stop: SignalHandler) -> None:
         """The open rows in their order, until the end, a signal or the deadline."""
@@ -137,7 +134,7 @@ class Comparison:
                 return
             self.write()
             if self.results.open:
-                self.say(f"{self.counted()}{self.still()}")
+                self.say(f"{self.progress()}{self.time_left()}")
 
     def run_row(self, row: Row) -> bool:
         """One row; False where a signal or the deadline ended it. A row that fails is noted, and the others go on."""
@@ -159,9 +156,9 @@ class Comparison:
             for path in transfer.loop.checkpoints.folder.glob("*.pt*"):
                 path.unlink()
         if begun and self.times.step is not None:
-            self.times.beside = 0.0
+            self.times.overhead = 0.0
             spent = time.monotonic() - started
-            self.times.beside = max(0.0, spent - self.times.row(steps_of(config), self.measured))
+            self.times.overhead = max(0.0, spent - self.times.row(config.train.last_step, self.measured))
         return True
 
     def transfer(self, config: TransferConfig) -> TimedTransfer:
@@ -174,14 +171,13 @@ class Comparison:
             val_name=self.val_name,
             deadline=self.deadline,
             times=self.times,
-            on_times=lambda: self.say(f"measured here: {self.times.step:.3g}s a step{self.whole()}"),
+            on_times=lambda: self.say(f"measured here: {self.times.step:.3g}s a step{self.first_estimate()}"),
         )
 
     def note_failure(self, row: Row, error: Exception) -> None:
-        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(traceback.format_exception(error)))
+        self.log.note("".join(traceback.format_exception(error)).rstrip())
         self.results.failed[row.name] = one_line(error)
-        self.say(f"failed: {row.describe()}: {one_line(error)} (traceback in {self.folder / 'log.txt'})")
+        self.say(f"failed: {row.describe()}: {one_line(error)} (traceback in {self.log.path})")
 
     def values(self, row: Row, result: dict[str, float]) -> dict[str, Any]:
         return values_of(row, self.config.task, result) | {"command": self.files.command(row, self.options[row.name])}
@@ -226,33 +222,32 @@ class Comparison:
     def say(self, line: str) -> None:
         """A line on stderr and in log.txt."""
         tell(line)
-        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self.log.note(line)
 
     def say_plan(self) -> None:
         labels, shares = self.results.labels, ", ".join(map(percent, self.results.shares))
         rows, config = len(self.rows), self.config
         for line in self.found:
             self.say(line)
-        steps = sorted({steps_of(options) for options in self.options.values()})
+        steps = sorted({options.train.last_step for options in self.options.values()})
         starts = f"{len(labels)} start{'s' * (len(labels) > 1)} ({', '.join(labels)})"
         seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
         length = f"{' or '.join(map(str, steps))} steps each, measured on {self.measured} images"
         self.say(f"compare {config.task}: {rows} rows: {starts} x {shares} of the labels x {seeds}, {length}")
         if len(self.results.open) < rows:
-            self.say(f"{self.counted()} in {self.folder}, which goes on")
+            self.say(f"{self.progress()} in {self.folder}, which goes on")
         if self.results.open:
             row = self.results.open[0]
             first = f"first all starts with {percent(row.share)} of the labels and seed {row.seed}"
             self.say(f"{first}; how long the whole takes is said after {TIMED_STEPS} steps of the first row")
 
-    def counted(self) -> str:
+    def progress(self) -> str:
         return f"{len(self.results.values)} of {len(self.rows)} rows are finished"
 
     def seconds_left(self, rows: list[Row]) -> float:
-        return sum(self.times.row(steps_of(self.options[row.name]), self.measured) for row in rows)
+        return sum(self.times.row(self.options[row.name].train.last_step, self.measured) for row in rows)
 
-    def whole(self) -> str:
+    def first_estimate(self) -> str:
         """What the open rows take, for the first estimate."""
         left, first = self.results.open, self.results.open[0]
         block = [row for row in left if (row.share, row.seed) == (first.share, first.seed)]
@@ -267,7 +262,7 @@ class Comparison:
             text += f"; --minutes={self.deadline.minutes:g} are enough for about {fit} of them"
         return text
 
-    def still(self) -> str:
+    def time_left(self) -> str:
         """What the open rows take, between two rows; nothing before a pace is known."""
         return (
             f", the others take about {format_seconds(self.seconds_left(self.results.open))}" if self.times.step else ""
@@ -308,12 +303,7 @@ class Comparison:
     def last_words(self) -> list[str]:
         lines = [f"table, rows and picture: {self.folder}"]
         if self.results.open:
-            lines.append(f"{self.counted()}; the same command goes on with the {len(self.results.open)} others")
+            lines.append(f"{self.progress()}; the same command goes on with the {len(self.results.open)} others")
         if self.results.failed:
             lines.append(f"rows that failed: {len(self.results.failed)}; the same command tries them again")
         return lines
-
-
-def steps_of(config: TransferConfig) -> int:
-    """Steps of a row."""
-    return min(config.train.steps, config.train.max_steps or config.train.steps)

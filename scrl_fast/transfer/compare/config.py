@@ -26,9 +26,9 @@ LIST_FLAGS = ("--inits", "--shares")
 RANDOM = "random"
 LABELLED = "labelled images"
 """In place of a start's name: what all of them are fine-tuned on."""
-LARGEST_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
+MAX_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
 
-INSTEAD = {
+REFUSED_OPTIONS = {
     "init": "a comparison has several starts: --inits=random,torchvision,RUN",
     "resume": "a comparison goes on by itself with what is in compare.dir",
     "run.dir": "every row has a run folder of its own in --compare.dir",
@@ -53,7 +53,7 @@ class CompareOptions:
     """Keep the checkpoints of finished rows; false removes them once a row's result is written."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "compare", near_distance=within(0, LARGEST_DISTANCE))
+        check_fields(self, "compare", near_distance=within(0, MAX_DISTANCE))
         clean_paths(self, "dir")
 
 
@@ -96,7 +96,9 @@ class CompareConfig(TransferConfig):
         for option, is_given in given.items():
             if is_given:
                 section, _, name = option.rpartition(".")
-                raise option_error(option, getattr(getattr(self, section) if section else self, name), INSTEAD[option])
+                raise option_error(
+                    option, getattr(getattr(self, section) if section else self, name), REFUSED_OPTIONS[option]
+                )
         for init in self.inits:
             if not (is_named(init) or os.path.exists(init)):
                 hint = did_you_mean(init, (RANDOM, TORCHVISION_WEIGHTS, TIMM_WEIGHTS))

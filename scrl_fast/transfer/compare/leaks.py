@@ -31,8 +31,8 @@ from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import read_split
 from scrl_fast.weights.checkpoint_files import CheckpointError, load
 
-NAMED = 20  # pairs of images that are written down
-ANCESTORS = 4  # runs that started from one another, at most
+MAX_LISTED = 20  # pairs of images that are written down
+MAX_ANCESTORS = 4  # runs that started from one another, at most
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Stage:
 
 def stages_of(init: str) -> Iterator[Stage]:
     """The trainings behind a start, the last one first."""
-    for _ in range(ANCESTORS):
+    for _ in range(MAX_ANCESTORS):
         if init == RANDOM:
             return
         if is_named(init):
@@ -173,7 +173,7 @@ class LeakCheck:
             part = self.of_images(stage.name, stage.source, found)
             total = Sharing(name, total.images + part.images, total.unread + part.unread)
         alike = sum(pair["kind"] == "alike" for pair in found.values())
-        pairs = [found[index] for index in sorted(found)[:NAMED]]
+        pairs = [found[index] for index in sorted(found)[:MAX_LISTED]]
         return Sharing(name, total.images, total.unread, len(found) - alike, alike, "; ".join(reasons), pairs)
 
     def of_images(self, name: str, source: Any, found: dict[int, dict[str, Any]]) -> Sharing:

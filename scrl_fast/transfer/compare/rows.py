@@ -30,7 +30,7 @@ from scrl_fast.weights.checkpoint_files import CheckpointError, find
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.file_kinds import check_regular
 
-SAVES = 10  # checkpoints of a row where run.checkpoint_every leaves it open: an epoch of a small share is short
+CHECKPOINTS_PER_ROW = 10  # where run.checkpoint_every leaves it open: an epoch of a small share is short
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def options_of(row: Row, config: CompareConfig, folder: Path) -> TransferConfig:
 def fitted_to(config: TransferConfig, images: int) -> TransferConfig:
     """A row's options with what follows its number of images."""
     config = fit_length(config, images)
-    every = config.run.checkpoint_every or max(1, config.train.steps // SAVES)
+    every = config.run.checkpoint_every or max(1, config.train.steps // CHECKPOINTS_PER_ROW)
     return replace(config, run=replace(config.run, checkpoint_every=every))
 
 
 # ---- what is kept of a row ----
 
-COUNTED = ("eval.images", "train.max_steps")
+RESULT_OPTIONS = ("eval.images", "train.max_steps")
 """Options that change a row's result, though a run may change them when it goes on."""
 
 
@@ -192,7 +192,7 @@ class RowFiles:
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     defaults = TransferConfig().to_dict()
     old, new = {**flatten(defaults), **flatten(before)}, flatten(now)
-    counted = [f"{name} {old.get(name)} -> {new[name]}" for name in COUNTED if old.get(name) != new[name]]
+    counted = [f"{name} {old.get(name)} -> {new[name]}" for name in RESULT_OPTIONS if old.get(name) != new[name]]
     return changed_options(before, now, defaults=defaults) + counted
 
 

@@ -11,9 +11,9 @@ from scrl_fast.transfer.compare.config import LABELLED
 from scrl_fast.transfer.compare.rows import Row, percent
 from scrl_fast.transfer.compare.statistics import CONFIDENCE, Difference, paired_difference, spread, t_quantile
 
-FEW = 5  # seeds; with fewer the interval is so wide that the table says it
+MIN_SEEDS = 5  # seeds; with fewer the interval is so wide that the table says it
 MEASURES = ("AP", "AP50")
-LEARNED = 1.0  # points; where no row reaches it, detectors have learned next to nothing yet
+MIN_AP = 1.0  # points; where no row reaches it, detectors have learned next to nothing yet
 
 
 @dataclass
@@ -126,13 +126,13 @@ def _explained(results: Results) -> list[str]:
             "where it leaves zero out."
         )
     reached = [value["AP"] or 0.0 for value in results.values.values()]
-    if reached and max(reached) < LEARNED:
+    if reached and max(reached) < MIN_AP:
         notes.append(
-            f"No row reaches an AP of {LEARNED:g}: train longer, or at a higher --optim.lr with --optim.clip_norm=5, "
+            f"No row reaches an AP of {MIN_AP:g}: train longer, or at a higher --optim.lr with --optim.clip_norm=5, "
             "before anything is concluded from this."
         )
     few = max(pairs, default=0)
-    if others and 1 < few < FEW:
+    if others and 1 < few < MIN_SEEDS:
         factor = t_quantile(0.5 + CONFIDENCE / 2, few - 1) / math.sqrt(few)
         notes.append(
             f"{few} seeds are few: a difference counts only above {factor:.1f} times its own deviation over seeds, and "

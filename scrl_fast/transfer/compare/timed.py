@@ -36,15 +36,15 @@ class Deadline:
 
 
 class RowTimes:
-    """Seconds of a step, of an image that is measured, and of what a row takes beside them; None before the first."""
+    """Seconds of a step, of a measured image, and of what else a row takes; None before the first step."""
 
     def __init__(self) -> None:
         self.step: float | None = None
-        self.image = self.beside = 0.0
+        self.image = self.overhead = 0.0
 
     def row(self, steps: int, images: int) -> float:
         """Seconds of a row of so many steps that is measured on so many images."""
-        return (self.step or 0.0) * steps + self.image * images + self.beside
+        return (self.step or 0.0) * steps + self.image * images + self.overhead
 
 
 class TimedTransfer(Transfer):
