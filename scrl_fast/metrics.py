@@ -74,6 +74,24 @@ class StepMeter:
         return [values + list(numbers) for values, (_, numbers) in zip(read, rows, strict=True)]
 
 
+class LossWindow:
+    """The losses by name of every step since the last row of the log; each row has the names of the first."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def take(self) -> dict[str, float]:
+        """The means of the window, which is then empty."""
+        rows, self.rows = self.rows, []
+        return {name: fmean(row[name] for row in rows) for name in rows[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows = [{str(name): float(value) for name, value in row.items()} for row in state.get("pending", [])]
+
+
 class LogWindow:
     """The finished steps' numbers since the last row of the log, and the probe's accuracies since the last checkpoint.
 

@@ -31,7 +31,7 @@ from scrl_fast.run.agreement import check_same_everywhere
 from scrl_fast.run.checkpoint import load_networks, load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
-from scrl_fast.run.numerics import keep_memory, set_numerics, set_threads, step_seed
+from scrl_fast.run.numerics import keep_memory, resolved_precision, set_numerics, set_threads, step_seed
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.schedules import ema_momentum, learning_rate
 
@@ -81,7 +81,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
             keep_memory()
         set_numerics(train.deterministic, self.device)
         self.loop = TrainingLoop(self, write_environment=info.write_environment)
-        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and self.device.type == "cuda")
+        self.bf16 = resolved_precision(train.precision, self.device) == "bf16"
         self.loader = self.open_loader(patience.total_seconds())
         self.steps_per_epoch = len(self.loader) // train.accumulate
         self.planned_steps = self.steps_per_epoch * train.epochs

@@ -11,6 +11,7 @@ LAST, BEST = "last.pt", "best.pt"
 CONFIG = "config.yaml"
 METRICS, LOG, ENVIRONMENT = "metrics.jsonl", "log.txt", "env.json"
 BOXES, CURVES = "boxes.png", "curves.png"
+RUN_FILES = (METRICS, LOG, CONFIG, ENVIRONMENT, CURVES, BOXES)
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 
 

@@ -7,7 +7,7 @@ message a step between the hosts, which also makes all of them stop at the same 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,6 +66,11 @@ class World:
         if self.is_distributed:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def average(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each number over the processes."""
+        total = self.all_reduce_(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        return dict(zip(numbers, (total / self.size).tolist(), strict=True))
 
     def all_gather_rows(self, rows: Tensor, limit: int) -> Tensor:
         """Rows ``[N, D]`` of all processes, by rank, in every process; N may differ, and be 0.

@@ -13,13 +13,10 @@ from typing import Any, TypeVar
 
 from scrl_fast.config.backbones import is_zoo
 from scrl_fast.config.run_folder import (
-    BOXES,
     CHECKPOINTS,
-    CONFIG,
     CURVES,
-    ENVIRONMENT,
-    LOG,
     METRICS,
+    RUN_FILES,
     folder_of,
     is_run,
     is_step_file,
@@ -31,10 +28,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.run.lock import hold_folder, release_folder
 
 Options = TypeVar("Options", bound=Any)
-WRITTEN = (
-    *(METRICS, f"{METRICS}.damaged", LOG, CONFIG, ENVIRONMENT, CURVES, BOXES),
-    *("bad_files*.jsonl", "reading*.txt", f"{Path(CURVES).stem}.tmp", ".*.tmp"),
-)
+WRITTEN = (*RUN_FILES, f"{METRICS}.damaged", "bad_files*.jsonl", "reading*.txt", f"{Path(CURVES).stem}.tmp", ".*.tmp")
 """Names and patterns of the files that a run writes into its folder."""
 RESTART_PATIENCE = 60.0  # seconds after a restart by torchrun in which the process before this one may still end
 

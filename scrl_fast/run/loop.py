@@ -37,6 +37,7 @@ ON_ROW = "on_row"  # why a run stopped, where no signal did
 CURVES_EVERY = 600.0  # seconds between redrawings of curves.png
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 class TrainingLoop(Generic[T]):
@@ -164,6 +165,21 @@ class TrainingLoop(Generic[T]):
         if stops:
             self.note_stop()
         return (None if stops else result), weight
+
+    def measure(self, work: Callable[[], list[R]], combine: Callable[[list[R]], S]) -> S | None:
+        """What ``combine`` makes of every process's ``work`` in process 0, in all; None where one was told to stop.
+
+        Raises as `agree` does.
+        """
+        own, _ = self.agree(work, f"the measurement after step {self.step}")
+        if own is None:
+            return None
+        found = self.world.gather_objects(own)
+        stop = self.stop
+        result = self.world.broadcast_from_rank0(lambda: stop.run_interruptible(lambda: combine(found)))
+        if result is None:
+            self.note_stop()
+        return result
 
     def end_with_failed_data(self, failure: Exception | None, where: str) -> NoReturn:
         """Saves, says so and raises. failure: of this process, None where another one's data failed."""
@@ -310,9 +326,7 @@ class TrainingLoop(Generic[T]):
         """One logging point."""
         row = {"step": self.step, "epoch": round(self.step / self.task.steps_per_epoch, 6)} | self.task.log_row()
         steps, speed = self.clock.steps, self.clock.read()
-        waited = torch.tensor(speed["data_wait"], dtype=torch.float64)
-        speed["data_wait"] = self.world.all_reduce_(waited).item() / self.world.size
-        row |= speed
+        row |= speed | self.world.average({"data_wait": speed["data_wait"]})
         if self.task.device.type == "cuda":
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.task.device) / 1e9
         self.last_row = row

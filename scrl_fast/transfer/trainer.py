@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +17,11 @@ from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
+from scrl_fast.metrics import LossWindow
 from scrl_fast.run.checkpoint import load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
-from scrl_fast.run.numerics import set_numerics, step_seed
+from scrl_fast.run.numerics import resolved_precision, set_numerics, step_seed
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.categories import categories_of
@@ -82,12 +82,10 @@ class Transfer(TrainingTask[list[Example]]):
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_sgd(self.model, config.optim)
         self.ddp_model: nn.Module | None = None  # the model as all processes train it, from the first step on
-        self.precision = config.train.precision
-        if self.precision == "auto":
-            self.precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.precision = resolved_precision(config.train.precision, self.device)
         self.autocast = AUTOCAST.get(self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.pending: list[dict[str, float]] = []  # losses since the last row
+        self.losses = LossWindow()
         self.pace = Pace(self.last_step)
         self.best = Best()
 
@@ -161,7 +159,7 @@ class Transfer(TrainingTask[list[Example]]):
                 "Try a lower --optim.lr, a longer --optim.warmup_steps, --optim.clip_norm=1 or --train.precision=fp32"
             ) from error
         self.loop.advance(config.train.batch_size)
-        self.pending.append(row)
+        self.losses.rows.append(row)
 
     # ---- what is logged ----
 
@@ -171,11 +169,7 @@ class Transfer(TrainingTask[list[Example]]):
 
     def log_row(self) -> dict[str, Any]:
         """The mean losses since the last row."""
-        rows, self.pending = self.pending, []
-        names = list(rows[0])
-        means = torch.tensor([fmean(row[name] for row in rows) for name in names], dtype=torch.float64)
-        means = self.world.all_reduce_(means) / self.world.size
-        return dict(zip(names, means.tolist(), strict=True)) | {"lr": self.optimizer.param_groups[0]["lr"]}
+        return self.world.average(self.losses.take()) | {"lr": self.optimizer.param_groups[0]["lr"]}
 
     @property
     def command(self) -> list[str]:
@@ -210,7 +204,7 @@ class Transfer(TrainingTask[list[Example]]):
             "optimizer": self.optimizer.state_dict(),
             "rng": {"scaler": self.scaler.state_dict()},  # every step seeds torch's generator anew
             "loader": {"epoch": epoch, "batch": done, "world_size": self.world.size},
-            "log": {"pending": self.pending},
+            "log": self.losses.state_dict(),
             "categories": categories_of(self.data.val).to_plain(),
             "best": self.best.to_plain(),
         }
@@ -225,8 +219,7 @@ class Transfer(TrainingTask[list[Example]]):
         with loading("rng"):
             self.scaler.load_state_dict(state["rng"]["scaler"])
         with loading("log"):
-            pending = state.get("log", {}).get("pending", [])
-            self.pending = [{str(name): float(value) for name, value in row.items()} for row in pending]
+            self.losses.load_state_dict(state.get("log", {}))
         with loading("best"):
             self.best = Best.of(state.get("best", {}))
 
@@ -248,16 +241,8 @@ class Transfer(TrainingTask[list[Example]]):
         if not self.loop.stop:
             self.loop.log.say(f"measuring on {count} images of {self.data.val_name} ...")
         mine = range(self.world.rank, count, self.world.size)
-        own, _ = self.loop.agree(lambda: self.detections(mine), f"the measurement after step {self.step}")
-        if own is None:
-            return {}
-        found = sorted(self.world.gather_objects(own), key=lambda image: image.index)
-        stop = self.loop.stop
-        result = self.world.broadcast_from_rank0(
-            lambda: stop.run_interruptible(lambda: measure(self.config.task, found, self.data.val))
-        )
+        result = self.loop.measure(lambda: list(self.detect(mine)), self.average_precision)
         if result is None:
-            self.loop.note_stop()
             return {}
         self.loop.log.amend({self.config.task: result})
         self.loop.log.say(f"step {self.step}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
@@ -279,12 +264,12 @@ class Transfer(TrainingTask[list[Example]]):
         """Whether the best measurement is of this step; the last checkpoint where none are made on the way."""
         return self.step == (self.best.step if self.evaluate_every else self.last_step)
 
-    def detections(self, indices: Sequence[int]) -> list[Detections]:
-        """Detections in these images of the validation split, in order."""
-        return list(self.detect(indices))
+    def average_precision(self, found: Sequence[Detections]) -> dict[str, float]:
+        """The task's metric of detections in the validation split."""
+        return measure(self.config.task, sorted(found, key=lambda image: image.index), self.data.val)
 
     def detect(self, indices: Sequence[int]) -> Iterator[Detections]:
-        """`detections` one by one."""
+        """Detections in these images of the validation split, in order."""
         return detect(
             self.model,
             self.data.val,
