@@ -65,7 +65,7 @@ def test_a_measurement_that_is_stopped_says_how_to_measure_anew(data_root, tmp_p
     run = transfer("detection", data_root, tmp_path / "a", "--train.steps=1", "--eval.images=1")
     path = run.fit()["checkpoint"]
     again = transfer("detection", data_root, tmp_path / "b", "--eval.only=true", f"--resume={path}")
-    again.detections = lambda indices: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+    again.detect = lambda indices: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
     assert again.fit()["resume_command"].endswith(f" --resume={path}")
     log = (tmp_path / "b" / "log.txt").read_text()
     assert "stopped before the measurement was complete" in log and "is saved" not in log
@@ -132,9 +132,9 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
 
     options = ["--train.steps=1", "--run.checkpoint_every=9", "--data.timeout=0.3"]
     run = Transfer(parse(arguments("detection", data_root, tmp_path / "a", *options)), world=FakePeer())
-    released, plain, read = threading.Event(), run.detections, run.data.val.read
+    released, plain, read = threading.Event(), run.detect, run.data.val.read
 
-    def detections(indices):
+    def detect(indices):
         measuring.append(True)
         if which == "another":
             return []
@@ -143,7 +143,7 @@ def test_what_ends_the_measurement_of_one_process_ends_it_in_all(data_root, tmp_
         run.data.val.read = lambda index: released.wait(60 if why == "signal" else 0.6) or read(index)
         return plain(indices)
 
-    run.detections, started = detections, time.monotonic()
+    run.detect, started = detect, time.monotonic()
     try:
         if why == "stall":
             error, said = (UsageError, r"after step 1: .*timeout\).* reading .*\.jpg for .* are saved; put it right")
