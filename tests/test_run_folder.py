@@ -47,6 +47,8 @@ def holder(tmp_path):
 def test_a_second_process_is_refused_by_name_until_the_first_has_died(tmp_path, holder):
     with pytest.raises(UsageError, match=rf"run\.dir .* is in use by process {holder.pid} on .*--run\.dir=NEW"):
         prepare_folder(tmp_path, resume=True)
+    with pytest.raises(UsageError, match=r"compare\.dir .* is in use .*--compare\.dir=NEW"):
+        hold_folder(tmp_path, option="compare.dir")
     holder.kill()
     holder.wait()
     release_folder(hold_folder(tmp_path))

@@ -56,6 +56,7 @@ def test_init_is_in_the_backbone_before_the_first_step(data_root, tmp_path):
     torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.body.state_dict().items()}}, tmp_path / "w.pth")
     arguments = ("instance", data_root, tmp_path / "run", f"--init={tmp_path}/w.pth")
     run = transfer(*arguments)
+    assert run.network is run.model  # the name in earlier releases
     body = run.model.backbone.body.state_dict()
     assert all(torch.equal(body[name], tensor) for name, tensor in encoder.body.state_dict().items())
     assert "tensors of the encoder matched" in run.loop.restore()[0]

@@ -14,7 +14,7 @@ from scrl_fast.errors import UsageError
 
 IN_A_ROW = 100
 _ALWAYS_TOLERATED = 10  # a few bad files are no reason to stop, in however small a folder
-_NAMED = 20
+_MAX_LISTED = 20
 _log = logging.getLogger("scrl_fast")
 
 
@@ -96,10 +96,12 @@ class BadFiles:
         return f" (all of them: {printable(os.fspath(self._path))})" if self._path else ""
 
     def _tell(self, bad: BadImage, epoch: int, step: int) -> None:
-        if len(self.errors) <= _NAMED:
+        if len(self.errors) <= _MAX_LISTED:
             _log.warning("skipped an image that cannot be read: %s", bad)
-        elif len(self.errors) == _NAMED + 1:
-            _log.warning("more than %d images cannot be read; no more of them are named here%s", _NAMED, self._where())
+        elif len(self.errors) == _MAX_LISTED + 1:
+            _log.warning(
+                "more than %d images cannot be read; no more of them are named here%s", _MAX_LISTED, self._where()
+            )
         if self._path and bad.name not in self._written:
             self._written.add(bad.name)
             line = json.dumps({"path": bad.name, "error": bad.cause, "epoch": epoch, "step": step})

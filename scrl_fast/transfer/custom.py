@@ -19,7 +19,7 @@ from scrl_fast.transfer.config import TransferConfig, TransferDataConfig
 from scrl_fast.transfer.shared_images import shared_images
 
 Chosen = dict[str, list[LabelledSplit]]
-NAMED_CLASSES = 20
+MAX_LISTED_CLASSES = 20
 """Classes that a line of the log names."""
 
 
@@ -228,7 +228,7 @@ def summary(source: AnnotatedImages) -> str:
     for objects in source.objects:
         np.add.at(counts, objects.labels, 1)
     bare = sum(not len(objects) for objects in source.objects)
-    order = np.argsort(-counts, kind="stable") if len(counts) > NAMED_CLASSES else np.arange(len(counts))
+    order = np.argsort(-counts, kind="stable") if len(counts) > MAX_LISTED_CLASSES else np.arange(len(counts))
     named = [f"{source.classes[label]} {counts[label]:,}" for label in order.tolist() if counts[label]]
     lacking = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
     none = f"; none of {_listed(lacking)}" if lacking else ""
@@ -237,5 +237,5 @@ def summary(source: AnnotatedImages) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f", ... {len(names) - NAMED_CLASSES} more" if len(names) > NAMED_CLASSES else ""
-    return printable(", ".join(names[:NAMED_CLASSES])) + more
+    more = f", ... {len(names) - MAX_LISTED_CLASSES} more" if len(names) > MAX_LISTED_CLASSES else ""
+    return printable(", ".join(names[:MAX_LISTED_CLASSES])) + more

@@ -20,7 +20,7 @@ from scrl_fast.data.sources.base import UNLABELLED, EncodedImages, identity_of_n
 from scrl_fast.errors import UsageError
 
 _LARGEST_LIST = 1 << 30  # bytes: ten million paths
-_NAMED = 5
+_MAX_LISTED = 5
 _log = logging.getLogger("scrl_fast")
 
 
@@ -198,8 +198,8 @@ def _is_image(name: str) -> bool:
 
 
 def _named(names: Sequence[str], root: str) -> tuple[int, str, str]:
-    more = ", ..." if len(names) > _NAMED else ""
-    return len(names), printable(root), printable(", ".join(names[:_NAMED])) + more
+    more = ", ..." if len(names) > _MAX_LISTED else ""
+    return len(names), printable(root), printable(", ".join(names[:_MAX_LISTED])) + more
 
 
 class _Tree:
@@ -231,8 +231,8 @@ class _Tree:
     def tell(self) -> None:
         """Warn of folders that could not be listed: their images are missing from the data."""
         if self.unread:
-            more = ", ..." if len(self.unread) > _NAMED else ""
-            named = printable(", ".join(self.unread[:_NAMED]))
+            more = ", ..." if len(self.unread) > _MAX_LISTED else ""
+            named = printable(", ".join(self.unread[:_MAX_LISTED]))
             _log.warning("%d folders cannot be listed, their images are left out: %s%s", len(self.unread), named, more)
 
     def nothing_found(self, root: str) -> str:

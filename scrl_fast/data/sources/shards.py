@@ -25,7 +25,7 @@ from scrl_fast.data.sources.tar import Handles
 from scrl_fast.errors import UsageError
 
 MANIFEST = "packed.json"
-_PROBLEMS_NAMED = 5
+_MAX_LISTED = 5
 _LARGEST_MANIFEST = 1 << 27  # bytes: the names of millions of shards
 _log = logging.getLogger("scrl_fast")
 
@@ -202,7 +202,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _tell(problems: list[str]) -> None:
-    for problem in problems[:_PROBLEMS_NAMED]:
+    for problem in problems[:_MAX_LISTED]:
         _log.warning("shard %s", printable(problem))
-    if len(problems) > _PROBLEMS_NAMED:
-        _log.warning("and %d more problems with shards", len(problems) - _PROBLEMS_NAMED)
+    if len(problems) > _MAX_LISTED:
+        _log.warning("and %d more problems with shards", len(problems) - _MAX_LISTED)
