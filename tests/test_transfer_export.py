@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from scrl_fast.transfer import build_detector, export_detector
+from scrl_fast.transfer import build_detector, export_detector, trained
 from scrl_fast.transfer.__main__ import main
 from scrl_fast.transfer.categories import Categories
 from scrl_fast.transfer.config import DetectorConfig
 from scrl_fast.transfer.trained import TrainedDetector
+from scrl_fast.weights.errors import CheckpointError
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
 NAMES = ("fish", "jellyfish", "puffin")
@@ -188,3 +189,19 @@ def test_the_command(data_root, tmp_path, capsys):
         assert ended.value.code == 2 and message in capsys.readouterr().err, message
     assert main([*command, "--overwrite"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it.onnx", "run"]
+
+
+def test_both_commands_take_a_backbone_of_the_users_own(tmp_path, monkeypatch):
+    asked = []
+
+    def load(run, *, device="auto", backbone=""):
+        asked.append(backbone)
+        raise CheckpointError("no more is needed here")
+
+    monkeypatch.setattr(trained, "load_detector", load)
+    export = ["export", f"--detector={tmp_path}", "--to=onnx", f"--out={tmp_path}/x.onnx"]
+    predict = ["predict", f"--detector={tmp_path}", f"--images={tmp_path}", f"--out={tmp_path}/out"]
+    for arguments in (predict, export):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--backbone=package.module:function"])
+    assert asked == ["package.module:function"] * 2

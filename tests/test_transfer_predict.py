@@ -16,7 +16,7 @@ from tiny_transfer import transfer
 
 from scrl_fast.data.image_files import BadImage
 from scrl_fast.run.checkpoint import CheckpointManager
-from scrl_fast.transfer import load_detector, trained
+from scrl_fast.transfer import load_detector
 from scrl_fast.transfer.__main__ import main
 from scrl_fast.transfer.categories import stored_categories
 from scrl_fast.transfer.masks import mask_tools
@@ -369,21 +369,6 @@ def test_wrong_options_are_answered_without_torch(options, message, tmp_path):
     arguments = [sys.executable, "-c", code, *command(tmp_path, tmp_path, tmp_path / "out"), *options]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_both_commands_take_a_backbone_of_the_users_own(tmp_path, monkeypatch):
-    asked = []
-
-    def load(run, *, device="auto", backbone=""):
-        asked.append(backbone)
-        raise CheckpointError("no more is needed here")
-
-    monkeypatch.setattr(trained, "load_detector", load)
-    export = ["export", f"--detector={tmp_path}", "--to=onnx", f"--out={tmp_path}/x.onnx"]
-    for arguments in (command(tmp_path, tmp_path, tmp_path / "out"), export):
-        with pytest.raises(SystemExit):
-            main([*arguments, "--backbone=package.module:function"])
-    assert asked == ["package.module:function"] * 2
 
 
 def test_the_commands_stand_in_the_help_and_are_no_tasks(capsys):
