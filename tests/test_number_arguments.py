@@ -133,3 +133,51 @@ def test_options_are_numbers_that_a_machine_counts(value: int) -> None:
         setattr(getattr(config, section), name, value)
         with pytest.raises(UsageError, match=rf"{section}\.{name}: is a whole number of \d+ bits"):
             validated(config)
+
+
+# ---- more than memory holds ----
+
+
+def expanded(*shape: int) -> torch.Tensor:
+    return torch.ones(1).expand(*shape)
+
+
+def views_of(count: int, size: int = 8) -> Any:
+    row = np.zeros(1, VIEW_DTYPE)
+    row["h"] = row["w"] = 2
+    row["order"] = [range(4)]
+    images = PackedImages(np.zeros(300, np.uint8), *(np.array([n], np.int64) for n in (0, 10, 10)))
+    return augment_views(images, np.broadcast_to(row, (count,)), size=size, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def draw(count: int, boxes_per_image: int) -> Any:
+    crops = np.broadcast_to(CROPS[0], (count, 5))
+    return ops.sample_box_pairs(crops, crops, view_size=224, seed=0, step=0, boxes_per_image=boxes_per_image)
+
+
+def align(input: torch.Tensor, boxes: torch.Tensor, size: int = 2, backend: Any = None) -> Any:
+    return ops.roi_align(input, boxes, size, backend=backend)
+
+
+LARGE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "rows": (lambda b: ops.normalized_mse_loss(expanded(2**61, 2), expanded(2**61, 2), backend=b), "input of"),
+    "a row": (lambda b: ops.normalized_mse_loss(expanded(1, 2**62), expanded(1, 2**62), backend=b), "input of"),
+    "two views": (lambda b: ops.two_view_loss(expanded(2**61, 2), expanded(2**61, 2), backend=b), "online of"),
+    "targets": (lambda b: ops.ema_update_([expanded(2**62)], [expanded(2**62)], 0.5, backend=b), "targets.0. overlaps"),
+    "map": (lambda b: align(expanded(2**56, 2, 4, 4), BOXES, backend=b), "input of"),
+    "channels": (lambda b: align(expanded(1, 2**58, 4, 4), BOXES, backend=b), "input of"),
+    "boxes": (lambda b: align(MAP, expanded(2**58, 5), backend=b), "the result of"),
+    "bins": (lambda b: align(MAP, BOXES.expand(2**20, 5), 30_000, backend=b), "the result of"),
+    "table": (lambda b: views_of(2**56), "table of"),
+    "views": (lambda b: views_of(2**14, 1 << 14), "the views of"),
+    "crops": (lambda b: draw(2**56, 1), "crops1 of"),
+    "box pairs": (lambda b: draw(2**20, (1 << 20) - 1), "boxes_per_image of"),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("case", LARGE)
+def test_what_memory_cannot_hold_is_refused_by_name(case: str, backend: Any) -> None:
+    call, said = LARGE[case]
+    with pytest.raises(ValueError, match=said):
+        call(backend)

@@ -10,6 +10,7 @@ from tiny_trainer import make_config
 
 from scrl_fast import weights
 from scrl_fast.build import build
+from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import LinearOptions
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated, probe_of
 from scrl_fast.export import export
@@ -129,6 +130,29 @@ def detector():
     return {"model": network.state_dict(), "config": options, "step": 1}, network
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"test_short_side": 20_000}, r"model\.test_short_side=20000: must be from 1 to 16384"),
+        ({"test_short_side": 9000, "long_side": 9000}, "81000000 pixels, more than max_pixels=4194304: --max_pixels="),
+        ({"detections": 50_000}, "model.detections=50000: at most 10000"),
+        ({"proposals": (1000, 90_000)}, "model.proposals=.*90000.*: at most 10000"),
+        ({"fpn_channels": 10**6}, "model.fpn_channels=1000000: must be from 1 to 65536"),
+        ({"anchor_scale": 1e300}, r"model\.anchor_scale=1e\+300: must be above 0 and at most 16384"),
+        ({"detections": 10**30}, "model.detections: is a whole number of 100 bits"),
+        ({"mean": [0, float("nan"), 0]}, "model.mean=nan: must be finite"),
+    ],
+)
+def test_sizes_that_a_detectors_file_asks_for_are_bounded(tmp_path, detector, options, said):
+    document, _ = detector
+    config = document["config"] | {"model": document["config"]["model"] | options}
+    torch.save(document | {"config": config}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=rf"a\.pt.*{said}"):
+        load_detector(tmp_path / "a.pt", device="cpu")
+    if "long_side" in options:
+        assert load_detector(tmp_path / "a.pt", device="cpu", max_pixels=9000**2).config.long_side == 9000
+
+
 @wrong_tensors
 def test_a_detectors_tensors_are_refused_by_name(tmp_path, detector, change, said):
     document, network = detector
@@ -176,7 +200,8 @@ def test_a_probe_that_is_no_layer_is_refused(probe, said):
         ({"views": {"mean": [0.5, float("nan"), 0.5]}}, r"views\.mean=nan: must be finite"),
         ({"views": {"std": [0, 0.2, 0.2]}}, r"views\.std=\[0\.0, 0\.2, 0\.2\]: must be above 0"),
         ({"views": [1], "data": 3, "model": "x", "train": None}, ""),
-        ({"views": {"size": 10**9}}, ""),
+        ({"views": {"size": 2048}}, r"views\.size=2048: at most 1024 is taken from a file"),
+        ({"views": {"size": "224"}}, r"views\.size='224': must be a whole number"),
     ],
 )
 def test_options_in_a_file_of_weights_are_checked(tmp_path, state, config, said):

@@ -11,11 +11,13 @@ from torch import Tensor
 from scrl_fast import weights
 from scrl_fast.config.defaults import BACKBONE, IMAGENET_MEAN, IMAGENET_STD, VIEW_SIZE
 from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.config.validation import option_error
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
 from scrl_fast.evaluate.images import has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
+from scrl_fast.weights.load import LARGEST_VIEW
 from scrl_fast.weights.tensor_values import check_values
 
 
@@ -56,7 +58,7 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
-    views = _views_of(training.get("views", {}), source.path)
+    views = _views_of(training.get("views", {}), source.path, getattr(options, "size", 0))
     return EvaluatedEncoder(
         encoder.to(device),
         source.path,
@@ -70,10 +72,18 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     )
 
 
-def _views_of(said: dict[str, Any], path: str) -> ViewsConfig:
-    """The normalisation that a file's options hold. Raises WeightsError naming the file where it cannot be used."""
+def _views_of(said: dict[str, Any], path: str, size: int) -> ViewsConfig:
+    """Side and normalisation of the views that a file's options hold; ``size`` above 0 is used in place of its side.
+
+    Raises WeightsError naming the file where they cannot be used.
+    """
     try:
-        return ViewsConfig(mean=said.get("mean", IMAGENET_MEAN), std=said.get("std", IMAGENET_STD))
+        own = ViewsConfig(
+            size=said.get("size", VIEW_SIZE), mean=said.get("mean", IMAGENET_MEAN), std=said.get("std", IMAGENET_STD)
+        )
+        if own.size > LARGEST_VIEW and not size:
+            raise option_error("views.size", own.size, f"at most {LARGEST_VIEW} is taken from a file: give --size")
+        return own
     except UsageError as error:
         raise weights.WeightsError(f"{path}: the options in it cannot be used: {error}") from error
 

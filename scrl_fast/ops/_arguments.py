@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -14,6 +16,28 @@ from torch import Tensor
 _LONGEST = 80
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What every operation on floats takes."""
+_NO_DEVICE = 1 << 44
+"""Bytes that no device has: 16 TiB."""
+
+
+def check_room(name: str, elements: int, itemsize: int, device_type: str = "cpu") -> None:
+    """Raises ValueError where so many elements are more than the machine's memory holds.
+
+    An expanded tensor of one number may have 2**62 elements: what is made of it is not.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if elements * itemsize > (_memory() if device_type == "cpu" else _NO_DEVICE):
+        raise ValueError(f"{name} of {elements} elements: {elements * itemsize} bytes are more than memory holds")
+
+
+@functools.cache
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # a system that does not tell
+        return _NO_DEVICE
 
 
 def as_integer(name: str, value: Any) -> int:

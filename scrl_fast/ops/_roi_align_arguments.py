@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast.config.defaults import MAX_SAMPLES
-from scrl_fast.ops._arguments import FLOAT_DTYPES, as_integer, as_number, check_flag, check_integer, shown
+from scrl_fast.ops._arguments import FLOAT_DTYPES, as_integer, as_number, check_flag, check_integer, check_room, shown
 
 _LARGEST_INT = (1 << 31) - 1
 Options = tuple[tuple[int, int], float, int, bool]
@@ -79,6 +79,14 @@ def _stack_boxes(input: Tensor, boxes: Sequence[Tensor], dtype: torch.dtype) -> 
         return input.new_empty((0, 5), dtype=dtype)
     rows = [nn.functional.pad(each.to(dtype), (1, 0), value=float(index)) for index, each in enumerate(boxes)]
     return torch.cat(rows)
+
+
+def check_result(input: Tensor, rows: Tensor, size: tuple[int, int]) -> None:
+    """Raises ValueError where the map, or what comes of it, is more than memory holds."""
+    device_type = input.device.type
+    if device_type != "meta":
+        check_room("input", input.numel(), input.itemsize, device_type)
+        check_room("the result", rows.shape[0] * input.shape[1] * size[0] * size[1], input.itemsize, device_type)
 
 
 def check_image_index(rows: Tensor, images: int) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import check_integer, check_number, shown
+from scrl_fast.ops._arguments import check_integer, check_number, check_room, shown
 from scrl_fast.ops.augment_views_triton import triton_augment_views
 from scrl_fast.ops.backends import Backend, Operation, register, triton_failure
 from scrl_fast.ops.view_table import (
@@ -73,11 +73,14 @@ def augment_views(
     Raises TypeError or ValueError naming the argument and the first bad row before any pixel is touched.
     Source: SCRL section 4, BYOL appendix B; semantics of torchvision's transforms on Pillow images.
     """
+    if not checked and isinstance(table, np.ndarray):
+        check_room("table", table.size, table.itemsize)
     rows = table.reshape(-1) if checked else check_views(table, images)
     size, threads = check_integer("size", size, 1, _LARGEST_SIZE), check_integer("threads", threads, 1, 1 << 16)
     solarize_threshold = _check_numbers(mean, std, solarize_threshold)
     shape, device = (len(rows), 3, size, size), images.device
     if out is None:
+        check_room("the views", math.prod(shape), getattr(dtype, "itemsize", 1), device.type)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
     _check_out(out, shape, device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import FLOAT_DTYPES, shown
+from scrl_fast.ops._arguments import FLOAT_DTYPES, check_room, shown
 from scrl_fast.ops._autograd import (
     below_autograd,
     differentiated_otherwise,
@@ -23,6 +23,9 @@ from scrl_fast.ops.backends import Backend, Operation, register
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+
+_MANY = 1 << 28  # elements from which the machine's memory is asked for
 
 
 def normalized_mse_loss(
@@ -74,6 +77,8 @@ def _check(input_name: str, input: Tensor, target_name: str, target: Tensor) -> 
         )
     if target.device != input.device:
         raise ValueError(f"{target_name} must be on {input.device} like {input_name}, got {target.device}")
+    if (elements := input.numel()) > _MANY:
+        check_room(input_name, elements, input.itemsize, input.device.type)
 
 
 # ---- reference ----

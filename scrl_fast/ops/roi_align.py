@@ -23,6 +23,7 @@ from scrl_fast.ops._roi_align_arguments import (
     check_arguments,
     check_image_index,
     check_options,
+    check_result,
     check_sampling_ratio,
 )
 from scrl_fast.ops._triton import define_triton
@@ -68,6 +69,7 @@ def roi_align(
     size, *rest = check_arguments(input, output_size, spatial_scale, sampling_ratio, aligned)
     options: list[Any] = rest
     rows = box_rows(input, boxes)
+    check_result(input, rows, size)
     if input.device.type == "meta":
         return _on_meta(input, rows, size, *options)
     if torch.compiler.is_exporting() and is_exporting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.ops import _native
-from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer, shown
+from scrl_fast.ops._arguments import as_integer, as_number, check_flag, check_integer, check_room, shown
 from scrl_fast.ops.backends import Backend, Operation, register
 from scrl_fast.ops.philox import philox4x32
 
@@ -58,6 +59,7 @@ def sample_box_pairs(
     options = checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, jitter)
     step, seed = check_integer("step", step, 0, (1 << _WORD_BITS) - 1), as_integer("seed", seed) & (1 << 64) - 1
     rows1, rows2 = checked_crops(crops1, crops2)
+    check_room("boxes_per_image", len(rows1) * options.boxes_per_image, 2 * 5 * 4)
     names = None if keys is None else _checked_keys(keys, crops1)
     sample = _OPERATION.resolve("cpu", backend)
     boxes1, boxes2 = sample(rows1, rows2, names, options, seed, step)
@@ -221,6 +223,8 @@ def checked_options(view_size, boxes_per_image, min_size, iou_threshold, grid, j
 
 
 def checked_crops(crops1: Any, crops2: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    for name, crops in (("crops1", crops1), ("crops2", crops2)):
+        check_room(name, math.prod(getattr(crops, "shape", ())), 8)
     rows1, rows2 = _integers("crops1", crops1), _integers("crops2", crops2)
     for name, rows in (("crops1", rows1), ("crops2", rows2)):
         if rows.ndim != 2 or rows.shape[1] != 5:

@@ -34,13 +34,15 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
     args = parser.parse(argv)
     _check_score(args.score)
-    if args.workers < 0:
-        raise UsageError(f"--workers={args.workers}: must be at least 0")
+    if not 0 <= args.workers <= MOST_WORKERS:
+        raise UsageError(f"--workers={args.workers}: must be from 0 to {MOST_WORKERS}")
     check_device("device", args.device)
     from scrl_fast.transfer.predict_folder import predict_folder
     from scrl_fast.transfer.trained import load_detector
 
-    detector = load_detector(args.detector, device=args.device, backbone=args.backbone)
+    detector = load_detector(
+        args.detector, device=args.device, backbone=args.backbone, max_pixels=_pixels(args.max_pixels)
+    )
     tell(f"detector: {detector.path}")
     options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
     done = predict_folder(detector, args.images, args.out, **options)
@@ -64,7 +66,8 @@ def export(argv: Sequence[str]) -> None:
     from scrl_fast.transfer.export import export_detector
     from scrl_fast.transfer.trained import load_detector
 
-    detector = load_detector(args.detector, device="cpu", backbone=args.backbone)
+    pixels = _pixels(args.max_pixels)
+    detector = load_detector(args.detector, device="cpu", backbone=args.backbone, max_pixels=pixels)
     tell(f"detector: {detector.path}")
     done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
     print(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
@@ -79,10 +82,25 @@ def _add_detector(parser: CommandParser) -> None:
     parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
     own = "package.module:function of a detector on a network of your own, which no file may name alone"
     parser.add_argument("--backbone", default="", help=own)
+    larger = "a detector whose options resize images to more is refused (default: 4194304)"
+    parser.add_argument("--max_pixels", type=int, default=0, help=larger)
 
 
 def _add_score(parser: CommandParser, default: float) -> None:
     parser.add_argument("--score", type=float, default=default, help="keep objects above it (default: %(default)s)")
 
+
+def _pixels(max_pixels: int) -> int:
+    """What `load_detector` is told; 0 stands for its own number."""
+    from scrl_fast.transfer.config import LARGEST_SIDE
+    from scrl_fast.transfer.trained import MAX_PIXELS
+
+    if not 0 <= max_pixels <= LARGEST_SIDE**2:
+        raise UsageError(f"--max_pixels={max_pixels}: must be from 1 to {LARGEST_SIDE**2}")
+    return max_pixels or MAX_PIXELS
+
+
+MOST_WORKERS = 1024
+"""Threads that read images; more are a mistake."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}

@@ -23,6 +23,7 @@ from scrl_fast.config.validation import (
     check_fields,
     check_writable,
     clean_paths,
+    from_above,
     from_below,
     option_error,
     to_plain,
@@ -31,6 +32,9 @@ from scrl_fast.config.validation import (
 from scrl_fast.errors import UsageError
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos")
+
+LARGEST_SIDE, MOST_CHANNELS, MOST_BOXES = 16_384, 65_536, 100_000
+"""Bounds of images in pixels, of a layer's channels, and of the boxes of an image."""
 
 
 @dataclass
@@ -146,20 +150,23 @@ class DetectorConfig:
     """Detections kept of an image."""
 
     def __post_init__(self) -> None:
-        counts = ("fpn_channels", "head_channels", "mask_channels", "keypoint_channels", "rois_per_image", "detections")
-        sides = ("short_side", "short_side_step", "test_short_side", "long_side", "proposals", "proposals_before_nms")
+        counts = ("fpn_channels", "head_channels", "mask_channels", "keypoint_channels")
+        sides = ("short_side", "short_side_step", "test_short_side", "long_side")
+        found = ("rois_per_image", "detections", "proposals", "proposals_before_nms")
         check_fields(
             self,
             "model",
             frozen_stages=within(0, 5),
             std=above(0),
             roi_sampling_ratio=SAMPLES_RANGE,
-            anchor_scale=above(0),
+            anchor_scale=from_above(0, LARGEST_SIDE),
             rpn_smooth_l1_beta=at_least(0),
             box_smooth_l1_beta=at_least(0),
             score_threshold=FRACTION_RANGE,
             nms_threshold=FRACTION_RANGE,
-            **dict.fromkeys(counts + sides, at_least(1)),
+            **dict.fromkeys(counts, within(1, MOST_CHANNELS)),
+            **dict.fromkeys(sides, within(1, LARGEST_SIDE)),
+            **dict.fromkeys(found, within(1, MOST_BOXES)),
         )
         if self.short_side[0] > self.short_side[1]:
             raise option_error("model.short_side", self.short_side, "must be a range, the smaller number first")

@@ -24,9 +24,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from scrl_fast import weights
 from scrl_fast.config.defaults import BACKBONE
+from scrl_fast.data.sources.annotation_files import MOST_CLASSES
 from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
+from scrl_fast.ops._arguments import check_integer
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, DETECTORS, DetectorConfig
 from scrl_fast.transfer.pyramid import build_pyramid, head_norm_layer
 from scrl_fast.weights.tensor_values import check_values
@@ -60,8 +62,10 @@ def build_detector(
     """
     if detector not in DETECTORS:
         raise ValueError(f"detector must be one of {', '.join(DETECTORS)}, got {detector!r}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes}")
+    classes, keypoints = (
+        check_integer("classes", classes, 1, MOST_CLASSES),
+        check_integer("keypoints", keypoints, 1, 1000),
+    )
     side = options.get("short_side")
     if isinstance(side, int):
         options |= {"short_side": (side, side), "test_short_side": options.get("test_short_side", side)}

@@ -21,8 +21,10 @@ from scrl_fast.config.run_folder import BEST, CHECKPOINTS
 from scrl_fast.config.yaml_text import shortened
 from scrl_fast.data.image_inputs import ImageInput, rgb_of
 from scrl_fast.distributed.rendezvous import device_of
+from scrl_fast.errors import UsageError
+from scrl_fast.ops._arguments import check_integer, check_number
 from scrl_fast.transfer.categories import Categories, stored_categories
-from scrl_fast.transfer.config import DetectorConfig, TransferConfig
+from scrl_fast.transfer.config import LARGEST_SIDE, DetectorConfig, TransferConfig
 from scrl_fast.transfer.dataset import KEYPOINTS
 from scrl_fast.transfer.detections import to_arrays
 from scrl_fast.transfer.detector import build_detector
@@ -32,6 +34,10 @@ from scrl_fast.weights.tensor_values import check_values
 from scrl_fast.weights.training_state import check_training_state
 
 RETINANET_ANCHORS = 9  # of a cell: three sizes, three shapes
+MAX_PIXELS = 1 << 22
+"""Pixels of a resized image that the options in a file may ask for; Cityscapes' are half of it."""
+MOST_FOUND = 10_000
+"""Boxes of an image, before and after suppression, that the options in a file may ask for."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,7 @@ class TrainedDetector:
         score: objects that score more are kept.
         Raises BadImage for a file that cannot be read, TypeError or ValueError naming the argument.
         """
-        if not 0 <= score <= 1:
-            raise ValueError(f"score must be from 0 to 1, got {score}")
+        score = check_number("score", score, 0, 1)
         pixels = torch.tensor(rgb_of(image)).permute(2, 0, 1).contiguous()  # a copy: arrays may be read-only
         with self._lock:
             set_threshold(self.network, score)  # what is weaker costs nothing then, above all no masks
@@ -91,20 +96,26 @@ class TrainedDetector:
         return Prediction(names=[self.classes[label] for label in arrays["labels"]], **arrays)
 
 
-def load_detector(run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "") -> TrainedDetector:
+def load_detector(
+    run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "", max_pixels: int = MAX_PIXELS
+) -> TrainedDetector:
     """The detector of a transfer run.
 
     run: a checkpoint, or a run folder: its ``best.pt`` where the run measured on the way (``eval.every``), else its
         newest good checkpoint; ``path`` of the result tells which. No code of the file is run.
     backbone: ``package.module:function`` of a detector on a network of the user's own; a file alone may not name code.
     device: auto, cpu, cuda or cuda:N.
+    max_pixels: a file whose options resize images to more is refused, since the file decides how much memory that takes
+        (about 400 bytes a pixel with ResNet-50).
     Raises CheckpointError (a UsageError) for a file that is missing, damaged or holds no detector.
     """
+    max_pixels = check_integer("max_pixels", max_pixels, 1, LARGEST_SIDE**2)
     path, state = _checkpoint_of(run)
     if missing := [key for key in ("model", "config") if key not in state]:
         raise CheckpointError(f"{path} is no checkpoint of a detector: it lacks {', '.join(missing)}")
     check_training_state(path, state)
     config = _detector_config(state["config"], path, run, backbone)
+    _check_sizes(config, path, max_pixels)
     classes, keypoints = sizes_of(config.detector, state["model"])
     arguments: dict[str, Any] = {"backbone": config.backbone, "branch": config.branch, "config": config}
     with torch.random.fork_rng(devices=[]):
@@ -142,8 +153,28 @@ def _detector_config(options: dict[str, Any], path: Path, run: Any, backbone: st
         )
     if backbone:
         model = {**model, "backbone": backbone}
-        return build(DetectorConfig, Settings(model, f"{path}: model"), tokens=[f"--backbone={backbone}"])
-    return build(DetectorConfig, Settings(model, f"{path}: model"))
+    tokens = [f"--backbone={backbone}"] if backbone else []
+    try:
+        return build(DetectorConfig, Settings(model, f"{path}: model"), tokens=tokens)
+    except UsageError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+
+
+def _check_sizes(config: DetectorConfig, path: Path, max_pixels: int) -> None:
+    """Raise CheckpointError where the options in a file ask for more memory than a detector needs."""
+    short, long = min(config.test_short_side, config.long_side), config.long_side
+    if short * long > max_pixels:
+        raise CheckpointError(
+            f"{path}: its options model.test_short_side={config.test_short_side} and model.long_side={long} make "
+            f"images of up to {short * long} pixels, more than max_pixels={max_pixels}: "
+            f"--max_pixels={short * long} takes them"
+        )
+    for name in ("detections", "proposals", "proposals_before_nms"):
+        value = getattr(config, name)
+        if (max(value) if isinstance(value, tuple) else value) > MOST_FOUND:
+            raise CheckpointError(
+                f"{path}: its option model.{name}={value}: at most {MOST_FOUND} are taken from a file"
+            )
 
 
 def sizes_of(detector: str, state: Mapping[str, Any]) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from scrl_fast.weights.tensor_values import check_values
 Source = str | os.PathLike[str] | Weights
 Branch = Literal["online", "target"]
 RANDOM = "random"
+LARGEST_VIEW = 1024
+"""Side of views, in pixels, that is taken from a file."""
 
 
 @dataclass
@@ -248,7 +250,7 @@ def view_size(weights: Weights) -> int:
     config = weights.metadata.get("config")
     views = config.get("views") if isinstance(config, dict) else None
     size = views.get("size") if isinstance(views, dict) else None
-    return size if type(size) is int and 0 < size <= 4096 else VIEW_SIZE
+    return size if type(size) is int and 0 < size <= LARGEST_VIEW else VIEW_SIZE
 
 
 def _shortened(names: Iterable[str], count: int = 4) -> str:
