@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             break  # stopped: the same command goes on
     stages = planned(budget, work.results())
     document = report(args.budget, stages, {stage.name: work.result(stage) for stage in stages}, environment())
-    document["command"] = shlex.join(["python", "benchmarks/evidence.py", "--data=voc", *without_paths(argv)])
+    document["command"] = f"python benchmarks/evidence.py --data=voc --photos=DATA --work=WORK --budget={args.budget}"
     print("\n".join(table(document)), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -87,20 +86,6 @@ def _open(args: argparse.Namespace, work: Work) -> Iterator[Stage]:
         asked = any(fnmatch.fnmatch(stage.name, pattern) for pattern in args.only)
         if asked and stage.words and not work.result(stage):
             yield stage
-
-
-def without_paths(argv: list[str] | None) -> list[str]:
-    """The arguments with DATA, WORK and WEIGHTS in place of this machine's folders."""
-    names = {"--photos": "DATA", "--work": "WORK", "--supervised": "WEIGHTS", "--json": "FILE"}
-    words, rest = [], iter(sys.argv[1:] if argv is None else argv)
-    for word in rest:
-        flag, equals, _ = word.partition("=")
-        if flag in names:
-            word = f"{flag}={names[flag]}"
-            if not equals:
-                next(rest, "")
-        words.append(word)
-    return words
 
 
 def environment() -> dict[str, Any]:

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence_photos_plan import BUDGETS, CONTINUED, SCRATCH, SHORT, Stage
+from evidence_photos_plan import BUDGETS, CONTINUED, METHODS, SCRATCH, SHORT, Stage
 
 NAMES = {"random": "random", "byol": "BYOL", "scrl": "SCRL", "supervised": "supervised"}
+HEADS = {"scratch": "from scratch", "short": "from scratch", "continued": "ImageNet weights"}
 VALUES = {"held": "accuracy", "roi": "accuracy", "dense": "retrieval"}
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "RoI linear": ("value", {"measure": "roi"}),
@@ -62,14 +63,11 @@ def cell(
     return [row[field] for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def heads(document: Mapping[str, Any]) -> dict[str, str]:
-    """What the groups are called, with the passes over the photographs."""
+def named(document: Mapping[str, Any], group: str, start: str) -> str:
+    """A start with its passes over the photographs."""
     budget = BUDGETS[document["budget"]]
-    return {
-        "scratch": f"from scratch, {budget.epochs} epochs",
-        "short": f"from scratch, {budget.short_epochs} epochs",
-        "continued": f"ImageNet weights, {budget.continued_epochs} epochs",
-    }
+    epochs = {"scratch": budget.epochs, "short": budget.short_epochs, "continued": budget.continued_epochs}[group]
+    return NAMES[start] + f", {epochs} epochs" * (start in METHODS)
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
@@ -109,7 +107,9 @@ def table(document: Mapping[str, Any]) -> list[str]:
     """For the terminal."""
     lines = [f"{'percent':36}" + "".join(f"{name:>20}" for name in COLUMNS)]
     for group, start, texts in cells(document["rows"]):
-        lines.append(f"{heads(document)[group] + ', ' + NAMES[start]:36}" + "".join(f"{text:>20}" for text in texts))
+        lines.append(
+            f"{HEADS[group] + ', ' + named(document, group, start):36}" + "".join(f"{text:>20}" for text in texts)
+        )
     lines += ["", f"{'settings':36}{'RoI linear, held':>20}{'RoI linear':>20}{'dense retrieval':>20}{'RankMe':>20}"]
     lines += [
         f"{NAMES[start] + ', ' + setting:30}" + "".join(f"{t:>20}" for t in texts)
@@ -122,7 +122,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     """For docs/evidence.md: both tables and what they are made of."""
     lines = [f"| | | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for group, start, texts in cells(document["rows"]):
-        lines.append(f"| {heads(document)[group]} | {NAMES[start]} | {' | '.join(texts)} |")
+        lines.append(f"| {HEADS[group]} | {named(document, group, start)} | {' | '.join(texts)} |")
     if settings := tuned(document):
         lines += [
             "",
