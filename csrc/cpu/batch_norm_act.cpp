@@ -15,6 +15,7 @@ using namespace scrl;
 using namespace scrl::norm;
 
 constexpr int64_t kBlockElements = 1 << 16;  // 256 KB of float32: the fixed unit of summation, and of a thread's work
+constexpr int64_t kLongestSum = 512;         // rows added up in the dtype of accumulation; float64 merges the blocks
 constexpr int64_t kPad = 16;                 // channels, a whole number of the widest vectors of any dtype
 
 struct Rows {
@@ -52,7 +53,7 @@ ScalarType wide(const Tensor& input) {
 Rows rows_of(const Tensor& input) {
   check_rows(input, "input");
   const int64_t channels = input.size(1), rows = channels ? input.numel() / channels : 0;
-  const int64_t rows_a_block = std::max<int64_t>(64, kBlockElements / std::max<int64_t>(1, channels));
+  const int64_t rows_a_block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, channels), 64, kLongestSum);
   return {rows, channels, (channels + kPad - 1) / kPad * kPad, rows_a_block, (rows + rows_a_block - 1) / rows_a_block};
 }
 
