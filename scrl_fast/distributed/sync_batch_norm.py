@@ -94,8 +94,9 @@ def synchronize_batch_norm(module: nn.Module, group: Any = None) -> nn.Module:
     Raises ValueError naming a norm that does more than BatchNorm, and whose rest would be lost.
     """
     if isinstance(module, _BatchNorm):
-        if hasattr(module, "synchronize"):  # scrl_fast.models.fused_norm.BatchNormAct does it itself
-            module.synchronize(group)
+        synchronize: Any = getattr(module, "synchronize", None)
+        if synchronize is not None:  # scrl_fast.models.fused_norm.BatchNormAct does it itself
+            synchronize(group)
             return module
         return _replaced(module, group)
     for name, child in module.named_children():

@@ -162,7 +162,8 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _dispatch_to(suffix: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The implementation that calls ``torch.ops.scrl_fast.<pass><suffix>``."""
-    passes = Passes(*(getattr(torch.ops.scrl_fast, name + suffix, None) for name in _NAMES))
+    operators: list[Any] = [getattr(torch.ops.scrl_fast, name + suffix, None) for name in _NAMES]
+    passes = Passes(*operators)
 
     def normalize(
         input: Tensor,
