@@ -94,12 +94,11 @@ loaded || failed="$failed missing_library"
 small=() seconds=15 # a dry run is short
 [ "$device" = cpu ] && small=(--repeats 2) seconds=1
 operations() { # operations NAME LIMIT_S DTYPE: each benchmark by itself, so that one that fails costs only itself
-  local bench limit=$(($2 / 5)) dtype=$3 sizes
-  for bench in roi_align batch_norm_act lars_step ema_update normalized_mse_loss; do
+  local bench limit=$(($2 / 4)) dtype=$3 sizes
+  for bench in roi_align lars_step ema_update normalized_mse_loss; do
     sizes=()
     [ "$device" = cpu ] && case $bench in
       roi_align) sizes=(--batch 2 --channels 64 --pyramid-boxes 4) ;;
-      batch_norm_act) sizes=(--images 1 --no-encoder) ;;
       normalized_mse_loss) sizes=(--pairs 4 64) ;;
       *) sizes=(--backbones resnet10_tiny) ;;
     esac
@@ -122,7 +121,7 @@ case $call in
     step info 30 "$python" -m scrl_fast.info
     operations bench 120 bfloat16
     tests tests_of_operations 180 -k "$([ "$device" = cuda ] && echo 'not cpu-' || echo 'cpu-native and bits')" \
-      tests/test_{roi_align,batch_norm_act,normalized_mse_loss,ema_update,lars_step}*.py \
+      tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}*.py \
       tests/test_{augment_views_triton,backends,optim,cuda_graphs}.py
     operations bench 100 float32
     ;;
@@ -148,7 +147,7 @@ case $call in
         for backend in native triton; do
           step "check_${tool}_$backend" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
             --error-exitcode 99 --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
-            tests/test_{roi_align,batch_norm_act,normalized_mse_loss,ema_update,lars_step}*.py \
+            tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}*.py \
             -k "cuda-$backend and (own or empty or bits)"
         done
       done

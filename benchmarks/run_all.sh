@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python} results=${RESULTS:-benchmarks/results}
-benches=${BENCHES:-roi_align batch_norm_act normalized_mse_loss ema_update lars_step sample_box_pairs}
+benches=${BENCHES:-roi_align normalized_mse_loss ema_update lars_step sample_box_pairs}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')

@@ -20,14 +20,4 @@ STABLE_TORCH_LIBRARY(scrl_fast, m) {
   m.def(
       "normalized_mse_loss(Tensor input, Tensor target, bool two_views, int reduction, bool grad_input, "
       "bool grad_target) -> (Tensor, Tensor, Tensor)");
-  m.def("batch_norm_statistics(Tensor input) -> Tensor");
-  m.def(
-      "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor statistics, float eps, "
-      "bool relu) -> Tensor");
-  m.def(
-      "batch_norm_act_backward_sums(Tensor grad, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, "
-      "Tensor statistics, float eps, bool relu) -> (Tensor, Tensor)");
-  m.def(
-      "batch_norm_act_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, "
-      "Tensor sums, float eps, bool relu) -> Tensor");
 }

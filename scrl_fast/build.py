@@ -14,7 +14,6 @@ from scrl_fast import weights
 from scrl_fast.config.schema import Config, TrainConfig, ViewsConfig, check_enough
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, Encoder, wrap_module
-from scrl_fast.models.fused_norm import fuse_norms
 from scrl_fast.ops import backends
 from scrl_fast.optim import LARS, AdamW, lars_param_groups
 from scrl_fast.run.trackers import check_wandb
@@ -115,22 +114,10 @@ def build_model(config: Config, num_classes: int, encoder: nn.Module | None = No
         target_init="random" if config.compat == "kakaobrain" else model.target_init,
         num_classes=num_classes,
     )
-    if model.fused_norm is True:
-        fuse_encoders(networks, model.backbone)
     stride = networks.online.encoder.stride
     if config.views.size < stride:  # of timm's encoders it is known only now
         raise UsageError(f"views.size={config.views.size}: must be at least {stride}, the stride of {model.backbone}")
     return networks
-
-
-def fuse_encoders(networks: SCRL, backbone: str) -> None:
-    """BatchNorm, ReLU and residual of both encoders as one operation. Raises UsageError where there are none."""
-    fused = [fuse_norms(branch.encoder) for branch in (networks.online, networks.target)]
-    if not all(fused):
-        raise UsageError(
-            f"model.fused_norm=true: {backbone} has no BatchNorm2d with a ReLU behind it that could be made one "
-            "operation: leave the option out"
-        )
 
 
 def with_encoder(config: Config, encoder: nn.Module) -> Config:

@@ -29,7 +29,7 @@ export ASAN_OPTIONS="detect_leaks=0:abort_on_error=0${ASAN_OPTIONS:+:$ASAN_OPTIO
 export UBSAN_OPTIONS="print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}"
 export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
 if [ $# -eq 0 ]; then
-  for operation in roi_align batch_norm_act normalized_mse_loss ema_update lars_step sample_box_pairs augment_views ops; do
+  for operation in roi_align normalized_mse_loss ema_update lars_step sample_box_pairs augment_views ops; do
     set -- "$@" $(ls tests/test_${operation}*.py 2>/dev/null)
   done
 fi

@@ -27,7 +27,6 @@ from scrl_fast import info
 from scrl_fast.data import BadImage
 from scrl_fast.distributed.sync_batch_norm import RowBatchNorm, SyncBatchNorm, synchronize_batch_norm
 from scrl_fast.distributed.world import World
-from scrl_fast.models.fused_norm import fuse_norms
 from scrl_fast.run import plots
 from scrl_fast.run.checkpoint import CheckpointError
 from scrl_fast.trainer import SCRLTrainer
@@ -73,27 +72,6 @@ def batch_norm_case(rank: int) -> dict:
     layer.eval()
     results["eval"] = layer(batches("uneven", "rows")[rank]) if rank < 2 else None  # nobody waits for the others
     return results
-
-
-def fused_norm_case(rank: int) -> dict:
-    """The operation that joins BatchNorm, residual and ReLU, over all processes; the residual is the input itself."""
-    results = {}
-    for kind in ROWS:
-        layer = FusedLayer(norm("channels last")[0])
-        synchronize_batch_norm(layer)
-        results[kind] = pass_through(layer, batches(kind, "channels last")[rank])
-    return results
-
-
-class FusedLayer(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        pair = nn.Sequential(layer, nn.ReLU())
-        assert fuse_norms(pair) == 1
-        self.norm = pair[0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x, x)
 
 
 def compiled_norm_case(rank: int, group: Any) -> dict:
@@ -276,12 +254,7 @@ def main(folder: Path, rank: int) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     four = World(rank, SIZE, rank)
     two = World(rank % 2, 2, rank % 2, group=pairs[rank // 2])
-    results = {
-        "norm": batch_norm_case(rank),
-        "fused norm": fused_norm_case(rank),
-        "messages": message_case(four),
-        "4": equal_case(folder, four),
-    }
+    results = {"norm": batch_norm_case(rank), "messages": message_case(four), "4": equal_case(folder, four)}
     if rank < 2:
         results["2"] = equal_case(folder, two)
         results["compiled norm"] = compiled_norm_case(rank, two.group)

@@ -66,23 +66,6 @@ def test_batch_norm_is_the_same_compiled(gloo):
         torch.testing.assert_close(parts[1][name], whole[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", cases.ROWS)
-def test_fused_norm_over_processes_equals_the_full_batch(gloo, kind):
-    parts = [result["fused norm"][kind] for result in gloo[1]]
-    rows = torch.cat(cases.batches(kind, "channels last")).requires_grad_()
-    layer = cases.norm("channels last")
-    output = (layer(rows) + rows).relu()
-    (output.sin() * output).sum().backward()
-    for name, whole in (("output", output.detach()), ("gradient", rows.grad)):
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole, rtol=1e-12, atol=1e-12)
-    for name, parameter in layer[0].named_parameters():
-        total = sum(part[f"norm.{name}"] for part in parts)
-        torch.testing.assert_close(total, parameter.grad, rtol=1e-12, atol=1e-12)
-    for part in parts:
-        for name, buffer in layer[0].named_buffers():
-            torch.testing.assert_close(part[f"norm.{name}"], buffer, rtol=1e-12, atol=1e-12)
-
-
 def test_plain_batch_norm_would_not(gloo):
     parts = cases.batches("even", "rows")
     alone = torch.cat([cases.pass_through(cases.norm("rows"), part)["output"] for part in parts])

@@ -124,35 +124,6 @@ def fuzz_losses(draw: random.Random, call: int) -> None:
             agree(grad, exact_grad, 64, "gradient", largest)
 
 
-# ---- BatchNorm ----
-
-
-def fuzz_batch_norm(draw: random.Random, call: int) -> None:
-    backend, dtype = backend_of("batch_norm_act", draw, call), draw.choice(DTYPES)
-    shape = [draw.choice((0, 1, 2, 3)), draw.choice((1, 2, 7, 40)), *(draw.choice((0, 1, 2, 5)) for _ in range(2))]
-    shape = shape[: draw.choice((2, 4, 4))]
-    with_residual = draw.random() < 0.5
-    # in 16 bits a small positive sum becomes a zero, whose ReLU is open only where it is computed again
-    relu = draw.random() < 0.5 and (with_residual or dtype.itemsize > 2)
-    x, z = (odd_tensor(draw, shape, dtype).requires_grad_() for _ in range(2))
-    z = z if with_residual else None
-    if x.numel() == shape[1]:
-        with pytest.raises(ValueError, match="more than one value a channel"):
-            ops.batch_norm_act(x, backend=backend)
-        return
-    ours = ops.batch_norm_act(x, None, None, z, eps=0.25, relu=relu, backend=backend)  # eps: spreads of 0 occur here
-    # contiguous: torch 2.14's own gradient is wrong for one image in channels_last whose first stride is that of a cell
-    wide = [t.detach().double().contiguous().requires_grad_() for t in (x, z) if t is not None]
-    before = torch.nn.functional.batch_norm(wide[0], None, None, None, None, True, 0.1, 0.25) + sum(wide[1:])
-    agree(ours, before.relu() if relu else before, 64, "output")
-    cotangent = odd_tensor(draw, list(ours.shape), dtype)
-    grads = torch.autograd.grad(ours, [t for t in (x, z) if t is not None], cotangent)
-    gated = before * (ours > 0) if relu else before  # where rounding decides a ReLU, ours decides
-    exact_grads = torch.autograd.grad(gated, wide, cotangent.double().contiguous())
-    for grad, exact_grad in zip(grads, exact_grads, strict=True):
-        agree(grad, exact_grad, 64, "gradient", 8 * cotangent.double().abs().max().item() if cotangent.numel() else 0)
-
-
 # ---- lists of tensors ----
 
 
@@ -312,8 +283,7 @@ def fuzz_box_pairs(draw: random.Random, call: int) -> None:
 
 SHARES = {
     fuzz_roi_align: 0.3,
-    fuzz_losses: 0.2,
-    fuzz_batch_norm: 0.04,
+    fuzz_losses: 0.25,
     fuzz_ema_update: 0.2,
     fuzz_lars_step: 0.13,
     fuzz_augment_views: 0.06,

@@ -216,9 +216,6 @@ class ModelConfig:
     """Shift boxes by half a cell (RoIAlign v2)."""
     target_init: Literal["online", "random"] = "online"
     """Where the target network starts: a copy of the online one, or its own random weights."""
-    fused_norm: bool | Literal["auto"] = "auto"
-    """BatchNorm, ReLU and residual of the encoder as one operation, equal up to rounding; auto: off, since it has not
-    been measured on a GPU."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("hidden_dim", "projection_dim", "pool_size"), at_least(1))

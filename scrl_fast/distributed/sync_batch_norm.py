@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from scrl_fast.errors import UsageError
-from scrl_fast.ops.batch_norm_reference import all_but_channels, gather_statistics, in_axes, split_statistics, wide
 
 
 class RowBatchNorm(nn.BatchNorm1d):
@@ -94,10 +93,6 @@ def synchronize_batch_norm(module: nn.Module, group: Any = None) -> nn.Module:
     Raises ValueError naming a norm that does more than BatchNorm, and whose rest would be lost.
     """
     if isinstance(module, _BatchNorm):
-        synchronize: Any = getattr(module, "synchronize", None)
-        if synchronize is not None:  # scrl_fast.models.fused_norm.BatchNormAct does it itself
-            synchronize(group)
-            return module
         return _replaced(module, group)
     for name, child in module.named_children():
         setattr(module, name, synchronize_batch_norm(child, group))
@@ -124,7 +119,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         input = input.contiguous(memory_format=_layout(input))
-        mean, var, count = split_statistics(gather_statistics(_local_statistics(input, eps), group))
+        mean, var, count = _merged(_gathered(_local_statistics(input, eps), group))
         ctx.save_for_backward(input, weight, mean, var, count)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var, count)
@@ -132,8 +127,8 @@ class _Normalize(torch.autograd.Function):
             return torch.empty_like(input), mean, var, count
         if torch.compiler.is_compiling():
             scale = weight.to(mean.dtype) * (var + eps).rsqrt()
-            output = wide(input) - in_axes(mean, input)
-            output = output * in_axes(scale, input) + in_axes(bias, input)
+            output = _wide(input) - _in_axes(mean, input)
+            output = output * _in_axes(scale, input) + _in_axes(bias, input)
             if output.dtype != input.dtype:  # torch 2.11 loses the gradient behind a conversion to the same type
                 output = output.to(input.dtype)
         elif input.is_cuda:
@@ -159,21 +154,51 @@ def _layout(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _wide(input: Tensor) -> Tensor:
+    return input.to(torch.promote_types(input.dtype, torch.float32))
+
+
+def _all_but_channels(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def _in_axes(values: Tensor, input: Tensor) -> Tensor:
+    """One value a channel, ``[C]``, to be broadcast over ``[N, C, ...]``."""
+    return values.view([1, -1] + [1] * (input.dim() - 2))
+
+
 def _local_statistics(input: Tensor, eps: float) -> Tensor:
     """``[2C + 1]``: mean, biased variance and number of values a channel; zeros without rows. float32 or wider."""
     channels = input.shape[1]
-    dtype = torch.promote_types(input.dtype, torch.float32)
+    wide = torch.promote_types(input.dtype, torch.float32)
     if not input.numel():
-        return torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
-    count = torch.full((1,), input.numel() // channels, dtype=dtype, device=input.device)
+        return torch.zeros(2 * channels + 1, dtype=wide, device=input.device)
+    count = torch.full((1,), input.numel() // channels, dtype=wide, device=input.device)
     if torch.compiler.is_compiling():
-        var, mean = torch.var_mean(wide(input), all_but_channels(input), correction=0)
+        var, mean = torch.var_mean(_wide(input), _all_but_channels(input), correction=0)
     elif input.is_cuda:
         mean, invstd = torch.batch_norm_stats(input, eps)
         var = (invstd.pow(-2) - eps).clamp(min=0)
     else:
-        mean, var = torch.batch_norm_update_stats(wide(input), None, None, 0.0)
+        mean, var = torch.batch_norm_update_stats(_wide(input), None, None, 0.0)
     return torch.cat([mean, var, count])
+
+
+def _gathered(statistics: Tensor, group: Any) -> Tensor:
+    """``[processes, 2C + 1]``, by one collective into one tensor."""
+    rows = statistics.new_empty(dist.get_world_size(group), statistics.numel())
+    dist.all_gather_into_tensor(rows.view(-1), statistics, group=group)
+    return rows
+
+
+def _merged(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    channels = rows.shape[1] // 2
+    means, variances, counts = rows.split([channels, channels, 1], dim=1)
+    total = counts.sum(0)
+    shares = counts / total.clamp(min=1)
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
+    return mean, var, total
 
 
 def _total(one: Tensor, other: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -201,14 +226,14 @@ def _backward_traced(
     grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In operations that a compiler sees through; the two sums in one pass over both tensors."""
-    dy, invstd = wide(grad), (var + eps).rsqrt()
-    normalized = (wide(input) - in_axes(mean, input)) * in_axes(invstd, input)
-    axes = all_but_channels(input)
+    dy, invstd = _wide(grad), (var + eps).rsqrt()
+    normalized = (_wide(input) - _in_axes(mean, input)) * _in_axes(invstd, input)
+    axes = _all_but_channels(input)
     dw, db = (dy * normalized).sum(axes), dy.sum(axes)
     sum_dw, sum_db = _total(dw, db, group)
     total = count.clamp(min=1)
-    dx = dy - in_axes(sum_db / total, input) - normalized * in_axes(sum_dw / total, input)
-    dx = dx * in_axes(weight.to(mean.dtype) * invstd, input)
+    dx = dy - _in_axes(sum_db / total, input) - normalized * _in_axes(sum_dw / total, input)
+    dx = dx * _in_axes(weight.to(mean.dtype) * invstd, input)
     return dx.to(input.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
@@ -216,8 +241,8 @@ def _backward_plain(
     grad: Tensor, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First as if the statistics were constants, then what flows through them."""
-    dtype = input.dtype
-    grad, input, scale = wide(grad), wide(input), weight.to(mean.dtype)
+    wide, dtype = mean.dtype, input.dtype
+    grad, input, scale = grad.to(wide), input.to(wide), weight.to(wide)
     if input.numel():
         backward = torch.ops.aten.native_batch_norm_backward
         mask = [True, True, True]
@@ -229,5 +254,5 @@ def _backward_plain(
     scale = scale * invstd / count.clamp(min=1)
     slope = scale * invstd * sum_dw
     offset = scale * sum_db - slope * mean
-    dx = dx.addcmul_(input, in_axes(slope, input), value=-1).sub_(in_axes(offset, input))
+    dx = dx.addcmul_(input, _in_axes(slope, input), value=-1).sub_(_in_axes(offset, input))
     return dx.to(dtype), dw.to(weight.dtype), db.to(weight.dtype)

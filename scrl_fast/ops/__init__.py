@@ -5,7 +5,6 @@ put it in the function's place.
 """
 
 from scrl_fast.ops.augment_views import augment_views
-from scrl_fast.ops.batch_norm_act import batch_norm_act
 from scrl_fast.ops.ema_update import ema_update_
 from scrl_fast.ops.lars_step import lars_step_
 from scrl_fast.ops.normalized_mse_loss import normalized_mse_loss, two_view_loss
@@ -21,7 +20,6 @@ __all__ = [
     "RoIAlign",
     "RoIAlignPatch",
     "augment_views",
-    "batch_norm_act",
     "ema_update_",
     "lars_step_",
     "normalized_mse_loss",
