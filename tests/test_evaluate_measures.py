@@ -16,7 +16,7 @@ from scrl_fast.data import BadImage, DemoScenes
 from scrl_fast.data.prefetch import prefetched
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import knn as knn_module
-from scrl_fast.evaluate.cache import key_of
+from scrl_fast.evaluate.cache import FeatureCache, key_of
 from scrl_fast.evaluate.dense import _scores, dense_consistency, similarity_maps, view_pairs
 from scrl_fast.evaluate.images import ImageLoader, pooled_features
 from scrl_fast.evaluate.knn import knn, nearest
@@ -216,6 +216,18 @@ def test_images_that_cannot_be_read_stop_the_evaluation():
     with pytest.raises(UsageError, match="picture 0: cut off"):
         pooled_features(identity_encoder(), Broken(3, seed=0), ImageLoader(ViewsConfig(recipe="none", size=32)))
     assert list(prefetched(lambda x: x * x, range(9), 2)) == [x * x for x in range(9)]
+
+
+@pytest.mark.parametrize("content", [[1], {}, {"features": [1, 2]}, {"features": {"x": 3}}, b"no archive"], ids=str)
+def test_features_that_are_none_are_made_anew(tmp_path, content):
+    def get():
+        return FeatureCache(str(tmp_path)).get(lambda: ["parts"], lambda: {"x": torch.ones(2)})
+
+    made = get()
+    (path,) = tmp_path.glob("features-*.pt")
+    path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert torch.equal(get()["x"], made["x"])
 
 
 def test_cache_keys_tell_everything_apart():

@@ -53,8 +53,10 @@ class FeatureCache:
         if not path.exists():
             return None
         try:
-            found = checkpoint_files.load(path)["features"]
-        except (checkpoint_files.CheckpointError, KeyError) as error:
+            found = checkpoint_files.load(path).get("features")
+            if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+                raise checkpoint_files.CheckpointError(f"{path}: 'features' is no dict of tensors")
+        except checkpoint_files.CheckpointError as error:
             self.say(f"cached features are of no use ({error}); extracting them again")
             return None
         self.say(f"features taken from {path}")
