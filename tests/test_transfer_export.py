@@ -194,7 +194,7 @@ def test_the_command(data_root, tmp_path, capsys):
 def test_both_commands_take_a_backbone_of_the_users_own(tmp_path, monkeypatch):
     asked = []
 
-    def load(run, *, device="auto", backbone=""):
+    def load(run, *, backbone="", **options):
         asked.append(backbone)
         raise CheckpointError("no more is needed here")
 

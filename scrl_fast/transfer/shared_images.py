@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import stat
@@ -26,7 +27,7 @@ def shared_images(train: Any, val: Any, *, content: bool) -> list[str]:
         return []
     names = [[source.name_of(index) for index in range(len(source))] for source in (train, val)]
     places = [{os.path.abspath(name) for name in part} for part in names]
-    shared = {name for name in names[1] if os.path.abspath(name) in places[0]}
+    shared = {name for name in names[1] if os.path.abspath(name) in places[0] and os.path.lexists(name)}
     if content:
         shared |= _same_content(names[0], [name for name in names[1] if name not in shared])
     if not shared:
@@ -48,8 +49,9 @@ def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:
     alike.append([name for name, status in known.items() if status.st_size in sizes])
     if sum(map(len, alike)) > MOST_READ:
         return found
-    digests = {_sample_digest(name) for name in alike[1]} - {""}
-    return found | {name for name in alike[0] if _sample_digest(name) in digests}
+    digests = {_sample_digest(name): name for name in alike[1]}
+    twins = {name: digests.get(_sample_digest(name) or "none") for name in alike[0]}
+    return found | {name for name, twin in twins.items() if twin and filecmp.cmp(name, twin, shallow=False)}
 
 
 def _statuses(names: Sequence[str]) -> dict[str, os.stat_result]:

@@ -171,7 +171,7 @@ def _check_sizes(config: DetectorConfig, path: Path, max_pixels: int) -> None:
         )
     for name in ("detections", "proposals", "proposals_before_nms"):
         value = getattr(config, name)
-        if (max(value) if isinstance(value, tuple) else value) > MOST_FOUND:
+        if (value[1] if isinstance(value, tuple) else value) > MOST_FOUND:  # of (training, test) the latter
             raise CheckpointError(
                 f"{path}: its option model.{name}={value}: at most {MOST_FOUND} are taken from a file"
             )

@@ -26,7 +26,7 @@ def value_fault(name: str, value: Any, wanted: torch.dtype) -> str:
     if value.layout is not torch.strided:
         return f"is sparse ({value.layout}), must be dense"
     if not wanted.is_floating_point:
-        return _count_fault(value)
+        return "" if value.dtype == wanted else _count_fault(value)
     if value.dtype not in FLOATS:
         return f"is {_short(value.dtype)}, must be floats ({', '.join(map(_short, FLOATS))})"
     if wrong := _not_finite(value.to(wanted)):
@@ -38,8 +38,14 @@ def value_fault(name: str, value: Any, wanted: torch.dtype) -> str:
 
 
 def check_values(source: object, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    """Raises WeightsError, naming source and tensor, for the first that cannot fill the one of ``own`` by its name."""
-    _refuse_first(source, ((name, state[name], tensor.dtype) for name, tensor in own.items() if name in state))
+    """Raises WeightsError, naming source and tensor, for the first that cannot fill the one of ``own`` by its name.
+
+    A tensor of ``own`` that holds infinite values itself, such as a mask, is filled with whatever the file has.
+    """
+    held = {
+        name: own[name].dtype for name in own if name in state and (own[name].is_meta or not _not_finite(own[name]))
+    }
+    _refuse_first(source, ((name, state[name], dtype) for name, dtype in held.items()))
 
 
 def check_floats(source: object, state: Mapping[str, Any], counters: str) -> None:
