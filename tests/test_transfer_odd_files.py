@@ -122,6 +122,18 @@ def test_images_of_one_size_in_bytes_are_not_taken_for_one_another(tmp_path):
     assert "all 3 images" in shared_images(one, one, content=False)[0] and shared_images(None, one, content=True) == []
 
 
+def test_a_copy_is_found_among_images_that_differ_at_their_ends_alone(tmp_path):
+    class Named(list):
+        name_of = list.__getitem__
+
+    for name, end in (("first", b"1"), ("second", b"2"), ("copy", b"1"), ("other", b"3")):
+        (tmp_path / name).write_bytes(b"0" * 9000 + end)
+    train = Named([str(tmp_path / name) for name in ("first", "second")])
+    val = Named([str(tmp_path / name) for name in ("copy", "other")])
+    (note,) = shared_images(train, val, content=True)
+    assert "1 of 2 images" in note and "copy" in note
+
+
 # ---- names of classes, and what labels are ----
 
 

@@ -16,6 +16,8 @@ SCORE_THRESHOLD = 0.05
 """A detector's weaker detections are dropped when it is measured and exported."""
 SHOWN_SCORE = 0.5
 """Weaker detections are left out of predictions for people."""
+MAX_RESIZED = 1 << 22
+"""Pixels of a resized image that the options in a detector's file may ask for; Cityscapes' are half of it."""
 LOG_EVERY = 10
 """Steps between logging points: each waits for the GPU."""
 DATA_TIMEOUT = 300.0

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
-from scrl_fast.config.defaults import SCORE_THRESHOLD, SHOWN_SCORE
+from scrl_fast.config.defaults import MAX_RESIZED, SCORE_THRESHOLD, SHOWN_SCORE
 from scrl_fast.config.validation import check_device, clean_path
 from scrl_fast.errors import UsageError, tell
+from scrl_fast.transfer.config import LARGEST_SIDE
 
 PROG = "python -m scrl_fast.transfer"
+MOST_WORKERS = 1024
+"""Threads that read images; more are a mistake."""
 SUMMARIES = {
     "predict": "use a trained detector on a folder of images",
     "export": "write a trained detector for torchvision or as ONNX",
@@ -34,15 +37,15 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
     args = parser.parse(argv)
     _check_score(args.score)
+    _check_pixels(args.max_pixels)
     if not 0 <= args.workers <= MOST_WORKERS:
         raise UsageError(f"--workers={args.workers}: must be from 0 to {MOST_WORKERS}")
     check_device("device", args.device)
     from scrl_fast.transfer.predict_folder import predict_folder
     from scrl_fast.transfer.trained import load_detector
 
-    detector = load_detector(
-        args.detector, device=args.device, backbone=args.backbone, max_pixels=_pixels(args.max_pixels)
-    )
+    loading: dict[str, Any] = {"device": args.device, "backbone": args.backbone, "max_pixels": args.max_pixels}
+    detector = load_detector(args.detector, **loading)
     tell(f"detector: {detector.path}")
     options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
     done = predict_folder(detector, args.images, args.out, **options)
@@ -63,11 +66,11 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse(argv)
     _check_score(args.score)
+    _check_pixels(args.max_pixels)
     from scrl_fast.transfer.export import export_detector
     from scrl_fast.transfer.trained import load_detector
 
-    pixels = _pixels(args.max_pixels)
-    detector = load_detector(args.detector, device="cpu", backbone=args.backbone, max_pixels=pixels)
+    detector = load_detector(args.detector, device="cpu", backbone=args.backbone, max_pixels=args.max_pixels)
     tell(f"detector: {detector.path}")
     done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
     print(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
@@ -82,25 +85,17 @@ def _add_detector(parser: CommandParser) -> None:
     parser.add_argument("--detector", metavar="RUN", type=clean_path, required=True, help="run folder or checkpoint")
     own = "package.module:function of a detector on a network of your own, which no file may name alone"
     parser.add_argument("--backbone", default="", help=own)
-    larger = "a detector whose options resize images to more is refused (default: 4194304)"
-    parser.add_argument("--max_pixels", type=int, default=0, help=larger)
+    larger = "a detector whose options resize images to more is refused (default: %(default)s)"
+    parser.add_argument("--max_pixels", type=int, default=MAX_RESIZED, help=larger)
 
 
 def _add_score(parser: CommandParser, default: float) -> None:
     parser.add_argument("--score", type=float, default=default, help="keep objects above it (default: %(default)s)")
 
 
-def _pixels(max_pixels: int) -> int:
-    """What `load_detector` is told; 0 stands for its own number."""
-    from scrl_fast.transfer.config import LARGEST_SIDE
-    from scrl_fast.transfer.trained import MAX_PIXELS
-
-    if not 0 <= max_pixels <= LARGEST_SIDE**2:
+def _check_pixels(max_pixels: int) -> None:
+    if not 1 <= max_pixels <= LARGEST_SIDE**2:
         raise UsageError(f"--max_pixels={max_pixels}: must be from 1 to {LARGEST_SIDE**2}")
-    return max_pixels or MAX_PIXELS
 
-
-MOST_WORKERS = 1024
-"""Threads that read images; more are a mistake."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}

@@ -14,14 +14,14 @@ from scrl_fast.data.image_files import printable
 MOST_READ = 20_000
 """Files that are read to compare their content, of both parts together."""
 SAMPLE = 4096
-"""Bytes from the middle of a file; two pictures of one size in bytes differ there."""
+"""Bytes from the middle of a file that tell most pictures of one size apart before they are compared whole."""
 
 
 def shared_images(train: Any, val: Any, *, content: bool) -> list[str]:
     """A note where images to measure on are trained on, too.
 
-    content: also files that are equal byte by byte, and links; every file is asked for its size, and those of one size
-        are read in part.
+    content: also files that are equal byte by byte, and links; every file is asked for its size, those of one size
+        are read in part, and those that agree there in whole.
     """
     if train is None or not (hasattr(train, "name_of") and hasattr(val, "name_of")):
         return []
@@ -49,9 +49,20 @@ def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:
     alike.append([name for name, status in known.items() if status.st_size in sizes])
     if sum(map(len, alike)) > MOST_READ:
         return found
-    digests = {_sample_digest(name): name for name in alike[1]}
-    twins = {name: digests.get(_sample_digest(name) or "none") for name in alike[0]}
-    return found | {name for name, twin in twins.items() if twin and filecmp.cmp(name, twin, shallow=False)}
+    by_sample: dict[str, list[str]] = {}
+    for name in alike[1]:
+        by_sample.setdefault(_sample_digest(name), []).append(name)
+    by_sample.pop("", None)
+    return found | {
+        name for name in alike[0] if any(_equal(name, one) for one in by_sample.get(_sample_digest(name), ()))
+    }
+
+
+def _equal(one: str, other: str) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _statuses(names: Sequence[str]) -> dict[str, os.stat_result]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scrl_fast.config.defaults import SHOWN_SCORE
+from scrl_fast.config.defaults import MAX_RESIZED, SHOWN_SCORE
 from scrl_fast.config.files import Settings, build, under_present_names
 from scrl_fast.config.run_folder import BEST, CHECKPOINTS
 from scrl_fast.config.yaml_text import shortened
@@ -34,8 +34,6 @@ from scrl_fast.weights.tensor_values import check_values
 from scrl_fast.weights.training_state import check_training_state
 
 RETINANET_ANCHORS = 9  # of a cell: three sizes, three shapes
-MAX_PIXELS = 1 << 22
-"""Pixels of a resized image that the options in a file may ask for; Cityscapes' are half of it."""
 MOST_FOUND = 10_000
 """Boxes of an image, before and after suppression, that the options in a file may ask for."""
 
@@ -97,7 +95,7 @@ class TrainedDetector:
 
 
 def load_detector(
-    run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "", max_pixels: int = MAX_PIXELS
+    run: str | os.PathLike[str], *, device: str = "auto", backbone: str = "", max_pixels: int = MAX_RESIZED
 ) -> TrainedDetector:
     """The detector of a transfer run.
 

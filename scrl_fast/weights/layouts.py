@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from scrl_fast.config.backbones import has_own_names
+from scrl_fast.config.files import sections
+from scrl_fast.config.schema import Config
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import read_file
 from scrl_fast.weights.metadata import plain, unflattened
@@ -31,7 +33,6 @@ BATCH_COUNTER = "num_batches_tracked"
 """The buffer of a BatchNorm that counts batches; some formats leave it out."""
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."
-_SECTIONS = ("data", "views", "boxes", "model", "optim", "train", "run", "eval")
 
 
 @dataclass
@@ -109,7 +110,8 @@ def _options(config: Any) -> Any:
     """A run's options without the sections that are no dicts, as another program's may be."""
     if not isinstance(config, dict):
         return config
-    return {name: item for name, item in config.items() if isinstance(item, dict) or name not in _SECTIONS}
+    names = sections(Config)
+    return {name: item for name, item in config.items() if isinstance(item, dict) or name not in names}
 
 
 def _scrl_fast_weights(path: str, document: Mapping[str, Any]) -> Weights:
