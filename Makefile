@@ -4,7 +4,9 @@ PYTHON ?= python
 SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_on_cpu/*')
 RESULTS ?= benchmarks/results
 
-.PHONY: build test lint format bench asan
+SITE ?= build/site
+
+.PHONY: build test lint format bench asan docs
 
 build:
 	SCRL_FAST_EXT=require $(PYTHON) setup.py -q build_ext --inplace
@@ -28,3 +30,6 @@ bench:
 
 asan:
 	PYTHON=$(PYTHON) tests/asan.sh
+
+docs:
+	$(PYTHON) -m mkdocs build --strict --site-dir $(SITE)
