@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark of the operations, one after the other: rows, CSV and plot of each, and the README's table from them.
+# Every benchmark of the operations, one after the other: rows, CSV and plot of each, and the tables of README and docs from them.
 #   benchmarks/run_all.sh [--device cuda] [--dtype bfloat16] ...      arguments go to every benchmark
 # RESULTS is where results go (benchmarks/results), BENCHES which benchmarks run, OMP_NUM_THREADS how many CPU threads.
 set -uo pipefail
@@ -29,6 +29,6 @@ for bench in $benches; do
   echo "$bench took $((SECONDS - started)) s"
 done
 if [ "$device$dtype" = cpu ] && [ "$results" = benchmarks/results ]; then
-  "$python" benchmarks/summary.py --write README.md || failed="$failed summary"
+  "$python" benchmarks/summary.py --write README.md docs/operations.md || failed="$failed summary"
 fi
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -1,7 +1,7 @@
-"""The README's table of measurements, from the rows that `run_all.sh` wrote. Nothing here measures.
+"""The tables of measurements, from the rows that `run_all.sh` wrote. Nothing here measures.
 
-``python benchmarks/summary.py`` prints it; ``--write README.md`` puts it between the markers there, ``--check
-README.md`` fails where what stands there is not what the rows say.
+``python benchmarks/summary.py`` prints the whole; ``--write README.md docs/operations.md`` puts the short table or the
+whole between the markers there, ``--check FILES`` fails where what stands there is not what the rows say.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from report import duration, name_of
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 Row = dict[str, Any]
 
 # what the table says, the benchmark, the start of its case's name, ours, and its rivals
@@ -50,6 +50,20 @@ LINES = [
      "scrl_fast/native", ["numpy/step-by-step"]),
 ]  # fmt: skip
 
+SHORT = {
+    "RoIAlign forward, 128 x 2048 x 7 x 7, 1280 boxes, NCHW": "RoIAlign forward, 1280 boxes on 128 maps",
+    "RoIAlign backward, NCHW, by autograd": "RoIAlign backward",
+    "two_view_loss, forward + backward, 5120 x 256": "two-view loss, forward + backward",
+    "LARS + SGD + moving average": "LARS + moving average, 37 M numbers",
+    "box pairs, NumPy's stream replayed bit for bit": "box pairs, 256 images x 10, the same bits",
+}
+"""The rows of the short table, and their words there."""
+MARKED = {
+    "measured": {text: text for text, *_ in LINES},
+    "measured in short": SHORT,
+}
+"""The tables by the name in their markers, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+
 
 def find(rows: list[Row], case: str, provider: str) -> Row | None:
     return next((row for row in rows if row["case"].startswith(case) and name_of(row) == provider), None)
@@ -60,22 +74,36 @@ def load(folder: Path, bench: str, suffix: str) -> list[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def table(folder: Path = RESULTS, suffix: str = "cpu") -> str:
-    """Markdown; one line for each of LINES that was measured."""
-    lines = ["| | ours | rival | times as fast |", "|---|---|---|---|"]
-    machines: dict[str, None] = {}
+def measured(folder: Path = RESULTS, suffix: str = "cpu") -> Iterator[tuple[str, Row, list[Row], str]]:
+    """Each of LINES that was measured: its words, our row, the rivals' rows, and the machine."""
     for text, bench, case, mine, rivals in LINES:
         rows = load(folder, bench, suffix)
-        ours = find([row for row in rows if "provider" in row], case, mine)
-        theirs = [find([row for row in rows if "provider" in row], case, rival) for rival in rivals]
-        if ours is None or not all(theirs):
+        timed = [row for row in rows if "provider" in row]
+        ours = find(timed, case, mine)
+        theirs = [row for rival in rivals if (row := find(timed, case, rival))]
+        if ours is not None and len(theirs) == len(rivals):
+            yield text, ours, theirs, described(next(row for row in rows if row["case"] == "environment"))
+
+
+def table(folder: Path = RESULTS, suffix: str = "cpu", words: dict[str, str] | None = None) -> str:
+    """Markdown; one line for each of LINES that was measured. words: for the rows that are taken, all by default."""
+    lines = ["| | ours | rival | times as fast |", "|---|---|---|---|"]
+    machines: dict[str, None] = {}
+    for text, ours, theirs, machine in measured(folder, suffix):
+        if words is not None and text not in words:
             continue
-        pairs = [(row, row["p50_ms"] / ours["p50_ms"]) for row in theirs if row]
+        pairs = [(row, row["p50_ms"] / ours["p50_ms"]) for row in theirs]
         names = "; ".join(f"{name_of(row)} {duration(row['p50_ms'])}" for row, _ in pairs)
-        ratios = "; ".join(f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" for _, ratio in pairs)
-        lines.append(f"| {text} | {duration(ours['p50_ms'])} | {names} | {ratios} |")
-        machines[described(next(row for row in rows if row["case"] == "environment"))] = None
+        times = "; ".join(f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" for _, ratio in pairs)
+        lines.append(f"| {(words or {}).get(text, text)} | {duration(ours['p50_ms'])} | {names} | {times} |")
+        machines[machine] = None
     return "\n".join([*lines, "", f"Medians; {'; '.join(machines)}."]) if machines else ""
+
+
+def ratios(folder: Path = RESULTS) -> list[tuple[str, str, float]]:
+    """The rows of the short table: words, the first rival, and how many times as long it takes."""
+    rows = [(text, ours, theirs[0]) for text, ours, theirs, _ in measured(folder) if text in SHORT]
+    return [(SHORT[text], name_of(rival), rival["p50_ms"] / ours["p50_ms"]) for text, ours, rival in rows]
 
 
 def described(environment: Row) -> str:
@@ -85,32 +113,39 @@ def described(environment: Row) -> str:
     )
 
 
-def between_markers(text: str) -> tuple[int, int]:
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise SystemExit(f"the file has no lines {BEGIN} and {END}")
-    return begin + len(BEGIN), end
+def with_tables(text: str, folder: Path, suffix: str) -> str:
+    """The text with the table of each pair of markers in it made anew. Raises SystemExit where it has none."""
+    found = False
+    for name, words in MARKED.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, opening, rest = text.partition(begin)
+        _, closing, tail = rest.partition(end)
+        if opening and closing:
+            text, found = f"{head}{begin}\n{table(folder, suffix, words)}\n{end}{tail}", True
+    if not found:
+        raise SystemExit(f"the file has no lines <!-- {' or '.join(MARKED)}: begin --> with their end")
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="The table of measurements.")
+    p = argparse.ArgumentParser(description="The tables of measurements.")
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--suffix", default="cpu", help="of the files: cpu, cuda_bfloat16, ... (default: %(default)s)")
-    p.add_argument("--write", type=Path, metavar="FILE")
-    p.add_argument("--check", type=Path, metavar="FILE")
+    p.add_argument("--write", type=Path, metavar="FILE", nargs="+", default=[])
+    p.add_argument("--check", type=Path, metavar="FILE", nargs="+", default=[])
     args = p.parse_args(argv)
-    made = f"\n{table(args.results, args.suffix)}\n"
-    if file := args.write or args.check:
+    if not args.write and not args.check:
+        print(f"\n{table(args.results, args.suffix)}\n")
+    wrong = 0
+    for file in [*args.write, *args.check]:
         text = file.read_text()
-        begin, end = between_markers(text)
-        if args.check:
-            if text[begin:end] != made:
-                print(f"{file}: the table is not what the rows say; run benchmarks/summary.py --write {file}")
-            return int(text[begin:end] != made)
-        file.write_text(text[:begin] + made + text[end:])
-        return 0
-    print(made)
-    return 0
+        made = with_tables(text, args.results, args.suffix)
+        if file in args.write:
+            file.write_text(made)
+        elif made != text:
+            print(f"{file}: the table is not what the rows say; run benchmarks/summary.py --write {file}")
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":

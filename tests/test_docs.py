@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -87,3 +88,38 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")
     assert "<li><code>sampling_ratio</code>: samples a bin and axis" in page
+
+
+def messages() -> list[str]:
+    """The texts in the package's code but docstrings; what a message takes from variables is a line end."""
+    found = []
+    for file in (ROOT / "scrl_fast").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\n" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside | docstrings:
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_exist_in_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    known = messages()
+    quoted = [text for row in re.findall(r"(?m)^\| (.+?) \| ", page) for text in re.findall(r"`([^`]+)`", row)]
+    fragments = [part.strip(" ':;") for text in quoted for part in text.split("...")]
+    fragments = [part for part in fragments if len(part) > 3 and part not in ("log.txt", "nohup")]
+    assert len(fragments) > 35
+    assert [part for part in fragments if not any(part in message for message in known)] == []
+
+
+def test_readme_s_figures_stand_in_the_evidence() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Is it worth it on your data?")[2]
+    rows = re.findall(r"(?m)^\| (?:random|BYOL|SCRL|ImageNet).*$", section.partition("\n## ")[0])
+    evidence = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    figures = re.findall(r"(?<=\| )\d[^|]*(?= \|)", "\n".join(rows))
+    assert len(rows) == 4 and len(figures) == 14
+    assert [figure for figure in figures if f"| {figure} |" not in evidence] == []

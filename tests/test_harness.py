@@ -233,7 +233,7 @@ def test_the_table_says_what_the_rows_say(tmp_path, capsys):
     rows.append({"case": "environment", **about})
     (tmp_path / "ema_update_cpu.json").write_text(json.dumps(rows))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    readme.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     arguments = ["--results", str(tmp_path)]
     assert summary.main([*arguments, "--check", str(readme)]) == 1
     assert summary.main([*arguments, "--write", str(readme)]) == 0
@@ -245,7 +245,9 @@ def test_the_table_says_what_the_rows_say(tmp_path, capsys):
     assert "Medians; a machine, 2 threads, torch 2.12, commit abc." in text
 
 
-def test_the_readme_holds_the_table_of_the_kept_results():
+def test_readme_and_docs_hold_the_tables_of_the_kept_results():
     if not any(summary.RESULTS.glob("*_cpu.json")):
         pytest.skip("no results are kept")
-    assert summary.main(["--check", str(Path(__file__).parents[1] / "README.md")]) == 0
+    root = Path(__file__).parents[1]
+    assert summary.main(["--check", str(root / "README.md"), str(root / "docs/operations.md")]) == 0
+    assert len(summary.ratios()) == len(summary.SHORT) == 5
