@@ -143,7 +143,7 @@ def embed(
     size: images are resized to 8/7 of it and their centre is cut out, as in evaluation; by default the training's.
     Raises UsageError for an image that cannot be read, naming it, and for weights that cannot be used.
     """
-    encoder, views = _encoder(weights, device)
+    encoder, views = _encoder(weights, device, size or 0)
     frozen = frozen_copy(encoder).to(device_of(device))
     source = _Images(images)
     side = size or views.size
@@ -160,13 +160,13 @@ def embed(
     return torch.cat([features.cpu().contiguous() for (features,) in found])
 
 
-def _encoder(weights: Any, device: str) -> tuple[Encoder, ViewsConfig]:
+def _encoder(weights: Any, device: str, size: int) -> tuple[Encoder, ViewsConfig]:
     if isinstance(weights, PretrainResult):
         return weights.encoder, weights.views
     if isinstance(weights, Encoder):
         return weights, ViewsConfig()
     evaluated = load_evaluated(RankOptions(checkpoint=os.fspath(weights), device=device))
-    return evaluated.encoder, ViewsConfig(size=evaluated.size, mean=evaluated.mean, std=evaluated.std)
+    return evaluated.encoder, ViewsConfig(size=evaluated.view_size(size), mean=evaluated.mean, std=evaluated.std)
 
 
 class _Images:

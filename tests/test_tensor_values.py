@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from tiny_trainer import make_config
 
+import scrl_fast
 from scrl_fast import weights
 from scrl_fast.build import build
 from scrl_fast.errors import UsageError
@@ -88,8 +90,9 @@ def test_other_floats_are_cast(tmp_path, state, dtype):
     [
         (torch.tensor(3, dtype=torch.uint8), ""),
         (torch.tensor(3.0), ""),
-        (torch.tensor(3.5), "is float32, must be whole numbers"),
-        (torch.tensor(float("nan")), "is float32, must be whole numbers"),
+        (torch.tensor(3.5), ""),  # of a moving average
+        (torch.tensor(-1.0), "holds counts that are negative, NaN or infinite"),
+        (torch.tensor(float("nan")), "holds counts that are negative, NaN or infinite"),
         (torch.tensor(True), "is bool, must be whole numbers"),
         (3, "must be a tensor, is 3"),
         (torch.zeros(3).to_sparse(), "is sparse (torch.sparse_coo), must be dense"),
@@ -97,6 +100,11 @@ def test_other_floats_are_cast(tmp_path, state, dtype):
 )
 def test_counters(value, fault):
     assert value_fault("bn1.num_batches_tracked", value, torch.int64) == fault
+
+
+def test_only_counters_may_be_averages():
+    assert value_fault("index", torch.tensor(3.5), torch.int64) == "is float32, must be whole numbers"
+    assert value_fault("index", torch.tensor(3.0), torch.int64) == ""
 
 
 @wrong_tensors
@@ -200,7 +208,6 @@ def test_a_probe_that_is_no_layer_is_refused(probe, said):
         ({"views": {"mean": [0.5, float("nan"), 0.5]}}, r"views\.mean=nan: must be finite"),
         ({"views": {"std": [0, 0.2, 0.2]}}, r"views\.std=\[0\.0, 0\.2, 0\.2\]: must be above 0"),
         ({"views": [1], "data": 3, "model": "x", "train": None}, ""),
-        ({"views": {"size": 2048}}, r"views\.size=2048: at most 1024 is taken from a file"),
         ({"views": {"size": "224"}}, r"views\.size='224': must be a whole number"),
     ],
 )
@@ -215,3 +222,18 @@ def test_options_in_a_file_of_weights_are_checked(tmp_path, state, config, said)
     assert load_evaluated(options).size == 224
     metadata = export(tmp_path / "a.pt", "safetensors", tmp_path / "b.safetensors", backbone=ENCODER)
     assert metadata["epochs"] == 0 and metadata["method"] == ""
+
+
+def test_a_large_view_in_a_file_is_refused_where_it_would_be_used(tmp_path, state, monkeypatch):
+    parts = {"online": {f"encoder.body.{name}": tensor for name, tensor in state.items()}}
+    path = tmp_path / "a.pt"
+    torch.save({"model": parts, "config": {"views": {"size": 2048}}, "step": 1}, path)
+    evaluated = load_evaluated(LinearOptions(checkpoint=str(path), backbone=ENCODER, device="cpu"))
+    assert (evaluated.size, evaluated.view_size(64)) == (2048, 64)
+    said = r"a\.pt: .* 2048 pixels, and at most 1024 is taken from a file: give the size, --size=2048"
+    with pytest.raises(WeightsError, match=said):
+        evaluated.view_size()
+    picture = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(WeightsError, match=said):
+        scrl_fast.embed(picture, weights=path)
+    assert len(scrl_fast.embed(picture, weights=path, size=64)) == 1

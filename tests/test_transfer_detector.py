@@ -263,7 +263,7 @@ def test_average_precision_of_perfect_boxes(scenes):
     "arguments, message",
     [
         (("yolo", 3), r"detector must be one of .*, got 'yolo'"),
-        (("fcos", 0), r"classes must lie in 1\.\.10000, got 0"),
+        (("fcos", 0), r"classes must lie in 1\.\.100000, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -145,7 +145,7 @@ def test_a_copy_is_found_among_images_that_differ_at_their_ends_alone(tmp_path):
         (["a\ud800"], "holds control characters"),
         (["a", " "], "class 1, ' ', is empty"),
         (["a" * (LONGEST_NAME + 1)], f"at most {LONGEST_NAME} are taken"),
-        (["a"] * 10_001, "10001 classes, at most 10000"),
+        (["a"] * 100_001, "100001 classes, at most 100000"),
     ],
 )
 def test_names_that_no_line_of_a_log_can_hold_are_refused(names, message):
@@ -161,12 +161,12 @@ def test_names_of_any_language_are_taken():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nc: 99999\n", "nc is 99999, expected the number of classes, at most 10000"),
+        ("nc: 999999\n", "nc is 999999, expected the number of classes, at most 100000"),
         ("nc: true\n", "nc is True"),
         ("nc: '2'\nnames: [a]\n", "nc is 2, but names holds 1"),
         ("nc: two\n", "nc is two, expected the number"),
         ("names: {0: a, 9998: b}\n", "names has 2 names for the classes 0 to 9998"),
-        ("names: {0: a, 20000: b}\n", "names holds"),
+        ("names: {0: a, 200000: b}\n", "names holds"),
         ("names: [yes, no]\n", "words such as no and null"),
         ("names: [a, null]\n", "words such as no and null"),
         ('names: ["a\\e[1m"]\n', "control characters"),

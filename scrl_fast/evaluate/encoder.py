@@ -11,7 +11,6 @@ from torch import Tensor
 from scrl_fast import weights
 from scrl_fast.config.defaults import BACKBONE, IMAGENET_MEAN, IMAGENET_STD, VIEW_SIZE
 from scrl_fast.config.schema import ViewsConfig
-from scrl_fast.config.validation import option_error
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.config import Common
@@ -31,6 +30,7 @@ class EvaluatedEncoder:
     report: str
     """Which tensors of the file were used."""
     size: int = VIEW_SIZE
+    """The side of the views of training, as the file states it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     training: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +42,18 @@ class EvaluatedEncoder:
     def measures_batchnorm(self, options: Common) -> bool:
         """Whether the tasks other than roi-linear measure BatchNorm statistics anew."""
         return options.batchnorm == "measured" or (options.batchnorm == "auto" and self.untrained)
+
+    def view_size(self, given: int = 0) -> int:
+        """The side of the images that it is shown: ``given`` where that is above 0, else that of training.
+
+        Raises WeightsError where the file states a side above `LARGEST_VIEW`: no file decides on so much memory.
+        """
+        if given or self.size <= LARGEST_VIEW:
+            return given or self.size
+        raise weights.WeightsError(
+            f"{self.name}: the views of training had a side of {self.size} pixels, and at most {LARGEST_VIEW} is "
+            f"taken from a file: give the size, --size={self.size}"
+        )
 
 
 def load_evaluated(options: Common) -> EvaluatedEncoder:
@@ -58,12 +70,12 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
-    views = _views_of(training.get("views", {}), source.path, getattr(options, "size", 0))
+    views = _views_of(training.get("views", {}), source.path)
     return EvaluatedEncoder(
         encoder.to(device),
         source.path,
         str(report),
-        size=weights.view_size(source),
+        size=views.size,
         mean=views.mean,
         std=views.std,
         training=training,
@@ -72,18 +84,15 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     )
 
 
-def _views_of(said: dict[str, Any], path: str, size: int) -> ViewsConfig:
-    """Side and normalisation of the views that a file's options hold; ``size`` above 0 is used in place of its side.
+def _views_of(said: dict[str, Any], path: str) -> ViewsConfig:
+    """Side and normalisation of the views that a file's options hold.
 
     Raises WeightsError naming the file where they cannot be used.
     """
     try:
-        own = ViewsConfig(
+        return ViewsConfig(
             size=said.get("size", VIEW_SIZE), mean=said.get("mean", IMAGENET_MEAN), std=said.get("std", IMAGENET_STD)
         )
-        if own.size > LARGEST_VIEW and not size:
-            raise option_error("views.size", own.size, f"at most {LARGEST_VIEW} is taken from a file: give --size")
-        return own
     except UsageError as error:
         raise weights.WeightsError(f"{path}: the options in it cannot be used: {error}") from error
 

@@ -239,7 +239,7 @@ def _loader(
     options: LinearOptions | FinetuneOptions | KnnOptions | RankOptions, evaluated: EvaluatedEncoder, encoder: Encoder
 ) -> ImageLoader:
     """A loader of centre crops. Raises UsageError for crops smaller than the encoder's stride."""
-    size = options.size or evaluated.size
+    size = evaluated.view_size(options.size)
     if size < encoder.stride:
         raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
     views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)

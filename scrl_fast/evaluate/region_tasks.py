@@ -189,7 +189,7 @@ def _components(
     options: PcaOptions, evaluated: EvaluatedEncoder, source: Source, images: list[int], context: TaskContext
 ) -> tuple[Components, Tensor]:
     """Components of one encoder, and the views that it saw."""
-    encoder, size = frozen_copy(evaluated.encoder), options.size or evaluated.size
+    encoder, size = frozen_copy(evaluated.encoder), evaluated.view_size(options.size)
     if size < encoder.stride:
         raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
     views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)

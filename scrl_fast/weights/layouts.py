@@ -20,6 +20,7 @@ from scrl_fast.config.schema import Config
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import read_file
 from scrl_fast.weights.metadata import plain, unflattened
+from scrl_fast.weights.tensor_values import BATCH_COUNTER
 
 State = dict[str, Tensor]
 
@@ -29,7 +30,6 @@ PUBLISHED_PARTS = {
     "predictor_state_dict": "predictor",
     "evaluator_state_dict": "probe",
 }
-BATCH_COUNTER = "num_batches_tracked"
 """The buffer of a BatchNorm that counts batches; some formats leave it out."""
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."

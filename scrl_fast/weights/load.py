@@ -246,7 +246,8 @@ def _stated_backbone(weights: Weights) -> str:
 
 
 def view_size(weights: Weights) -> int:
-    """The side of the views that the weights were trained on, where the file says it; `VIEW_SIZE` elsewhere."""
+    """The side of a trial image for the encoder: that of training where the file says it and it is no larger than
+    `LARGEST_VIEW`, else `VIEW_SIZE`."""
     config = weights.metadata.get("config")
     views = config.get("views") if isinstance(config, dict) else None
     size = views.get("size") if isinstance(views, dict) else None

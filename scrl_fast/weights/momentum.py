@@ -7,8 +7,8 @@ from torch import Tensor
 
 from scrl_fast.models import SCRL
 from scrl_fast.optim import LARS, lars_param_groups
-from scrl_fast.weights.layouts import BATCH_COUNTER, Weights
-from scrl_fast.weights.tensor_values import check_values
+from scrl_fast.weights.layouts import Weights
+from scrl_fast.weights.tensor_values import BATCH_COUNTER, check_values
 
 
 def load_momentum(model: SCRL, optimizer: LARS, weights: Weights) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scrl_fast.weights.errors import WeightsError
 
+BATCH_COUNTER = "num_batches_tracked"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that are cast to a network's own. Floats of eight bits are quantized: their scale is elsewhere."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,7 +27,7 @@ def value_fault(name: str, value: Any, wanted: torch.dtype) -> str:
     if value.layout is not torch.strided:
         return f"is sparse ({value.layout}), must be dense"
     if not wanted.is_floating_point:
-        return "" if value.dtype == wanted else _count_fault(value)
+        return "" if value.dtype == wanted else _count_fault(name, value)
     if value.dtype not in FLOATS:
         return f"is {_short(value.dtype)}, must be floats ({', '.join(map(_short, FLOATS))})"
     if wrong := _not_finite(value.to(wanted)):
@@ -67,12 +68,15 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _count_fault(value: Tensor) -> str:
+def _count_fault(name: str, value: Tensor) -> str:
     if value.dtype in _INTEGERS:
         return ""
-    if value.dtype in FLOATS and not _not_finite(value) and bool((value == value.round()).all()):
-        return ""
-    return f"is {_short(value.dtype)}, must be whole numbers"
+    if value.dtype not in FLOATS:
+        return f"is {_short(value.dtype)}, must be whole numbers"
+    if _not_finite(value) or (value.numel() and value.min() < 0):
+        return "holds counts that are negative, NaN or infinite"
+    average = name.endswith(BATCH_COUNTER)  # an average over steps, of counters too, is between whole numbers
+    return "" if average or bool((value == value.round()).all()) else f"is {_short(value.dtype)}, must be whole numbers"
 
 
 def _not_finite(value: Tensor) -> int:

@@ -18,7 +18,7 @@ from scrl_fast.data.decode import Encoded
 from scrl_fast.data.image_files import BadImage, ImageLimits, read_file
 from scrl_fast.errors import UsageError
 
-MOST_CLASSES, LONGEST_NAME = 10_000, 200
+MOST_CLASSES, LONGEST_NAME = 100_000, 200
 """Classes of a data set, and characters of the name of one."""
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # of Unicode: control characters, halves of pairs, ends of lines and paragraphs
 
