@@ -164,3 +164,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made anew: `$XDG_CACHE_HOME/scrl_fast`, by default `~/.cache/scrl_fast`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "scrl_fast")

@@ -58,8 +58,9 @@ class DataConfig(ImageLimitOptions):
     text file with one path a line; tar: shards in WebDataset's layout; packed: what scrl_fast.data.pack wrote; hf: a
     dataset of the Hugging Face package datasets."""
     root: str | tuple[str, ...] = ""
-    """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar; hf:
-    NAME_OR_PATH[:split[:column]]; the demo needs none. Several are joined by commas, or are a list in YAML."""
+    """Folder of the images; list: the file; tar: folder, file or pattern like DIR/{000..146}.tar, or a URL such as
+    s3://BUCKET/{000..146}.tar; hf: NAME_OR_PATH[:split[:column]]; the demo needs none. Several are joined by commas,
+    or are a list in YAML."""
     workers: int | Literal["auto"] = "auto"
     """Threads that read images and make views; auto: the cores that training leaves free, at least 1; 0: the training
     thread does it between the steps, none ahead."""

@@ -24,8 +24,7 @@ class FeatureCache:
     """Dicts of tensors in files of a folder. folder: a path, ``auto`` (~/.cache/scrl_fast), or empty for no cache."""
 
     def __init__(self, folder: str, context: TaskContext = TaskContext()) -> None:  # noqa: B008 (frozen)
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.folder = Path(home, "scrl_fast") if folder == "auto" else Path(folder) if folder else None
+        self.folder = atomic_files.cache_folder() if folder == "auto" else Path(folder) if folder else None
         self.limit = AUTO_BYTES if folder == "auto" else None
         self.say, self.world = context.say, context.world
 

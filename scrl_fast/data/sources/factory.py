@@ -11,6 +11,7 @@ from scrl_fast.data.sources.demo import DemoScenes
 from scrl_fast.data.sources.files import ImageFiles, class_folders, image_folder, image_list
 from scrl_fast.data.sources.hub import DatasetImages, hub_dataset
 from scrl_fast.data.sources.joined import JoinedImages, check_apart
+from scrl_fast.data.sources.remote import is_url
 from scrl_fast.data.sources.shards import TarImages, packed_shards, tar_shards
 from scrl_fast.errors import UsageError
 
@@ -33,6 +34,8 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
 
 
 def _source_at(kind: str, root: str, limits: ImageLimits) -> ImageFiles | TarImages | DatasetImages:
+    if is_url(root) and kind not in ("tar", "hf"):
+        raise UsageError(f"data.source={kind} reads no URL ({root}); data.source=tar reads shards from a store")
     if kind == "folder":
         return image_folder(root, limits=limits)
     if kind in ("imagefolder", "imagenet"):

@@ -1,8 +1,11 @@
-"""The index of a tar shard: where its images lie and what class they have, kept beside it where that is possible."""
+"""The index of a tar shard: where its images lie and what class they have, kept beside it where that is possible.
+
+Of a shard in a store it is kept in the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -10,17 +13,19 @@ import os
 import re
 import zipfile
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scrl_fast.atomic_files import temporary_name
+from scrl_fast.atomic_files import cache_folder, temporary_name
 from scrl_fast.data.decode import EXTENSIONS
-from scrl_fast.data.image_files import BadImage, read_at, read_file
+from scrl_fast.data.image_files import BadImage, printable, read_at, read_file
 from scrl_fast.data.sources.base import UNLABELLED
-from scrl_fast.data.sources.tar import BLOCK, Damaged, Member, members
+from scrl_fast.data.sources.remote import BlockReader, RemoteFile, is_url
+from scrl_fast.data.sources.tar import BLOCK, Damaged, Member, ReadAt, members
 from scrl_fast.errors import UsageError
 
 INDEX_SUFFIX = ".index.npz"
@@ -62,28 +67,44 @@ class ShardIndex(NamedTuple):
 def shard_index(path: str) -> ShardIndex:
     """The index beside the shard if it fits the shard, else a new one, written there when possible.
 
+    path: of the shard, or its URL; the index of a shard in a store is kept in the user's cache folder.
     Raises UsageError if the shard cannot be opened.
     """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        return _index_of_url(path) if is_url(path) else _index_of_file(path)
     except OSError as error:
-        raise UsageError(f"the shard {path!r} cannot be read: {error.strerror}") from None
+        raise UsageError(f"the shard {path!r} cannot be read: {printable(error.strerror or str(error))}") from None
+
+
+def _index_of_file(path: str) -> ShardIndex:
+    handle = os.open(path, os.O_RDONLY)
     try:
         status = os.fstat(handle)
         stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns], np.int64)
-        index = _load(path + INDEX_SUFFIX, stamp)
-        if index is None:
-            index = _scan(handle, status.st_size)
-            _store(path + INDEX_SUFFIX, index, stamp)
-        return index
+        return _kept_or_scanned(path + INDEX_SUFFIX, stamp, partial(read_at, handle))
     finally:
         os.close(handle)
 
 
-def _scan(handle: int, length: int) -> ShardIndex:
-    scan = _Scan(handle)
+def _index_of_url(url: str) -> ShardIndex:
+    file = RemoteFile(url)
+    stamp = np.array([_VERSION, file.size, file.version], np.int64)
+    name = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32] + INDEX_SUFFIX
+    return _kept_or_scanned(str(cache_folder() / "shards" / name), stamp, BlockReader(file).read)
+
+
+def _kept_or_scanned(path: str, stamp: NDArray[np.int64], read: ReadAt) -> ShardIndex:
+    index = _load(path, stamp)
+    if index is None:
+        index = _scan(read, int(stamp[1]))
+        _store(path, index, stamp)
+    return index
+
+
+def _scan(read: ReadAt, length: int) -> ShardIndex:
+    scan = _Scan(read)
     try:
-        for member in members(handle, length):
+        for member in members(read, length):
             scan.add(member)
     except Damaged as error:
         scan.problems.append(str(error))
@@ -93,9 +114,9 @@ def _scan(handle: int, length: int) -> ShardIndex:
 class _Scan:
     """What has been found in a shard so far. A name and two numbers are held for each image: there may be millions."""
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, read: ReadAt) -> None:
         self.problems: list[str] = []
-        self._handle = handle
+        self._read = read
         self._names: list[str] = []
         self._offsets, self._sizes = array("q"), array("q")
         self._labels: dict[str, int] = {}
@@ -114,7 +135,7 @@ class _Scan:
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 self._leave_out("name outside the archive, read all the same", member.name)
         elif extension == ".cls":
-            label = _label(read_at(self._handle, min(member.size, _LONGEST_LABEL + 1), member.offset))
+            label = _label(self._read(min(member.size, _LONGEST_LABEL + 1), member.offset))
             if label is None:
                 self._leave_out("label that is no class number, left out", member.name)
             else:
@@ -174,6 +195,7 @@ def _store(path: str, index: ShardIndex, stamp: NDArray[np.int64]) -> None:
     )
     temporary = temporary_name(Path(path))
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(file.getvalue())
         os.replace(temporary, path)
     except OSError as error:  # a folder for reading only, or a full disk: the index stays in memory

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import numpy as np
 from scrl_fast.data.decode import EXTENSIONS
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, printable, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
-from scrl_fast.data.sources.shard_index import shard_index
+from scrl_fast.data.sources.remote import RemoteHandles, is_url, remote_shards
+from scrl_fast.data.sources.shard_index import ShardIndex, shard_index
 from scrl_fast.data.sources.tar import Handles
 from scrl_fast.errors import UsageError
 
 MANIFEST = "packed.json"
 _MAX_LISTED = 5
 _LARGEST_MANIFEST = 1 << 27  # bytes: the names of millions of shards
+_AT_ONCE = 16  # shards of a store that are asked for at once: each answer takes some time, and none takes a core
 _log = logging.getLogger("scrl_fast")
 
 
@@ -40,7 +43,8 @@ class TarImages(EncodedImages):
         self, shards: Sequence[str], *, limits: ImageLimits = DEFAULT_LIMITS, classes: Sequence[str] = ()
     ) -> None:
         self.shards, self.limits = list(shards), limits
-        self._index = [shard_index(path) for path in self.shards]
+        remote = bool(self.shards) and is_url(self.shards[0])
+        self._index = _indexes(self.shards, _AT_ONCE if remote else 1)
         self.problems = [
             f"{path} {problem}"
             for path, index in zip(self.shards, self._index, strict=True)
@@ -50,7 +54,7 @@ class TarImages(EncodedImages):
         most = max((int(index.labels.max(initial=UNLABELLED)) for index in self._index), default=UNLABELLED)
         self.num_classes = max(len(classes), most + 1)
         self.classes = list(classes) or [str(label) for label in range(self.num_classes)]
-        self._handles = Handles(self.shards)
+        self._handles = RemoteHandles(self.shards) if remote else Handles(self.shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -93,6 +97,8 @@ class TarImages(EncodedImages):
 
 def tar_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> TarImages:
     """The shards that root names: a folder of .tar files, one file, or a pattern (`train-{000..146}.tar`, `a/*.tar`).
+
+    Each may be a URL that the package fsspec knows (`s3://bucket/train-{000..146}.tar`).
 
     Raises UsageError if there are none, or no images in them.
     """
@@ -150,6 +156,13 @@ def read_manifest(root: str | os.PathLike[str]) -> dict | None:
     return manifest
 
 
+def _indexes(shards: Sequence[str], at_once: int) -> list[ShardIndex]:
+    if at_once == 1:
+        return list(map(shard_index, shards))
+    with ThreadPoolExecutor(at_once, thread_name_prefix="scrl_fast-index") as pool:
+        return list(pool.map(shard_index, shards))
+
+
 # ---- which shards ----
 
 
@@ -158,6 +171,8 @@ def _shards_of(root: str) -> list[str]:
         raise UsageError(
             "data.source=tar needs the shards: --data.root=DIR, FILE.tar or a pattern like 'DIR/{00..99}.tar'"
         )
+    if is_url(root):
+        return _shards_of_store(root)
     if os.path.isdir(root):
         shards = sorted(path for path in glob.glob(os.path.join(glob.escape(root), "*.tar")) if os.path.isfile(path))
         if not shards:
@@ -179,6 +194,16 @@ def _shards_of(root: str) -> list[str]:
             f"data.root={root!r} names {len(shards)} shards, of which {len(missing)} do not exist, "
             f"the first being {missing[0]!r}"
         )
+    return shards
+
+
+def _shards_of_store(root: str) -> list[str]:
+    try:
+        shards = [url for pattern in expand_braces(root) for url in remote_shards(pattern)]
+    except OSError as error:
+        raise UsageError(f"data.root={root!r} cannot be read: {printable(str(error))}") from None
+    if not shards:
+        raise UsageError(f"data.root={root!r} holds no .tar files")
     return shards
 
 

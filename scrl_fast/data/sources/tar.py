@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from scrl_fast.data.image_files import read_at
@@ -23,6 +23,9 @@ _REGULAR = (b"0", b"\0", b"7")
 _SPARSE = b"S"
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 _KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
+
+
+ReadAt = Callable[[int, int], bytes]  # (size, offset): so many bytes from there, fewer only where the archive ends
 
 
 class Member(NamedTuple):
@@ -38,32 +41,32 @@ class Damaged(Exception):
     """An archive that cannot be read on from here."""
 
 
-def members(handle: int, length: int) -> Iterator[Member]:
-    """The members of an open archive of `length` bytes, as far as they are there whole.
+def members(read: ReadAt, length: int) -> Iterator[Member]:
+    """The members of an archive of `length` bytes, as far as they are there whole. read: bytes of it, (size, offset).
 
     Raises Damaged where the archive is cut or damaged, after the members before that place.
     """
     place = 0
     extra: dict = {}
     while True:
-        header = read_at(handle, BLOCK, place)
+        header = read(BLOCK, place)
         if len(header) < BLOCK:
             what = "ends without the end mark; members may be missing" if not header else "is cut in a header"
             raise Damaged(f"{what} (at byte {place})")
         if not header.strip(b"\0"):
-            if read_at(handle, _PADDING, place).strip(b"\0"):
+            if read(_PADDING, place).strip(b"\0"):
                 raise Damaged(f"goes on after its end mark at byte {place}; joined archives are read up to there")
             return
         kind, size = header[156:157], _checked(header, place)
         content, place = place + BLOCK, place + BLOCK + -(-size // BLOCK) * BLOCK
         if kind in (_PAX, _LONG_NAME, _PAX_GLOBAL, _LONG_LINK):
-            extra |= _extension(kind, handle, content, size, length)
+            extra |= _extension(kind, read, content, size, length)
             continue
         if kind in _REGULAR and "size" in extra:  # 8 GB and more
             size = extra["size"]
             place = content + -(-size // BLOCK) * BLOCK
         if kind == _SPARSE:  # its map may go on in blocks of its own before the content
-            content = _end_of_sparse_map(handle, header, content)
+            content = _end_of_sparse_map(read, header, content)
             place = content + -(-size // BLOCK) * BLOCK
         if kind in _KINDS:  # no content follows, whatever size they claim
             place, size = content, 0
@@ -108,27 +111,27 @@ def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _end_of_sparse_map(handle: int, header: bytes, content: int) -> int:
+def _end_of_sparse_map(read: ReadAt, header: bytes, content: int) -> int:
     more = header[482]
     while more:
-        block = read_at(handle, BLOCK, content)
+        block = read(BLOCK, content)
         if len(block) < BLOCK:
             raise Damaged(f"is cut in a header (at byte {content})")
         content, more = content + BLOCK, block[504]
     return content
 
 
-def _extension(kind: bytes, handle: int, content: int, size: int, length: int) -> dict:
+def _extension(kind: bytes, read: ReadAt, content: int, size: int, length: int) -> dict:
     """What a header before a member says of it: a long name, or pax records (path and size; the rest is unused)."""
     if content + size > length:
         raise Damaged(f"is cut in a header (at byte {length})")
     if kind == _LONG_NAME:
         _check_name(size, content)
-        return {"name": _text(read_at(handle, size, content))}
+        return {"name": _text(read(size, content))}
     if kind == _PAX and size > _LARGEST_PAX:
         raise Damaged(f"has a damaged header at byte {content - BLOCK}: pax records of {size} bytes")
     found: dict = {}
-    for key, value, length in _pax_records(handle, content, size) if kind == _PAX else ():
+    for key, value, length in _pax_records(read, content, size) if kind == _PAX else ():
         if key == b"path":
             _check_name(length, content)
             found["name"] = value.decode("utf-8", "surrogateescape")
@@ -144,7 +147,7 @@ def _check_name(size: int, content: int) -> None:
         raise Damaged(f"has a damaged header at byte {content - BLOCK}: a name of {size} bytes")
 
 
-def _pax_records(handle: int, content: int, size: int) -> Iterator[tuple[bytes, bytes, int]]:
+def _pax_records(read: ReadAt, content: int, size: int) -> Iterator[tuple[bytes, bytes, int]]:
     """Key, value and length of the value of each record; of a value longer than any name perhaps the beginning only.
 
     Extended attributes and comments may take megabytes, so the records are read in parts.
@@ -153,13 +156,13 @@ def _pax_records(handle: int, content: int, size: int) -> Iterator[tuple[bytes, 
     data, low = b"", content  # the bytes from `low` on
     while place < stop:
         if low + len(data) < min(place + _PAX_PART // 2, stop):
-            data, low = read_at(handle, min(_PAX_PART, stop - place), place), place
+            data, low = read(min(_PAX_PART, stop - place), place), place
         at = place - low
         digits, _, _ = data[at : at + 10].partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
         key, equals, value = data[at + len(digits) + 1 : at + max(length - 1, 0)].partition(b"=")
         end = place + length
-        if not equals or end > stop or (data[at + length - 1 : at + length] or read_at(handle, 1, end - 1)) != b"\n":
+        if not equals or end > stop or (data[at + length - 1 : at + length] or read(1, end - 1)) != b"\n":
             raise Damaged(f"has a damaged header at byte {content - BLOCK}")
         yield key, value, length - len(digits) - len(key) - 3
         place = end
