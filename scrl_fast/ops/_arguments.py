@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ def check_room(name: str, elements: int, itemsize: int, device_type: str = "cpu"
 
     An expanded tensor of one number may have 2**62 elements: what is made of it is not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes stand for others
         return
     if elements * itemsize > (_memory() if device_type == "cpu" else _NO_DEVICE):
         raise ValueError(f"{name} of {elements} elements: {elements * itemsize} bytes are more than memory holds")
@@ -33,11 +35,39 @@ def check_room(name: str, elements: int, itemsize: int, device_type: str = "cpu"
 
 @functools.cache
 def _memory() -> int:
-    """Bytes of this machine's memory."""
+    """Bytes of memory that this process may have: of the machine, less where its control group or a limit says less."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # a system that does not tell
-        return _NO_DEVICE
+        machine = _NO_DEVICE
+    return min([machine, *_group_limits("/proc/self/cgroup", "/sys/fs/cgroup"), *_process_limits()])
+
+
+def _group_limits(membership: str, mounted: str) -> Iterator[int]:
+    """What the control groups of a process, versions 1 and 2, and the groups around them allow."""
+    try:
+        lines = Path(membership).read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (f"{mounted}/memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        group = PurePosixPath(path.lstrip("/"))
+        for each in (group, *group.parents):  # a container sees its own group as the root
+            with suppress(OSError, ValueError):  # not mounted; "max"
+                yield int(Path(root, each, name).read_text())
+
+
+def _process_limits() -> Iterator[int]:
+    """What ``ulimit -v`` and ``-d`` allow."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        if (soft := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            yield soft
 
 
 def as_integer(name: str, value: Any) -> int:
