@@ -237,6 +237,14 @@ def test_devices_of_several_processes(monkeypatch):
         rendezvous.device_of("auto")
 
 
+def test_the_gpu_of_a_single_process_has_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert rendezvous.device_of("auto") == rendezvous.device_of("cuda") == torch.device("cuda:1")
+    assert rendezvous.device_of("cuda:0") == torch.device("cuda:0")
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_the_gpu_of_a_process_is_its_current_one_and_a_running_group_must_carry_both(monkeypatch, several):
     chosen, cuda = [], torch.device("cuda:1")

@@ -79,6 +79,15 @@ __device__ __forceinline__ void store(T* to, const Pack<T, count>& pack) {
   *reinterpret_cast<Pack<T, count>*>(to) = pack;
 }
 
+// To global memory. Packs of 16 bytes by one instruction: what is an assignment in C++ the compiler may take apart.
+template <int count, class T>
+__device__ __forceinline__ void store_global(T* to, const Pack<T, count>& pack) {
+  if constexpr (sizeof(Pack<T, count>) == sizeof(uint4))
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
+  else
+    store(to, pack);
+}
+
 template <class... Pointers>
 __device__ __forceinline__ bool all_aligned(Pointers... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...) % 16 == 0;

@@ -162,9 +162,10 @@ void forward(const Tensor& map, const Tensor& boxes, double scale, int64_t sampl
 template <class T, int V, bool planes>
 void launch_tile_backward(const T* grad, const Workspace<accumulate_t<T>>& w, T* out, const Strides& stride,
                           const Sizes& s, cudaStream_t stream) {
-  const int bytes = planes ? tile_bytes<T, V, planes>(s) : 0;
+  const int table = bins_in_table<T, V, planes>(s);
+  const int bytes = tile_bytes_backward<T, V, planes>(s) + table * BinTable<accumulate_t<T>>::bytes_of_bin(s);
   const unsigned blocks = as_grid(pool_tile_backward_blocks<V>(s));
-  pool_tile_backward<T, V, planes><<<blocks, kWarp * kTileWarps, bytes, stream>>>(grad, w, out, stride, s);
+  pool_tile_backward<T, V, planes><<<blocks, kWarp * kTileWarps, bytes, stream>>>(grad, w, out, stride, s, table);
 }
 
 template <class T, int V>

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
 #pragma unroll
     for (int v = 0; v < V; ++v) result.values[v] = narrow<T>(image < 0 ? std::numeric_limits<R>::quiet_NaN() : sum[v]);
     if (bin_stride == 1) {
-      scrl::cuda::store(out, result);
+      scrl::cuda::store_global(out, result);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) out[v * bin_stride + q] = result.values[v];
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
     for (int v = 0; v < V; ++v) result.values[v] = narrow<T>(sum[j][v]);
     T* to = out + (column + j) * stride.column;
     if (V > 1 && stride.channel == 1) {
-      scrl::cuda::store(to, result);
+      scrl::cuda::store_global(to, result);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) to[v * stride.channel] = result.values[v];

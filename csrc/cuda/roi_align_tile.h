@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
     for (int v = 0; v < V; ++v)
       result.values[v] = narrow<T>(n < s.images ? sum[v] : std::numeric_limits<R>::quiet_NaN());
     if (!planes && bins == 1) {
-      if (lane * V < tile.channels) scrl::cuda::store(to + lane * V, result);
+      if (lane * V < tile.channels) scrl::cuda::store_global(to + lane * V, result);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v)
@@ -135,43 +135,110 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
   }
 }
 
+// The weights of an image's first bins on both axes, and where their gradient lies: weights[row of the map, then
+// column][bin]. At most 64 bins, whole warps of them, as shared memory has room beside a tile.
+template <class R>
+struct BinTable {
+  R* weights;
+  int* grad_rows;
+  int capacity;
+
+  static int bytes_of_bin(const Sizes& s) {
+    return (s.height + s.width) * static_cast<int>(sizeof(R)) + static_cast<int>(sizeof(int));
+  }
+  static int fitting(const Sizes& s, int bytes_taken) {
+    return std::min(64, (48 * 1024 - bytes_taken) / bytes_of_bin(s) / kWarp * kWarp);
+  }
+  __device__ BinTable(const Sizes& s, char* memory, int bins)
+      : weights(reinterpret_cast<R*>(memory)),
+        grad_rows(reinterpret_cast<int*>(weights + (s.height + s.width) * bins)),
+        capacity(bins) {}
+};
+
+template <class T, int V, bool planes>
+int tile_bytes_backward(const Sizes& s) {  // channels side by side need no tile: cells go straight to memory
+  return planes ? tile_bytes<T, V, planes>(s) : 0;
+}
+
+template <class T, int V, bool planes>
+int bins_in_table(const Sizes& s) {
+  return BinTable<accumulate_t<T>>::fitting(s, tile_bytes_backward<T, V, planes>(s));
+}
+
 // grad [count, pooled_height, pooled_width, channels] -> out [images, channels, height, width] by its strides.
 // A block writes 32 x V channels of an image's gradient. A warp takes one cell after the other: its lanes look up the
-// weights of 32 bins at once, then all of them visit the bins that read the cell, in order. Where channels lie side by
-// side a cell goes straight to memory.
+// weights of 32 bins at once, those of the first ones in shared memory; then all of them visit the bins that read the
+// cell, in order, two at a time, for two loads in flight.
 template <class T, int V, bool planes>
 __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
     pool_tile_backward(const T* __restrict__ grad, Workspace<accumulate_t<T>> w, T* __restrict__ out, Strides stride,
-                       Sizes s) {
+                       Sizes s, int table_capacity) {
   using R = accumulate_t<T>;
   const int slabs = slabs_of<V>(s);
   const int n = static_cast<int>(blockIdx.x) / slabs, first_channel = static_cast<int>(blockIdx.x) % slabs * kWarp * V;
   const Tile<T, V, planes> tile(s, first_channel);
-  const int lane = threadIdx.x % kWarp, channel = lane * V;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, channel = lane * V;
   const bool inside = channel < tile.channels;  // lanes beyond read channel 0, so that all take part in the votes
   const int first = w.first[n], bins = s.pooled_height * s.pooled_width;
-  const int pairs = (w.first[n + 1] - first) * bins;
+  const int pairs = (w.first[n + 1] - first) * bins, in_table = min(pairs, table_capacity);  // of a box and a bin
   grad += inside ? first_channel + channel : 0;
   out += n * stride.image + first_channel * stride.channel;
 
-  for (int cell = threadIdx.x / kWarp; cell < tile.cells; cell += kTileWarps) {
+  const auto box_of = [&](int pair) { return w.order[first + pair / bins]; };
+  const auto y_bin = [&](int k, int bin) { return k * s.pooled_height + bin / s.pooled_width; };
+  const auto x_bin = [&](int k, int bin) { return k * s.pooled_width + bin % s.pooled_width; };
+  const int tile_end = planes ? kWarp * V * static_cast<int>(sizeof(T)) * tile.pitch : 0;
+  const BinTable<R> table(s, reinterpret_cast<char*>(tile_memory) + tile_end, table_capacity);
+  for (int base = 0; base < in_table; base += kWarp) {
+    const int pair = base + lane;
+    int k = 0, p = 0, q = 0;
+    Range rows{0, 0}, columns{0, 0};  // of pairs beyond the last one too: no weight
+    if (pair < pairs) {
+      k = box_of(pair), p = y_bin(k, pair % bins), q = x_bin(k, pair % bins);
+      rows = w.y_range[p], columns = w.x_range[q];
+    }
+    if (warp == 0) table.grad_rows[pair] = k * bins + pair % bins;
+    for (int a = warp; a < s.height + s.width; a += kTileWarps) {
+      const int j = a - s.height;
+      R weight = 0;
+      if (a >= rows.begin && a < rows.end) weight = w.y[int64_t{p} * s.height + a];
+      if (j >= columns.begin && j < columns.end) weight = w.x[int64_t{q} * s.width + j];
+      table.weights[a * table_capacity + pair] = weight;
+    }
+  }
+  __syncthreads();
+
+  for (int cell = warp; cell < tile.cells; cell += kTileWarps) {
     const int i = cell / s.width, j = cell % s.width;
     R sum[V] = {};
     for (int base = 0; base < pairs; base += kWarp) {
+      const int pair = base + lane;
       int row = 0;  // of grad: box and bin
       R weight = 0;
-      if (const int pair = base + lane; pair < pairs) {
-        const int k = w.order[first + pair / bins], bin = pair % bins;
-        const int p = k * s.pooled_height + bin / s.pooled_width, q = k * s.pooled_width + bin % s.pooled_width;
+      if (base < in_table) {
+        const R* of_pair = table.weights + pair;
+        weight = of_pair[i * table_capacity] * of_pair[(s.height + j) * table_capacity];
+        row = table.grad_rows[pair];
+      } else if (pair < pairs) {
+        const int k = box_of(pair), p = y_bin(k, pair % bins), q = x_bin(k, pair % bins);
         const Range rows = w.y_range[p], columns = w.x_range[q];
-        row = k * bins + bin;
+        row = k * bins + pair % bins;
         if (i >= rows.begin && i < rows.end && j >= columns.begin && j < columns.end)
           weight = w.y[int64_t{p} * s.height + i] * w.x[int64_t{q} * s.width + j];
       }
-      for (unsigned left = __ballot_sync(kAll, weight != R(0)); left != 0; left &= left - 1) {
-        const int source = __ffs(left) - 1;
-        const int64_t from = int64_t{__shfl_sync(kAll, row, source)} * s.channels;
-        add<V>(sum, __shfl_sync(kAll, weight, source), scrl::cuda::load<V>(grad + from));
+      const auto values_of = [&](int source) {
+        return scrl::cuda::load_read_only<V>(grad + int64_t{__shfl_sync(kAll, row, source)} * s.channels);
+      };
+      for (unsigned left = __ballot_sync(kAll, weight != R(0)); left != 0;) {
+        const int one = __ffs(left) - 1;
+        left &= left - 1;
+        const bool two = left != 0;
+        const int other = two ? __ffs(left) - 1 : one;
+        left &= left - 1;
+        const auto a = values_of(one), b = values_of(other);
+        add<V>(sum, __shfl_sync(kAll, weight, one), a);
+        const R weight_b = __shfl_sync(kAll, weight, other);
+        if (two) add<V>(sum, weight_b, b);
       }
     }
     if (!inside) continue;
@@ -182,13 +249,13 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
 #pragma unroll
       for (int v = 0; v < V; ++v) *tile.at(channel + v, cell) = result.values[v];
     } else {
-      scrl::cuda::store(out + i * stride.row + j * stride.column + channel, result);
+      scrl::cuda::store_global(out + i * stride.row + j * stride.column + channel, result);
     }
   }
   if constexpr (planes) {
     __syncthreads();
     tile.for_each(stride, s.width, [&](const T* from, int64_t offset, auto width) {
-      scrl::cuda::store(out + offset, scrl::cuda::load<width>(from));
+      scrl::cuda::store_global(out + offset, scrl::cuda::load<width>(from));
     });
   }
 }

@@ -116,8 +116,9 @@ def device_of(name: str) -> torch.device:
         raise UsageError(
             f"train.device is {name!r}, one GPU for {local_size} processes: --train.device=cuda takes one each"
         )
-    if several and device.index is None:
-        device = torch.device("cuda", local_rank)
+    if device.index is None:  # numbered: in a thread of the loader "cuda" alone would be GPU 0
+        alone = not several and found > 0
+        device = torch.device("cuda", torch.cuda.current_device() if alone else local_rank)
     if not (device.index or 0) < found:
         who = f" for process {local_rank} of this machine: --nproc-per-node={found}" if several and found else ""
         raise UsageError(f"train.device is {name!r}, but PyTorch finds {found} CUDA devices{who}")

@@ -154,3 +154,4 @@ template <class T>
 T __ldg(const T* from) {
   return *from;
 }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }

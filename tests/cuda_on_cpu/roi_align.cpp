@@ -44,10 +44,10 @@ void backward(const std::string& kernel, const T* grad, const Strides& stride, c
     launch(pool_backward_blocks<V>(s), kWarp * kWarps, [&] { pool_backward<T, V>(grad, w, out, stride, s); });
   else if (stride.channel == 1)
     launch(pool_tile_backward_blocks<V>(s), kWarp * kTileWarps,
-           [&] { pool_tile_backward<T, V, false>(grad, w, out, stride, s); });
+           [&] { pool_tile_backward<T, V, false>(grad, w, out, stride, s, bins_in_table<T, V, false>(s)); });
   else
     launch(pool_tile_backward_blocks<V>(s), kWarp * kTileWarps,
-           [&] { pool_tile_backward<T, V, true>(grad, w, out, stride, s); });
+           [&] { pool_tile_backward<T, V, true>(grad, w, out, stride, s, bins_in_table<T, V, true>(s)); });
 }
 
 // Every array has its own memory, so that the sanitizer sees where it ends.
