@@ -63,7 +63,7 @@ def compiler_failure() -> str:
     """'' when kernels can be compiled here, else why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return "" if _tool("cuobjdump") else "triton came without cuobjdump"
+    return "" if tool("cuobjdump") else "triton came without cuobjdump"
 
 
 def needs_compiler(test: Any) -> Any:
@@ -90,7 +90,8 @@ def _product(kernels: Sequence[Any], gpus: Sequence[int]) -> list[tuple[Any, int
     return [(kernel, gpu) for kernel in kernels for gpu in gpus]
 
 
-def _tool(name: str) -> Path | None:
+def tool(name: str) -> Path | None:
+    """A program that came with Triton."""
     import triton.backends.nvidia
 
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
@@ -117,7 +118,7 @@ def _compile(kernel: Mapping[str, Any], capability: int) -> Compiled:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
     return Compiled(registers, stack, binary.metadata.shared, binary.asm["ptx"])

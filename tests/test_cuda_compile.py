@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot import tool
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,8 @@ CAPABILITIES = ("80", "90", "100")
 REGISTERS = {"ema_update": 48, "lars_step": 80, "roi_align": 112}
 REGISTERS_ELSEWHERE = 128
 SPILLED_BYTES = {"lars_step": 16}  # stored + loaded: the norms of float64 parameters on an H100; everything else none
+WHOLE_PACKS = r"(4pool|13pool_backward)I.+Li[48]EEE|9pool_tileI.+Li[48]ELb0E|18pool_tile_backwardI.+Li[48]E"
+"""RoIAlign's kernels whose lanes write packs of 4 or 8 numbers, as the compiler mangles their names."""
 KERNEL = re.compile(
     r"Compiling entry function '(?P<kernel>\S+)' for 'sm_(?P<capability>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -58,6 +61,23 @@ def compile_for_all(source: Path, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def machine_code(fatbin: Path) -> dict[str, str]:
+    """The machine code of every kernel for an H100, by mangled name; empty where Triton's disassembler is missing."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        return {}
+    path = {"PATH": os.pathsep.join((str(nvdisasm.parent), os.environ["PATH"]))}
+    done = subprocess.run(
+        [cuobjdump, "-sass", "-arch", "sm_90", fatbin],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | path,
+    )
+    kernels = (part.partition("\n") for part in done.stdout.split("Function : ")[1:])
+    return {name.strip(): code for name, _, code in kernels}
+
+
 @pytest.mark.skipif(not compiler(), reason="no nvcc with headers (set CUDA_HOME)")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch's headers lack CUDA")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -70,3 +90,8 @@ def test_compiles_within_limits(source: Path, tmp_path: Path) -> None:
         spilled = int(kernel["stores"]) + int(kernel["loads"])
         assert spilled <= SPILLED_BYTES.get(source.stem, 0), f"{case} spills {spilled} bytes"
         assert int(kernel["registers"]) <= limit, f"{case} uses {kernel['registers']} registers, more than {limit}"
+    if source.stem == "roi_align" and (code := machine_code(tmp_path / "out.fatbin")):
+        in_packs = {name: each for name, each in code.items() if re.search(WHOLE_PACKS, name)}
+        assert len(in_packs) == 3 * 5  # dtypes, kernels
+        for name, each in in_packs.items():
+            assert "STG.E.128" in each, f"{name} stores its packs of 16 bytes in parts"

@@ -80,9 +80,10 @@ __device__ __forceinline__ void store(T* to, const Pack<T, count>& pack) {
 }
 
 // To global memory. Packs of 16 bytes by one instruction: what is an assignment in C++ the compiler may take apart.
+// Doubles stay as they are: nobody waits for them, and the instruction costs them registers.
 template <int count, class T>
 __device__ __forceinline__ void store_global(T* to, const Pack<T, count>& pack) {
-  if constexpr (sizeof(Pack<T, count>) == sizeof(uint4))
+  if constexpr (sizeof(Pack<T, count>) == sizeof(uint4) && sizeof(T) < 8)
     __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
   else
     store(to, pack);
