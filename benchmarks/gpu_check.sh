@@ -48,7 +48,7 @@ tests() { # tests NAME LIMIT_S OPTIONS...: what runs on the CPU is left to CI
   local name=$1 limit=$2 parallel=()
   shift 2
   has xdist && parallel=(-n "$jobs")
-  step "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
+  step "$name" "$limit" "$python" -m pytest -q -o addopts= -p no:cacheprovider --continue-on-collection-errors \
     ${parallel[@]+"${parallel[@]}"} "$@"
 }
 
@@ -146,7 +146,7 @@ case $call in
       for tool in memcheck racecheck; do
         for backend in native triton; do
           step "check_${tool}_$backend" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
-            --error-exitcode 99 --target-processes all "$python" -m pytest -q -x -p no:cacheprovider \
+            --error-exitcode 99 --target-processes all "$python" -m pytest -q -o addopts= -x -p no:cacheprovider \
             tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}*.py \
             -k "cuda-$backend and (own or empty or bits)"
         done

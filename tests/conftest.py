@@ -26,7 +26,19 @@ from scrl_fast.ops import backends
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 _device_constructors()  # fills its cache with the real torch.empty, before that is replaced below
 GUARD = 256  # elements before and behind; whole cache lines in every dtype, so alignment stays what an allocator gives
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 INTEGER_POISON = 85  # 0b01010101 in every byte: far outside any index, and a legal value of every integer dtype
+
+
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # of this process and of those it starts
+    torch.set_num_threads(max(1, CORES // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes ``pytest`` alone takes: a core each, at most 4. Tests that are named run in this process."""
+    alone = config.args_source is pytest.Config.ArgsSource.TESTPATHS and DEVICES == ("cpu",)
+    return min(4, CORES) if alone else 0
 
 
 def available_backends(operation: str, device: str = "cpu") -> list[str]:
