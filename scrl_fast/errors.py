@@ -7,6 +7,7 @@ is answered at once.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import select
 import stat
@@ -73,10 +74,22 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE if isinstance(error, (UsageError, *wrong_file)) else EXIT_FAILURE
 
 
-def one_line(error: BaseException) -> str:
-    """The message on one line, with the type in front where the type carries meaning."""
-    if _is_out_of_memory(error):
-        return _out_of_memory(error)
+LESS_MEMORY_TRAINING = (
+    "lower --train.batch_size and raise --train.accumulate by the same factor to keep the global batch, or use "
+    "--train.precision=bf16, --train.checkpoint_activations=true, a smaller --views.size, fewer --boxes.per_image or a "
+    "smaller --model.backbone"
+)
+"""Which options of pre-training take less memory."""
+
+
+def one_line(error: BaseException, less_memory: str = LESS_MEMORY_TRAINING) -> str:
+    """The message on one line, with the type in front where the type carries meaning.
+
+    less_memory: for want of memory, which options lower the need.
+    """
+    if is_out_of_memory(error):
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        return f"out of memory ({said}){_memory_limit()}; {less_memory}"
     text = " ".join(str(error).split())
     if exit_code(error) == EXIT_USAGE and not isinstance(error, OSError):
         return text or type(error).__name__
@@ -85,20 +98,33 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+_NO_MEMORY = (
+    *("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "could not allocate memory"),
+    "can't start new thread",
+)
+"""What torch, its libraries, Python and the loader of libraries say in errors of other kinds where memory is short."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is for want of memory, whatever kind it has: of the machine, a device or ``ulimit``."""
     torch = sys.modules.get("torch")  # an error of torch cannot come from a torch that was never imported
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    if torch is not None and isinstance(error, getattr(torch, "OutOfMemoryError", ())):  # none in one half imported
         return True
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, ImportError):  # a folder whose files may not be executed is told in the same words
+        return "failed to map segment" in str(error) and bool(_memory_limit())
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
 
 
-def _out_of_memory(error: BaseException) -> str:
-    return (
-        f"out of memory ({' '.join(str(error).split())[:160] or type(error).__name__}); lower --train.batch_size and "
-        "raise --train.accumulate by the same factor to keep the global batch, or use --train.precision=bf16, "
-        "--train.checkpoint_activations=true, a smaller --views.size, fewer --boxes.per_image or a smaller "
-        "--model.backbone"
-    )
+def _memory_limit() -> str:
+    """The limit of ``ulimit -v``, where there is one: memory may be short on a machine that has plenty."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if limit == resource.RLIM_INFINITY else f", with ulimit -v at {limit >> 20} MiB"
 
 
 @dataclass
@@ -107,22 +133,25 @@ class Report:
 
     log: a file to which the traceback is appended, once there is one.
     quiet: say nothing, since another process says the same.
+    less_memory: which options of the command lower its need of memory.
     """
 
     log: Path | None = None
     quiet: bool = False
+    less_memory: str = LESS_MEMORY_TRAINING
 
 
 @contextmanager
-def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
+def friendly_errors(command: str, *, debug: bool = False, less_memory: str = LESS_MEMORY_TRAINING) -> Iterator[Report]:
     """Turn an error inside the block into one line on stderr and an exit code.
 
     command: shown in front of the line, as in ``scrl_fast.train: ...``.
     debug: print the traceback first.
+    less_memory: as of `Report`.
     Yields a `Report`; once its ``log`` is set, the traceback of a fault goes there too.
     Raises SystemExit with code 2 (wrong usage or input) or 1 (anything else); SystemExit itself passes through.
     """
-    report = Report()
+    report = Report(less_memory=less_memory)
     _replace_closed_streams()
     try:
         yield report
@@ -137,7 +166,7 @@ def friendly_errors(command: str, *, debug: bool = False) -> Iterator[Report]:
         if debug:
             traceback.print_exc()
         if not report.quiet:
-            tell(f"{command}: {one_line(error)}{where}")
+            tell(f"{command}: {one_line(error, report.less_memory)}{where}")
         raise SystemExit(code) from None
 
 

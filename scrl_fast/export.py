@@ -29,6 +29,7 @@ FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-re
 SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"}
 """File suffixes by which readers tell the format."""
 ONNX_TOLERANCE = 1e-4
+LESS_MEMORY = "lower --size (ONNX), or choose another layout: nothing was written"
 PRIVATE_OPTIONS = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
 
@@ -280,7 +281,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with friendly_errors("scrl_fast.export", debug="--debug" in argv):
+    with friendly_errors("scrl_fast.export", debug="--debug" in argv, less_memory=LESS_MEMORY):
         args = vars(_parser().parse(argv))
         args.pop("debug")
         metadata = export(**args)

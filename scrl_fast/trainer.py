@@ -59,6 +59,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     start_options: ClassVar[Mapping[str, Any]] = {"resume": "", "init": "", "init_momentum": False}
     process_options: ClassVar[tuple[str, ...]] = ("train.batch_size", "train.accumulate", "train.threads")
+    network = property(lambda trainer: trainer.ddp_model)  # its name in earlier releases
 
     def __init__(
         self, config: Config, *, source: Any = None, encoder: torch.nn.Module | None = None, world: World | None = None

@@ -6,11 +6,13 @@ This file is long because every kind of argument has a case of its own.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -189,11 +191,42 @@ def test_exit_codes(trainer, capsys, tmp_path):
         (KeyboardInterrupt(), 1, "interrupted\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), 1, "lower --train.batch_size"),
         (MemoryError(), 1, "--train.checkpoint_activations=true"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "lower --train.batch_size"),
+        (RuntimeError("std::bad_alloc"), 1, "out of memory (std::bad_alloc)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "lower --train.batch_size"),
     ]:
         trainer.fit = raising(error)
         got, out, err = run(capsys=capsys)
         assert (got, out) == (code, "") and said in err and err.count("\n") == 1, err
     assert "in fit" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "said"),
+    [
+        (
+            "scrl_fast.evaluate.__main__ knn --checkpoint=random",
+            "scrl_fast.evaluate.__main__.run",
+            "lower --batch_size",
+        ),
+        ("scrl_fast.data.pack a b", "scrl_fast.data.sources.factory.make_source", "lower --workers"),
+        ("scrl_fast.export a b --to timm", "scrl_fast.export.export", "nothing was written"),
+        ("scrl_fast.transfer.__main__ detection", "scrl_fast.transfer.__main__.parse", "--model.long_side"),
+        ("scrl_fast.transfer.__main__ predict", "scrl_fast.transfer.commands.CommandParser.parse", "lower --workers"),
+    ],
+)
+def test_want_of_memory_names_the_options_of_its_command(command, place, said, monkeypatch, capsys):
+    module, *arguments = command.split()
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(SystemExit) as end:
+        import_module(module).main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "out of memory" in error and said in error and error.count("\n") == 1, error
+    assert "accumulate" not in error  # an option of pre-training
 
 
 def test_debug_shows_the_traceback(trainer, capsys):

@@ -116,6 +116,26 @@ def test_numbers_of_any_type_are_one_number(backend: Any) -> None:
         assert torch.equal(step_of(kind)(lr=Fraction(1, 2)), step_of(kind)(lr=np.float64(0.5)))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor])
+def test_integers_without_dimensions_are_integers(kind: Any) -> None:
+    expected = boxes(seed=5, step=3)
+    assert all(np.array_equal(*pair) for pair in zip(boxes(seed=kind(5), step=kind(3)), expected, strict=True))
+    for wrong in (torch.tensor(5.0), torch.tensor(True), torch.tensor([5]), np.array([5])):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            boxes(seed=wrong)
+
+
+def test_mean_and_std_may_be_tensors() -> None:
+    image = PackedImages(np.arange(48, dtype=np.uint8), *(np.array([n]) for n in (0, 4, 4)))
+    table = np.zeros(1, VIEW_DTYPE)
+    table["h"], table["w"], table["order"] = 4, 4, [[0, 1, 2, 3]]
+    got, expected = (
+        augment_views(image, table, size=8, mean=kind([0.5, 0.25, 0.125]), std=kind([0.5, 0.25, 1.0]))
+        for kind in (torch.tensor, tuple)
+    )
+    assert torch.equal(got, expected)
+
+
 def test_long_values_are_cut() -> None:
     assert (
         shown(10**4000)[:3] == "100"

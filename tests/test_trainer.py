@@ -30,7 +30,8 @@ def finished(tmp_path_factory):
 
 
 def test_the_run_folder_holds_what_was_promised(finished):
-    folder, _, summary = finished
+    folder, trainer, summary = finished
+    assert trainer.network is trainer.ddp_model is not None  # the name in earlier releases
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "log.txt", "env.json", "boxes.png", "checkpoints"} <= names
     assert summary["run_dir"] == str(folder)

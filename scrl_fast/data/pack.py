@@ -37,6 +37,7 @@ from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
+LESS_MEMORY = "lower --workers or --max-pixels; the same command goes on with the shards that are missing"
 _log = logging.getLogger("scrl_fast")
 _SUSPICIOUS = 10  # so many images in a shard, all of them bad, are a lost disk rather than bad images
 
@@ -213,7 +214,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with friendly_errors("scrl_fast.data.pack", debug="--debug" in argv):
+    with friendly_errors("scrl_fast.data.pack", debug="--debug" in argv, less_memory=LESS_MEMORY):
         args = _parser().parse(argv)
         from scrl_fast.data.sources.factory import make_source  # torch, only once the options are known to be right
 

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from scrl_fast.distributed.world import World
 
 PROG = "python -m scrl_fast.evaluate"
+LESS_MEMORY = (
+    "lower --batch_size, --size or --workers, use fewer images (--images, --data.max_images), or a smaller --backbone"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, those of the process by default; return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv) as report:
+    with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv, less_memory=LESS_MEMORY) as report:
         report.quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine tells of all errors
         summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
         task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")

@@ -197,7 +197,7 @@ def _components(
     if evaluated.measures_batchnorm(options):
         measure_batchnorm_on_images(encoder, source, loader, say=context.say, world=context.world)
     seen = loader.load(source, np.asarray(images))
-    return principal_components(dense_features(encoder, seen)), seen
+    return principal_components(dense_features(encoder, seen, min(16, options.batch_size))), seen
 
 
 def _short_name(evaluated: EvaluatedEncoder) -> str:

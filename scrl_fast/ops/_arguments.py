@@ -71,9 +71,11 @@ def _process_limits() -> Iterator[int]:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """value as an int: Python's or NumPy's. Raises TypeError for what is no integer."""
+    """value as an int: Python's, NumPy's or a tensor without dimensions. Raises TypeError for what is no integer."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # a compiler's integer stays what it is
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     return int(value)

@@ -77,6 +77,9 @@ def augment_views(
         check_room("table", table.size, table.itemsize)
     rows = table.reshape(-1) if checked else check_views(table, images)
     size, threads = check_integer("size", size, 1, _LARGEST_SIZE), check_integer("threads", threads, 1, 1 << 16)
+    mean, std = (
+        values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else values for values in (mean, std)
+    )
     solarize_threshold = _check_numbers(mean, std, solarize_threshold)
     shape, device = (len(rows), 3, size, size), images.device
     if out is None:

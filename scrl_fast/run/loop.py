@@ -23,7 +23,7 @@ from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, CURVES, ENVIRONMENT
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.distributed.rendezvous import launcher
 from scrl_fast.distributed.world import PeerFailed
-from scrl_fast.errors import UsageError
+from scrl_fast.errors import UsageError, is_out_of_memory
 from scrl_fast.run import plots
 from scrl_fast.run.checkpoint import CheckpointError, CheckpointManager
 from scrl_fast.run.lock import FolderLock, RunFolderLost, hold_folder, release_folder
@@ -101,7 +101,7 @@ class TrainingLoop(Generic[T]):
             for batch, weight in self.synchronized_batches(stream):
                 if self.step == 0:
                     task.first_batch(batch)
-                task.train_step(batch, weight)
+                self.make_step(batch, weight)
                 self.log.tick()
                 if note := task.step_note():
                     self.log.say(note)
@@ -112,6 +112,15 @@ class TrainingLoop(Generic[T]):
                 if task.evaluate_every and self.step % task.evaluate_every == 0 and self.step < task.last_step:
                     task.evaluate()
         self.save_unsaved(planned=not self.stop)  # a signal, or another run's checkpoint and no step left to make
+
+    def make_step(self, batch: T, weight: int) -> None:
+        """One update. What cannot be saved where memory ends in it, since it is half made, is said."""
+        try:
+            self.task.train_step(batch, weight)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.log.say(f"step {self.step + 1} needs more memory than there is; {self.last_good()}")
+            raise
 
     @contextmanager
     def hold_folder(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.config.run_folder import LOG
 from scrl_fast.errors import UsageError, friendly_errors
-from scrl_fast.transfer.commands import COMMANDS, PROG, SUMMARIES
+from scrl_fast.transfer.commands import COMMANDS, LESS_MEMORY, LESS_MEMORY_TRAINING, PROG, SUMMARIES
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 from scrl_fast.transfer.recipes import RECIPES
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors("scrl_fast.transfer", debug="--debug" in argv) as report:
         name = next((word for word in argv if word != "--debug"), "")
+        report.less_memory = LESS_MEMORY.get(name, LESS_MEMORY_TRAINING)
         if name == "compare":
             argv.remove(name)
             return compare(argv)

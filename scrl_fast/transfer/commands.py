@@ -98,4 +98,13 @@ def _check_pixels(max_pixels: int) -> None:
         raise UsageError(f"--max_pixels={max_pixels}: must be from 1 to {LARGEST_SIDE**2}")
 
 
+LESS_MEMORY_TRAINING = (
+    "lower --train.batch_size, --model.short_side, --model.long_side or --data.workers, or use "
+    "--train.precision=bf16 or a smaller --model.backbone"
+)
+LESS_MEMORY = {
+    "predict": "lower --workers, or use smaller images; a detector on smaller images is trained by --model.short_side",
+    "export": "export it on a machine with more memory: nothing was written",
+}
+"""Which options of a command lower its need of memory."""
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"predict": predict, "export": export}

@@ -19,6 +19,7 @@ from scrl_fast.run.lock import hold_folder, release_folder
 from scrl_fast.run.log import LogFile, format_seconds
 from scrl_fast.run.signals import SignalHandler
 from scrl_fast.transfer.checks import check_batch_size
+from scrl_fast.transfer.commands import LESS_MEMORY_TRAINING
 from scrl_fast.transfer.compare.config import LABELLED, CompareConfig
 from scrl_fast.transfer.compare.leaks import LeakCheck, Sharing, in_short, in_words
 from scrl_fast.transfer.compare.plot import draw_comparison
@@ -176,8 +177,8 @@ class Comparison:
 
     def note_failure(self, row: Row, error: Exception) -> None:
         self.log.note("".join(traceback.format_exception(error)).rstrip())
-        self.results.failed[row.name] = one_line(error)
-        self.say(f"failed: {row.describe()}: {one_line(error)} (traceback in {self.log.path})")
+        said = self.results.failed[row.name] = one_line(error, LESS_MEMORY_TRAINING)
+        self.say(f"failed: {row.describe()}: {said} (traceback in {self.log.path})")
 
     def values(self, row: Row, result: dict[str, float]) -> dict[str, Any]:
         return values_of(row, self.config.task, result) | {"command": self.files.command(row, self.options[row.name])}
