@@ -104,6 +104,12 @@ def test_rows_are_heard_and_may_stop_the_run(tmp_path):
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
+def test_an_answer_that_is_neither_true_nor_false_costs_no_step(tmp_path):
+    with pytest.raises((RuntimeError, ValueError), match="ambiguous"):
+        pretrain(tmp_path / "a", on_row=lambda row: torch.zeros(2))
+    assert (tmp_path / "a" / "checkpoints" / "last.pt").exists()
+
+
 def test_an_error_of_the_listener_costs_no_step(tmp_path):
     def listen(row):
         if row["step"] == 2:

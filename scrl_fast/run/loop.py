@@ -342,7 +342,7 @@ class TrainingLoop(Generic[T]):
         self.log.metrics(row, seconds_per_step=self.clock.seconds / steps)
         if self.on_row is not None and self.world.rank == 0:
             try:
-                stop = self.on_row(dict(row))
+                stop = bool(self.on_row(dict(row)))  # an array has no truth value
             except BaseException:
                 if not self.world.is_distributed:  # the others are in their next step
                     self.save_unsaved()
