@@ -13,6 +13,7 @@ import scrl_fast
 from scrl_fast import weights
 from scrl_fast.build import build
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.__main__ import main as evaluate
 from scrl_fast.evaluate.config import LinearOptions
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated, probe_of
 from scrl_fast.export import export
@@ -224,7 +225,7 @@ def test_options_in_a_file_of_weights_are_checked(tmp_path, state, config, said)
     assert metadata["epochs"] == 0 and metadata["method"] == ""
 
 
-def test_a_large_view_in_a_file_is_refused_where_it_would_be_used(tmp_path, state, monkeypatch):
+def test_a_large_view_in_a_file_is_refused_where_it_would_be_used(tmp_path, state, capsys):
     parts = {"online": {f"encoder.body.{name}": tensor for name, tensor in state.items()}}
     path = tmp_path / "a.pt"
     torch.save({"model": parts, "config": {"views": {"size": 2048}}, "step": 1}, path)
@@ -237,3 +238,8 @@ def test_a_large_view_in_a_file_is_refused_where_it_would_be_used(tmp_path, stat
     with pytest.raises(WeightsError, match=said):
         scrl_fast.embed(picture, weights=path)
     assert len(scrl_fast.embed(picture, weights=path, size=64)) == 1
+    dense = ["dense-consistency", f"--checkpoint={path}", f"--backbone={ENCODER}", "--images=2", "--plot="]
+    with pytest.raises(SystemExit) as ended:
+        evaluate(dense)
+    assert ended.value.code == 2 and "give the size, --views.size=2048" in capsys.readouterr().err
+    evaluate([*dense, "--views.size=64", "--boxes.min_size=20"])

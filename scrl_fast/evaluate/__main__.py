@@ -65,6 +65,8 @@ def _run(task: str, options: Any, argv: Sequence[str], world: World) -> dict[str
     evaluated = load_evaluated(options)
     if task == "dense-consistency" and argv:
         options = _parse(task, argv, Settings(training_settings(evaluated), evaluated.name))
+        if options.views.size != _parse(task, argv).views.size:  # the file's
+            evaluated.view_size(option="--views.size")
     context = TaskContext(_say, world) if world.rank == 0 else TaskContext(world=world)
     context.say(evaluated.report)
     result = TASKS[task](options, evaluated, context)

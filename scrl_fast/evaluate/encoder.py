@@ -43,7 +43,7 @@ class EvaluatedEncoder:
         """Whether the tasks other than roi-linear measure BatchNorm statistics anew."""
         return options.batchnorm == "measured" or (options.batchnorm == "auto" and self.untrained)
 
-    def view_size(self, given: int = 0) -> int:
+    def view_size(self, given: int = 0, option: str = "--size") -> int:
         """The side of the images that it is shown: ``given`` where that is above 0, else that of training.
 
         Raises WeightsError where the file states a side above `LARGEST_VIEW`: no file decides on so much memory.
@@ -52,7 +52,7 @@ class EvaluatedEncoder:
             return given or self.size
         raise weights.WeightsError(
             f"{self.name}: the views of training had a side of {self.size} pixels, and at most {LARGEST_VIEW} is "
-            f"taken from a file: give the size, --size={self.size}"
+            f"taken from a file: give the size, {option}={self.size}"
         )
 
 
