@@ -37,7 +37,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-W
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += (
     [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
-)  # Python's own flags ask for it: 13 MB instead of 0.7
+)  # Python's own flags ask for them: _host takes 13 MB with debug symbols, 0.7 without
 missing: dict[str, str] = {}  # library -> why it was left out
 
 

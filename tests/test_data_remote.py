@@ -30,6 +30,7 @@ class OddStore(MemoryFileSystem):
     failures: ClassVar[list[BaseException]] = []
     asked: ClassVar[list[tuple[str, Any, Any]]] = []
     hold: ClassVar[threading.Event] = threading.Event()
+    cuts: ClassVar[list[int]] = []
     fault: ClassVar[str] = ""
 
     @classmethod
@@ -41,7 +42,9 @@ class OddStore(MemoryFileSystem):
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         found = super().info(path, **options)
-        return found | {"size": None} if self.fault == "no size" else found
+        if self.fault == "no version":
+            return {name: found[name] for name in ("name", "size", "type")}
+        return found | {"no size": {"size": None}, "no ranges": {"partial": False}}.get(self.fault, {})
 
     def cat_file(self, path: str, start: Any = None, end: Any = None, **options: Any) -> bytes:
         self.asked.append((path, start, end))
@@ -52,7 +55,8 @@ class OddStore(MemoryFileSystem):
         if self.failures:
             raise self.failures.pop(0)
         whole = self.fault == "whole files"
-        return super().cat_file(path, None if whole else start, None if whole else end, **options)
+        data: bytes = super().cat_file(path, None if whole else start, None if whole else end, **options)
+        return data[: self.cuts.pop(0)] if self.cuts else data
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +73,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
     OddStore.failures, OddStore.asked, OddStore.fault, OddStore.hold = [], [], "", threading.Event()
+    OddStore.cuts = []
     yield files
     OddStore.hold.set()
     OddStore.fault = ""
@@ -148,9 +153,51 @@ def test_waits_grow_to_a_limit_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise ConnectionError("unreachable")
 
-    with pytest.raises(OSError, match="failed 10 times, the last time with ConnectionError: unreachable"):
+    with pytest.raises(OSError, match="failed 11 times, the last time with ConnectionError: unreachable"):
         remote.ask("a", fails, 125.0)
-    assert slept == [0.5, 1, 2, 4, 8, 16, 30, 30, 30] and sum(slept) <= 125
+    assert slept == [0.5, 1, 2, 4, 8, 16, 30, 30, 30, 3.5]
+    slept.clear()
+    with pytest.raises(OSError, match="failed 7 times"):
+        remote.ask("a", fails, remote._START_PATIENCE)
+    assert sum(slept) == 30
+
+
+@pytest.mark.parametrize(("status", "tries"), [(403, 1), (410, 1), (429, 3), (503, 3)])
+def test_a_web_server_that_refuses_is_not_asked_again(status: int, tries: int) -> None:
+    class Answer(Exception):
+        def __init__(self) -> None:
+            self.status = status
+
+    asked: list[int] = []
+
+    def question() -> bytes:
+        asked.append(1)
+        if len(asked) < 3:
+            raise Answer
+        return b"x"
+
+    if tries == 1:
+        with pytest.raises(OSError, match="Answer"):
+            remote.ask("a", question, 1.0)
+    else:
+        assert remote.ask("a", question, 1.0) == b"x"
+    assert len(asked) == tries
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    OddStore.cuts = [300]
+    found = source("odd://bucket/t-00.tar")
+    assert names(found) == names(source(tmp_path / "shards"))[:9] and not found.problems
+    OddStore.cuts = [10]
+    assert found.data(2) == jpeg(2)
+    assert [re.search(r"\d+ of \d+ bytes came", r.getMessage()) is not None for r in caplog.records] == [True, True]
+
+
+def test_no_index_is_kept_of_a_store_that_tells_no_version(store: Any, tmp_path: Path) -> None:
+    OddStore.fault = "no version"
+    assert names(source("odd://bucket/t-00.tar"))[0] == "0.png"
+    store.pipe_file("/bucket/t-00.tar", (tmp_path / "shards/t-01.tar").read_bytes())
+    assert names(source("odd://bucket/t-00.tar"))[0] == "9.png"
 
 
 @pytest.mark.parametrize("fault", ["down", "hangs"])
@@ -189,6 +236,9 @@ def test_a_store_is_not_trusted(store: Any, tmp_path: Path) -> None:
     OddStore.fault = "no size"
     with pytest.raises(UsageError, match=r"t-01\.tar' cannot be read: the store does not tell its size"):
         source("odd://bucket/t-01.tar")
+    OddStore.fault = "no ranges"
+    with pytest.raises(UsageError, match=r"t-01\.tar' cannot be read: the store does not send ranges of it"):
+        source("odd://bucket/t-01.tar")
     OddStore.fault = ""
     store.pipe_file("/bucket/t-02.tar", (tmp_path / "shards/t-02.tar").read_bytes()[:-20_000])
     assert any("is cut" in problem for problem in source("odd://bucket").problems)
@@ -203,12 +253,15 @@ def test_a_store_is_not_trusted(store: Any, tmp_path: Path) -> None:
         ("s3nope://b/{0..1}.tar", "cannot be opened: Protocol not known: s3nope"),
         ("simplecache::memory://bucket", "chains of file systems"),
         ("ftp://me:secret@host/a.tar", r"^data\.root holds a password"),
+        ("https://me:se/secret@host/a.tar", r"^data\.root holds a password"),
+        ("https://host/a.tar?X-Amz-Signature=secret", r"^data\.root holds a password, or a query"),
+        ("https://host:8080/a@secret/gone.txt", "cannot be read|one more package|cannot be opened"),
     ],
 )
 def test_a_place_that_cannot_be_read_is_named(root: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         tar_shards(root)
-    assert "secret" not in str(error.value)
+    assert "secret" not in str(error.value).replace("a@secret", "")
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Files of an object store or web server, read by byte ranges through the package fsspec.
 
 A store that fails for a moment is asked again, as a slow disk is waited for: no image is replaced because of it.
-What it answers is data from elsewhere: no more bytes are taken than were asked for.
+What it answers is data from elsewhere: an answer of another length than was asked for is not used.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from scrl_fast.errors import UsageError
 
 Answer = TypeVar("Answer")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries; doubled from try to try
-_START_PATIENCE, _READ_PATIENCE = 30.0, 3600.0  # seconds of such waits; data.timeout ends a run long before the second
+_START_PATIENCE, _READ_PATIENCE = (
+    30.0,
+    3600.0,
+)  # seconds of such waits; data.timeout ends a run before
 _BLOCK = 1 << 22  # bytes read at a time while a shard is indexed
 _VERSION_FIELDS = (  # of different stores
-    *("ETag", "etag", "md5Hash", "generation"),
-    *("mtime", "LastModified", "last_modified", "updated", "created"),
+    *("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest"),
+    *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
 )
 _FINAL = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(NotImplementedError, ImportError, AttributeError, TypeError, ValueError),
 )
+_PASSING = (408, 425, 429)  # of the answers of a web server that blame the question: too slow, too early, too often
 _log = logging.getLogger("scrl_fast")
 
 
@@ -40,8 +44,11 @@ def store_of(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it. Raises UsageError when there is none to be had."""
     if "::" in url:
         raise UsageError(f"data.root={url!r}: chains of file systems (::) are not read")
-    if re.match(r"[^/]*//[^/@]*:[^/@]*@", url):  # would stand in the log and in config.yaml
-        raise UsageError("data.root holds a password; keys belong in the settings of the store's package")
+    if re.match(r"[^/]*//[^/@]*:(?!\d+/)[^@]*@|https?://[^?]*\?", url):  # would stand in the log and in config.yaml
+        raise UsageError(
+            "data.root holds a password, or a query (?...), which may hold a key; keys belong in the settings of the "
+            "store's package"
+        )
     try:
         from fsspec.core import url_to_fs
     except ImportError:
@@ -57,25 +64,34 @@ def store_of(url: str) -> tuple[Any, str]:
 def ask(what: str, question: Callable[[], Answer], patience: float) -> Answer:
     """The answer of a store; asked again with growing waits while it fails, and each failure is logged.
 
-    patience: seconds of waits after which it is given up. Raises OSError, at once where asking again is of no use.
+    patience: seconds of waits in all. Raises OSError, at once where asking again is of no use.
     """
     wait, left, number = _FIRST_WAIT, patience, 1
     while True:
         try:
             return question()
-        except _FINAL as error:
-            raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
         except Exception as error:  # each store has errors of its own
             why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-            if wait > left:
+            if _is_final(error):
+                raise error if isinstance(error, OSError) else OSError(why) from error
+            if left <= 0:
                 raise OSError(f"the store failed {number} times, the last time with {why}") from error
+        wait = min(wait, left)
         _log.warning("%s: %s; try %d follows in %g s", printable(what), printable(why), number + 1, wait)
         time.sleep(wait)
         wait, left, number = min(2 * wait, _LONGEST_WAIT), left - wait, number + 1
 
 
+def _is_final(error: Exception) -> bool:
+    """Whether a store would answer the same again."""
+    status = getattr(error, "status", None)  # of a web server
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING
+    return refused or isinstance(error, _FINAL)
+
+
 class RemoteFile:
-    """One file of a store. size: bytes. version: a number that changes when the store says that the file did.
+    """One file of a store. size: bytes. version: a number that changes when the store says that the file did, None
+    where it never says so.
 
     Raises FileNotFoundError, or OSError when the store does not answer or does not tell the file's size.
     """
@@ -89,9 +105,11 @@ class RemoteFile:
         size = about.get("size")
         if not isinstance(size, int) or not 0 <= size < 1 << 62:
             raise OSError("the store does not tell its size, so it cannot be read by ranges")
+        if about.get("partial") is False:
+            raise OSError("the store does not send ranges of it")
         self.size = size
         told = "\0".join(f"{name}={about[name]}" for name in _VERSION_FIELDS if name in about)
-        self.version = int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big", signed=True)
+        self.version = int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big", signed=True) if told else None
 
     def read(self, size: int, offset: int) -> bytes:
         """`size` bytes from `offset`, fewer only where the file ends. Raises OSError."""
@@ -128,8 +146,20 @@ class RemoteHandles:
 
 
 def read_range(store: Any, path: str, url: str, size: int, offset: int, patience: float) -> bytes:
-    """A range of a file of a store. Raises OSError, also when the store sends more than was asked for."""
-    data = ask(url, lambda: store.cat_file(path, start=offset, end=offset + size), patience)
+    """A range of a file of a store, shorter where the file has become so.
+
+    An answer that is cut is one to ask again. Raises OSError, also when the store sends more than was asked for.
+    """
+
+    def answer() -> bytes:
+        data: bytes = store.cat_file(path, start=offset, end=offset + size)
+        if len(data) < size:
+            store.invalidate_cache(path)
+            if store.info(path).get("size", 0) >= offset + size:
+                raise ConnectionError(f"{len(data)} of {size} bytes came")
+        return data
+
+    data = ask(url, answer, patience)
     if len(data) > size:
         raise OSError("the store sends whole files instead of the ranges that it is asked for")
     return data

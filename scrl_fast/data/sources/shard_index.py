@@ -88,6 +88,8 @@ def _index_of_file(path: str) -> ShardIndex:
 
 def _index_of_url(url: str) -> ShardIndex:
     file = RemoteFile(url)
+    if file.version is None:  # an index that is kept would outlive its shard
+        return _scan(BlockReader(file).read, file.size)
     stamp = np.array([_VERSION, file.size, file.version], np.int64)
     name = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32] + INDEX_SUFFIX
     return _kept_or_scanned(str(cache_folder() / "shards" / name), stamp, BlockReader(file).read)
