@@ -1,7 +1,8 @@
 """``python -m scrl_fast.export CHECKPOINT --to FORMAT OUT``: the trained encoder for other libraries.
 
 Every file is written under a temporary name, read back, compared tensor by tensor, and only then renamed.
-``OUT.json`` beside it holds the metadata (safetensors, mmdet, ONNX and folders hold it inside as well).
+``OUT.json`` beside it holds the metadata (safetensors, mmdet, ONNX and folders hold it inside as well); beside a ResNet
+for detectron2 or mmdet lie the settings of a detector.
 Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ PROG = "python -m scrl_fast.export"
 FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
 SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"}
 """File suffixes by which readers tell the format."""
+HUB_FOLDER = ("README.md", "config.json", "model.safetensors")
 ONNX_TOLERANCE = 1e-4
 LESS_MEMORY = "lower --size (ONNX), or choose another layout: nothing was written"
 PRIVATE_OPTIONS = (("data", "root"), ("run", "dir"), ("run", "wandb"))
@@ -43,6 +46,7 @@ def export(
     size: int = VIEW_SIZE,
     overwrite: bool = False,
     encoder: Any = None,
+    push: str = "",
 ) -> dict[str, Any]:
     """Write the encoder of ``checkpoint`` (anything that `scrl_fast.weights.read` reads) in the layout ``to``.
 
@@ -52,8 +56,11 @@ def export(
     encoder: a network that is filled with the weights, for a run whose encoder was handed over in Python.
     size: side of the images by which an ONNX graph is traced and checked; it then takes any. In ``hf``'s config.json
         the input size that timm reports.
+    push: of ``hf``, the repository ``OWNER/NAME`` of the Hugging Face hub to which the folder is uploaded; it is made
+        where it does not exist, private.
     Returns the metadata; ``checked`` says how the file was verified.
-    Raises UsageError where the layout has no place for the encoder, and where ``out`` exists without ``overwrite``.
+    Raises UsageError where the layout has no place for the encoder, where ``out`` exists without ``overwrite``, and
+    where the hub refuses; the folder stays then.
     """
     from scrl_fast import weights
 
@@ -62,10 +69,13 @@ def export(
         raise UsageError(f"to={to}: must be one of {', '.join(FORMATS)}")
     check_suffix(to, out)
     check_output(to, out, overwrite)
+    hub = _hub(to, push) if push else None
     if to in ("onnx", "hf") and size < 1:
         raise UsageError(f"size={size}: must be at least 1, the side of an image in pixels")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist")
+    from scrl_fast.weights.detector_configs import resnet_depth
+
     source = weights.read(checkpoint)
     encoder = _encoder_of(source, backbone, "target" if branch == "target" else "online", encoder)
     metadata = describe(source, encoder.name, branch if to != "scrl-reference" else "online and target", to)
@@ -77,7 +87,42 @@ def export(
         _remove(temporary)
     if to != "hf":
         metadata_file(out).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    if depth := resnet_depth(encoder.name):
+        _write_detector_config(to, out, depth, metadata)
+    if hub is not None:
+        metadata["pushed"] = _push(hub, out, push)
     return metadata
+
+
+def _write_detector_config(to: str, out: Path, depth: int, metadata: dict[str, Any]) -> None:
+    from scrl_fast.weights.detector_configs import detectron2_config, mmdet_config
+
+    if path := detector_config_file(to, out):
+        write = detectron2_config if to == "detectron2" else mmdet_config
+        path.write_text(write(out.name, depth, metadata["mean"], metadata["std"]), encoding="utf-8")
+
+
+def _hub(to: str, push: str) -> Any:
+    """The hub's client. Raises UsageError before anything is written."""
+    if to != "hf":
+        raise UsageError(f"push={push}: --to={to} writes no folder for the hub; --to=hf does")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise UsageError(f"push={push}: must be OWNER/NAME")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UsageError(f"push={push} needs huggingface_hub: pip install huggingface_hub") from None
+    return HfApi()
+
+
+def _push(hub: Any, folder: Path, repository: str) -> str:
+    """Uploads the folder's files; returns the address of the commit."""
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=list(HUB_FOLDER)))
+    except Exception as error:  # the network, or the hub's answer: no token, no right, another's name
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"push={repository}: {folder} is written, but the hub did not take it: {why}") from error
 
 
 def _encoder_of(source: Any, backbone: str, branch: Literal["online", "target"], given: Any) -> Any:
@@ -106,9 +151,16 @@ def check_output(to: str, out: Path, overwrite: bool) -> None:
     """Raise UsageError where ``out`` or the metadata file beside it exists and may not, or cannot, be replaced."""
     if out.exists() and out.is_dir() != (to == "hf"):
         raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'a file'}, and --to {to} writes the other")
-    for path in (out,) if to == "hf" else (out, metadata_file(out)):
+    files = (out,) if to == "hf" else (out, metadata_file(out), detector_config_file(to, out))
+    for path in filter(None, files):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists already: choose another name, or --overwrite it")
+
+
+def detector_config_file(to: str, out: Path) -> Path | None:
+    """The settings of a detector beside ``out``; None where the layout is of no detection library."""
+    ending = {"detectron2": "_detectron2.yaml", "mmdet": "_mmdet.py"}.get(to)
+    return out.with_name(out.stem + ending) if ending else None
 
 
 def metadata_file(out: Path) -> Path:
@@ -274,6 +326,9 @@ def _parser() -> CommandParser:
         default=VIEW_SIZE,
         help="image side: onnx is traced with it, hf names it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--push", default="", metavar="OWNER/NAME", help="upload the folder of hf to this repository of the hub"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser
 
@@ -289,6 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(said)
         if "notes" in metadata:
             print(metadata["notes"])
+        if (settings := detector_config_file(args["to"], Path(args["out"]))) and settings.exists():
+            print(f"settings of a detector: {settings}")
+        if "pushed" in metadata:
+            print(f"uploaded: {metadata['pushed']}")
     return 0
 
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 
 from scrl_fast import export, weights
 from scrl_fast.config.schema import load_recipe
 from scrl_fast.errors import UsageError
 from scrl_fast.models import SCRL, build_encoder
+from scrl_fast.weights.detector_configs import detectron2_config, mmdet_config
 from scrl_fast.weights.momentum import momentum_by_name, parameter_order
 
 NAME = "resnet18"
@@ -163,6 +167,60 @@ def test_detectron2_layout(checkpoint, tmp_path, capsys):
     }.items():
         assert np.array_equal(content["model"][theirs], own[ours].numpy()), theirs
     assert "INPUT.FORMAT=RGB" in capsys.readouterr().out
+
+
+def test_settings_of_a_detector_lie_beside_the_file(checkpoint, tmp_path, capsys):
+    run(checkpoint, "detectron2", tmp_path / "r.pkl")
+    settings = yaml.safe_load((tmp_path / "r_detectron2.yaml").read_text())
+    model = settings["MODEL"]
+    assert settings["INPUT"]["FORMAT"] == "RGB" and model["WEIGHTS"] == "r.pkl" and model["BACKBONE"]["FREEZE_AT"] == 0
+    assert (model["RESNETS"]["DEPTH"], model["RESNETS"]["RES2_OUT_CHANNELS"]) == (18, 64)
+    assert model["RESNETS"]["STRIDE_IN_1X1"] is False and model["PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+    assert "r_detectron2.yaml" in capsys.readouterr().out
+    run(checkpoint, "mmdet", tmp_path / "r.pth")
+    names: dict = {}
+    exec((tmp_path / "r_mmdet.py").read_text(), names)  # as mmengine does
+    model = names["model"]
+    assert model["backbone"]["init_cfg"]["checkpoint"] == "{{ fileDirname }}/r.pth"
+    assert (model["backbone"]["depth"], model["neck"]["in_channels"]) == (18, [64, 128, 256, 512])
+    assert model["data_preprocessor"]["std"] == [58.395, 57.12, 57.375] and len(names["_base_"]) == 4
+    assert "RES2_OUT_CHANNELS" not in detectron2_config("r.pkl", 50, (0.5,) * 3, (0.5,) * 3)
+    assert "neck" not in mmdet_config("r.pth", 50, (0.5,) * 3, (0.5,) * 3)
+    (tmp_path / "s_mmdet.py").write_text("mine")
+    with pytest.raises(UsageError, match=r"s_mmdet\.py exists already"):
+        export.export(checkpoint[0], "mmdet", tmp_path / "s.pth")
+    assert (tmp_path / "s_mmdet.py").read_text() == "mine" and not (tmp_path / "s.pth").exists()
+
+
+def test_a_folder_is_uploaded(checkpoint, tmp_path, capsys, monkeypatch):
+    said: list = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            said.append((name, options))
+            if name.endswith("/taken"):
+                raise RuntimeError("403 Forbidden:\n no right to write")
+
+        def upload_folder(self, **options):
+            said.append(options)
+            return "https://hub/commit/1"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Hub))
+    run(checkpoint, "hf", tmp_path / "hub", "--push", "me/encoder")
+    assert said[0] == ("me/encoder", {"private": True, "exist_ok": True})
+    assert said[1]["repo_id"] == "me/encoder" and said[1]["folder_path"] == str(tmp_path / "hub")
+    assert sorted(said[1]["allow_patterns"]) == sorted(path.name for path in (tmp_path / "hub").iterdir())
+    assert "uploaded: https://hub/commit/1" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"hub2 is written, but the hub .*: 403 Forbidden: no right to write"):
+        export.export(checkpoint[0], "hf", tmp_path / "hub2", push="me/taken")
+    with pytest.raises(UsageError, match="push=encoder: must be OWNER/NAME"):
+        export.export(checkpoint[0], "hf", tmp_path / "hub3", push="encoder")
+    with pytest.raises(UsageError, match=r"push=me/a: --to=timm writes no folder"):
+        export.export(checkpoint[0], "timm", tmp_path / "a.pth", push="me/a")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="pip install huggingface_hub"):
+        export.export(checkpoint[0], "hf", tmp_path / "hub3", push="me/a")
+    assert not (tmp_path / "hub3").exists() and not (tmp_path / "a.pth").exists()
 
 
 def blocks(depths, convolutions, shortcuts):
