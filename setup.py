@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+HOME = "https://github.com/scrl-fast/scrl_fast"
 os.chdir(ROOT)
 try:
     import torch
@@ -225,4 +226,17 @@ class SafeBuild(BaseBuild):
             self.extensions = every
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": SafeBuild})
+def long_description() -> str:
+    """The README with whole addresses in its links: on the package index there is no file beside it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = HOME.replace("github.com", "raw.githubusercontent.com")
+    shown = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{files}/main/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{HOME}/blob/main/", shown)
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": SafeBuild},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

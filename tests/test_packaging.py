@@ -95,6 +95,14 @@ def where_kernels_lie(*paths: Path, site: Path | None = None) -> Path:
     return Path(done.stdout.strip())
 
 
+def test_the_readme_of_the_package_index_has_whole_links(unpacked: Path) -> None:
+    text = (unpacked / "PKG-INFO").read_text(encoding="utf-8")
+    links = re.findall(r"\[[^]]*\]\(([^)]*)\)", text)
+    assert len(links) > 30 and all(re.match("https?://|#", link) for link in links), links
+    assert "Description-Content-Type: text/markdown" in text
+    assert any(re.match(r"https://raw\..*/main/docs/pictures/\w+\.png", link) for link in links)
+
+
 def test_kernels_from_a_bare_checkout(checkout: Path) -> None:
     assert where_kernels_lie(checkout) == checkout / "kernels/tensor_lists.py"
 

@@ -34,7 +34,7 @@ def detectron2_config(weights: str, depth: int, mean: Sequence[float], std: Sequ
         "PIXEL_STD": _levels(std),
         "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": 0},
         "RESNETS": resnet,
-        "FPN": {"IN_FEATURES": levels, "NORM": "SyncBN"},
+        "FPN": {"IN_FEATURES": list(levels), "NORM": "SyncBN"},
         "ANCHOR_GENERATOR": {"SIZES": [[32], [64], [128], [256], [512]], "ASPECT_RATIOS": [[0.5, 1.0, 2.0]]},
         "RPN": {
             "IN_FEATURES": pyramid,
