@@ -197,6 +197,23 @@ def test_a_second_ctrl_c_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_ctrl_c_is_answered_at_once_on_a_terminal(monkeypatch):
+    terminal, other = os.openpty()
+    with os.fdopen(other, "w") as stderr, SignalHandler() as stop:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        os.kill(os.getpid(), signal.SIGTERM)  # of a scheduler: nobody waits at a terminal
+        stop.reason = ""
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        answer = " ".join(os.read(terminal, 1000).decode().split())
+        assert answer == "SIGINT: the run stops after this step; once more ends it at once, without saving"
+        monkeypatch.setattr(sys, "stderr", None)
+        stop.reason = ""
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+    os.close(terminal)
+
+
 def test_resume_with_workers_and_twice(tmp_path, whole):
     run(tmp_path, stop_at=1)
     run(tmp_path, resume="auto", stop_at=4)

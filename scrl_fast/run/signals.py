@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -15,6 +17,13 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal,
 HANGUP = getattr(signal, "SIGHUP", None)
 SIGNAL_OF_PEER = "a signal to another process"
 """In place of a signal's name."""
+
+
+def _tell_terminal(line: str) -> None:
+    """Who pressed Ctrl-C sees at once that it was heard. Not by print: the handler may come in the middle of one."""
+    with suppress(OSError, ValueError, AttributeError):  # no terminal any more, or none ever
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
 
 class SignalHandler:
@@ -48,6 +57,8 @@ class SignalHandler:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         impatient = bool(self.reason) and number == signal.SIGINT
+        if number == signal.SIGINT and not impatient and not self.immediate:
+            _tell_terminal("SIGINT: the run stops after this step; once more ends it at once, without saving")
         self.reason = signal.Signals(number).name
         self.request_stop(self.reason)
         if impatient:
