@@ -30,7 +30,6 @@ PUBLISHED_PARTS = {
     "predictor_state_dict": "predictor",
     "evaluator_state_dict": "probe",
 }
-"""The buffer of a BatchNorm that counts batches; some formats leave it out."""
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from scrl_fast.weights.errors import WeightsError
 
 BATCH_COUNTER = "num_batches_tracked"
+"""The buffer of a BatchNorm that counts batches; some formats leave it out."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that are cast to a network's own. Floats of eight bits are quantized: their scale is elsewhere."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -18,10 +18,8 @@ from scrl_fast.errors import UsageError
 
 Answer = TypeVar("Answer")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries; doubled from try to try
-_START_PATIENCE, _READ_PATIENCE = (
-    30.0,
-    3600.0,
-)  # seconds of such waits; data.timeout ends a run before
+_START_PATIENCE = 30.0  # seconds of such waits in all
+_READ_PATIENCE = 3600.0  # data.timeout ends a run before
 _BLOCK = 1 << 22  # bytes read at a time while a shard is indexed
 _VERSION_FIELDS = (  # of different stores
     *("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest"),
