@@ -145,3 +145,27 @@ def test_a_build_without_git_notes_no_commit(tmp_path: Path, monkeypatch: pytest
     assert commit_noted(inside) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit_noted(ROOT) is None
+
+
+@pytest.mark.parametrize("failing", [None, "pytest", "mypy", "wheel"])
+def test_ci_ends_as_its_tools_do(failing: str | None, tmp_path: Path) -> None:
+    """The clean-up once ended a green run with exit status 1; every tool is a stand-in here."""
+    tracked()  # skips where this is no checkout: a distribution has no .ci
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("pip", "ruff", "mypy", "clang-format", "pytest", "git", "python3"):
+        make_environment = 'mkdir -p "$3/bin" && touch "$3/bin/activate"' if name == "python3" else ""
+        (tools / name).write_text(f"#!/bin/sh\n{make_environment or 'true'}\nexit {int(name == failing)}\n")
+        (tools / name).chmod(0o755)
+    for name, text in {
+        ".ci/run": (ROOT / ".ci/run").read_text(),
+        "scripts/check_wheel.sh": f"exit {failing == 'wheel':d}",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("#!/usr/bin/env bash\n" + text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run([tmp_path / ".ci/run"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == int(failing is not None), done.stderr
+    assert not list((tmp_path / "temporary").iterdir())
