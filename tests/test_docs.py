@@ -83,7 +83,7 @@ def test_every_page_is_in_the_site_s_navigation() -> None:
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings")):
-        pytest.skip("no mkdocs (pip install 'scrl-fast[docs]')")
+        pytest.skip("no mkdocs (pip install 'scrl-fast[docs]', from Python 3.11 on)")
     arguments = ["build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run([sys.executable, "-m", "mkdocs", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
