@@ -45,7 +45,7 @@ def test_moving_average_and_lars(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """run(kernel, grid, boxes, size, ...): `pool`, `planes` or `tile`, forward or (with grad) backward."""
+    """run(kernel, grid, boxes, size, ...): `pool`, `staged`, `planes` or `tile`, forward or (with grad) backward."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     program = compiled("roi_align", folder)
 
@@ -99,6 +99,8 @@ CASES = [  # kernel, layout, channels, (h, w), bins, packs
     ("pool", "channels_last", 40, (5, 9), (1, 1), True),
     ("pool", "channels_last", 33, (3, 40), (2, 3), False),
     ("pool", "contiguous", 40, (11, 10), (2, 2), True),
+    ("staged", "channels_last", 296, (9, 21), (7, 7), True),
+    ("staged", "channels_last", 43, (12, 9), (3, 2), False),
     ("planes", "contiguous", 19, (6, 11), (3, 2), False),
     ("planes", "transposed", 5, (6, 4), (1, 1), False),
     ("tile", "channels_last", 264, (7, 7), (1, 1), True),
@@ -157,3 +159,44 @@ def test_sampling_options_and_no_boxes(run: Run) -> None:
         for laid in (map, map.contiguous(memory_format=torch.channels_last)):
             made = run(kernel, laid, boxes[:0], (1, 1), grad=torch.zeros(0, 8, 1, 1), packs=True)
             assert torch.equal(made, torch.zeros_like(map))
+
+
+@pytest.mark.skipif(not COMPILER, reason="no g++")
+@pytest.mark.parametrize("order", ["sorted", "mixed", "backwards"])
+def test_many_boxes_in_any_order(run: Run, order: str) -> None:
+    """More boxes than one word of bits or one warp holds; images without boxes; edges the wrong way round."""
+    map = torch.randn(5, 8, 13, 30, generator=torch.Generator().manual_seed(0))
+    map = map.contiguous(memory_format=torch.channels_last)
+    boxes = some_boxes(90, 3, 13, 30)[4:]
+    boxes[:, 0] *= 2  # none in images 1 and 3
+    boxes[::3, [1, 3]] = boxes[::3, [3, 1]]
+    boxes[::5, [2, 4]] = boxes[::5, [4, 2]]
+    boxes[7, 1:] = torch.tensor([-3e8, -2e8, 3e8, 2.5e8])  # more cells than float32 counts
+    boxes[9, 1] = float("inf")
+    fine = boxes.isfinite().all(1)
+    if order != "mixed":
+        boxes = boxes[torch.where(fine, boxes[:, 0], 9.0).argsort(stable=True, descending=order == "backwards")]
+        fine = boxes.isfinite().all(1)
+    grad = torch.randn(len(boxes), 8, 3, 2, generator=torch.Generator().manual_seed(1))
+    exact_map = map.double().requires_grad_()
+    exact = roi_align_reference(exact_map, boxes[fine].double(), (3, 2), 1 / 32, -1, True)
+    (exact_grad,) = torch.autograd.grad(exact, exact_map, grad[fine].double())
+    for kernel in ("pool", "staged"):
+        made = run(kernel, map, boxes, (3, 2), -1, True, packs=True)
+        assert made[~fine].isnan().all()
+        torch.testing.assert_close(made[fine].double(), exact, rtol=1e-4, atol=1e-4)
+        made = run(kernel, map, boxes, (3, 2), -1, True, grad=grad, packs=True)
+        torch.testing.assert_close(made.double(), exact_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not COMPILER, reason="no g++")
+def test_gradients_have_the_same_bits_in_any_order_of_images(run: Run) -> None:
+    """Boxes of an image keep their order, so its gradient cannot tell whether they came sorted."""
+    map = torch.zeros(3, 8, 12, 10).contiguous(memory_format=torch.channels_last)
+    boxes = some_boxes(50, 3, 12, 10)[4:]
+    grad = torch.randn(len(boxes), 8, 2, 2, generator=torch.Generator().manual_seed(1))
+    order = boxes[:, 0].argsort(stable=True)
+    mixed, sorted = (
+        run("pool", map, b, (2, 2), grad=g, packs=True) for b, g in ((boxes, grad), (boxes[order], grad[order]))
+    )
+    assert torch.equal(mixed, sorted) and sorted.abs().sum() > 0

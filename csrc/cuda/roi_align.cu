@@ -3,11 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "check.h"
 #include "cuda/launch.h"
-#include "cuda/roi_align_kernels.h"
+#include "cuda/roi_align_backward.h"
 #include "cuda/roi_align_tile.h"
 
 namespace scrl::roi {
@@ -50,34 +51,57 @@ Sizes sizes_of(const Tensor& map, const Tensor& pooled, const Tensor& boxes) {
 
 Strides strides_of(const Tensor& map) { return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)}; }
 
-// Memory for a Workspace, and the weights in it. The tensor must live until the last kernel is launched.
+constexpr int64_t kMostBytes = int64_t{1} << 50;
+
+// One piece of memory, cut up.
+class Pieces {
+ public:
+  int64_t reserve(const char* what, std::initializer_list<int64_t> sizes) {
+    const int64_t begin = bytes_;
+    bytes_ += (checked_product(what, kMostBytes, sizes) + 255) / 256 * 256;
+    return begin;
+  }
+  // It must live until the last kernel is launched.
+  Tensor make(const Tensor& like) {
+    Tensor memory = torch::stable::new_empty(like, {bytes_}, ScalarType::Byte);
+    begin_ = static_cast<char*>(memory.mutable_data_ptr());
+    return memory;
+  }
+  template <class T>
+  T* at(int64_t place) const {
+    return reinterpret_cast<T*>(begin_ + place);
+  }
+
+ private:
+  int64_t bytes_ = 0;
+  char* begin_ = nullptr;
+};
+
+// A Workspace, and the weights in it.
 template <class R>
 Tensor make_weights(const Tensor& boxes, const Sizes& s, double scale, int64_t sampling_ratio, bool aligned,
                     Workspace<R>& w) {
-  int64_t bytes = 0;
-  const auto reserve = [&](int64_t size) {
-    const int64_t begin = bytes;
-    bytes += (size + 255) / 256 * 256;
-    return begin;
-  };
-  const int64_t rows = int64_t{s.count} * s.pooled_height, columns = int64_t{s.count} * s.pooled_width;
-  constexpr int64_t most = int64_t{1} << 50, real = sizeof(R);
+  constexpr int64_t real = sizeof(R), integer = sizeof(int), bin = sizeof(Bin);
+  const char* what = "roi_align: weights";
+  w.y.size = s.height, w.y.bins_a_box = s.pooled_height;
+  w.x.size = s.width, w.x.bins_a_box = s.pooled_width;
+  Pieces pieces;
   const int64_t at[] = {
-      reserve(checked_product("roi_align: weights", most, {rows, s.height, real})),
-      reserve(checked_product("roi_align: weights", most, {columns, s.width, real})),
-      reserve(rows * sizeof(Range)),
-      reserve(columns * sizeof(Range)),
-      reserve(s.count * sizeof(int)),
-      reserve(s.count * sizeof(int)),
-      reserve((s.images + 1) * sizeof(int)),
+      pieces.reserve(what, {s.count, w.y.strip_length(), real}),
+      pieces.reserve(what, {s.count, w.x.strip_length(), real}),
+      pieces.reserve(what, {s.count, s.pooled_height, bin}),
+      pieces.reserve(what, {s.count, s.pooled_width, bin}),
+      pieces.reserve(what, {s.count, integer}),
+      pieces.reserve(what, {s.count, integer}),
+      pieces.reserve(what, {s.images + int64_t{1}, integer}),
+      pieces.reserve(what, {integer}),
   };
   STD_TORCH_CHECK(sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most ", kMostSamples);
-  Tensor memory = torch::stable::new_empty(boxes, {bytes}, ScalarType::Byte);
-  char* begin = static_cast<char*>(memory.mutable_data_ptr());
-  w = {reinterpret_cast<R*>(begin + at[0]),     reinterpret_cast<R*>(begin + at[1]),
-       reinterpret_cast<Range*>(begin + at[2]), reinterpret_cast<Range*>(begin + at[3]),
-       reinterpret_cast<int*>(begin + at[4]),   reinterpret_cast<int*>(begin + at[5]),
-       reinterpret_cast<int*>(begin + at[6])};
+  Tensor memory = pieces.make(boxes);
+  w.y.strips = pieces.at<R>(at[0]), w.x.strips = pieces.at<R>(at[1]);
+  w.y.bins = pieces.at<Bin>(at[2]), w.x.bins = pieces.at<Bin>(at[3]);
+  w.image = pieces.at<int>(at[4]), w.order = pieces.at<int>(at[5]), w.first = pieces.at<int>(at[6]);
+  w.unsorted = pieces.at<int>(at[7]);
   if (s.count > 0) {
     box_weights<R><<<as_grid(box_weights_blocks(s, 128)), 128, 0, scrl::cuda::stream_of(boxes)>>>(
         boxes.const_data_ptr<R>(), w, s, static_cast<R>(scale), sampling_ratio, aligned);
@@ -107,7 +131,8 @@ void by_width(bool packs, const Run& run) {
 
 template <class R>
 void group(const Workspace<R>& w, const Sizes& s, cudaStream_t stream) {
-  group_by_image<R><<<s.images + 1, kWarp * kWarps, 0, stream>>>(w, s.images, s.count);
+  take_order<R><<<as_grid(take_order_blocks(s, 128)), 128, 0, stream>>>(w, s.images, s.count);
+  if (s.count > 0) group_by_image<R><<<s.images + 1, kWarp * kWarps, 0, stream>>>(w, s.images, s.count);
   scrl::cuda::check_launch("roi_align");
 }
 
@@ -121,8 +146,13 @@ void launch_pool_tile(const T* map, const Strides& stride, const Workspace<accum
 template <class T, int V>
 void launch_pool(const T* map, const Strides& stride, const Workspace<accumulate_t<T>>& w, T* out, const Sizes& s,
                  cudaStream_t stream) {
-  const unsigned blocks = as_grid(pool_blocks<V>(s));
-  pool<T, V><<<blocks, kWarp * kWarps, 0, stream>>>(map, stride, w, out, s);
+  if (can_be_staged<T, V>(s)) {
+    const unsigned blocks = as_grid(pool_staged_blocks<V>(s));
+    pool_staged<T, V><<<blocks, kWarp * kWarps, staged_bytes<T, V>(s), stream>>>(map, stride, w, out, s);
+  } else {
+    const unsigned blocks = as_grid(pool_blocks<V>(s));
+    pool<T, V><<<blocks, kWarp * kWarps, 0, stream>>>(map, stride, w, out, s);
+  }
 }
 
 template <class T>
@@ -168,11 +198,27 @@ void launch_tile_backward(const T* grad, const Workspace<accumulate_t<T>>& w, T*
   pool_tile_backward<T, V, planes><<<blocks, kWarp * kTileWarps, bytes, stream>>>(grad, w, out, stride, s, table);
 }
 
+template <class R>
+Tensor make_reach(const Tensor& boxes, const Workspace<R>& w, const Sizes& s, cudaStream_t stream, Reach& reach) {
+  constexpr int64_t word = sizeof(unsigned);
+  reach.words = Reach::words_of(s);
+  Pieces pieces;
+  const int64_t rows = pieces.reserve("roi_align: rows of boxes", {s.height, reach.words, word});
+  const int64_t columns = pieces.reserve("roi_align: columns of boxes", {Reach::tiles_of(s), reach.words, word});
+  Tensor memory = pieces.make(boxes);
+  reach.rows = pieces.at<unsigned>(rows), reach.columns = pieces.at<unsigned>(columns);
+  mark_reach<R><<<as_grid(mark_reach_blocks(s)), kWarp * kWarps, 0, stream>>>(w, reach, s);
+  scrl::cuda::check_launch("roi_align_backward");
+  return memory;
+}
+
 template <class T, int V>
 void launch_backward(const T* grad, const Workspace<accumulate_t<T>>& w, T* out, const Strides& stride, const Sizes& s,
-                     cudaStream_t stream) {
+                     const Tensor& boxes, cudaStream_t stream) {
+  Reach reach;
+  const Tensor memory = make_reach(boxes, w, s, stream, reach);
   const unsigned blocks = as_grid(pool_backward_blocks<V>(s));
-  pool_backward<T, V><<<blocks, kWarp * kWarps, 0, stream>>>(grad, w, out, stride, s);
+  pool_backward<T, V><<<blocks, kWarp * kWarps, 0, stream>>>(grad, w, reach, out, stride, s);
 }
 
 // grad: [K, C, h, w] with the channels of a bin side by side.
@@ -191,7 +237,7 @@ void backward(const Tensor& grad, const Tensor& boxes, double scale, int64_t sam
   T* to = static_cast<T*>(out.mutable_data_ptr());
   by_width<T>(in_packs<T>(from, s) && in_packs<T>(to, s, stride), [&](auto v) {
     if (!fits_a_tile(s, stride))
-      launch_backward<T, v>(from, w, to, stride, s, stream);
+      launch_backward<T, v>(from, w, to, stride, s, boxes, stream);
     else if (stride.channel == 1)
       launch_tile_backward<T, v, false>(from, w, to, stride, s, stream);
     else

@@ -8,8 +8,6 @@ namespace scrl::roi {
 constexpr int kTileWarps = 4;   // a block; 25 KB for 7 x 7 cells: eight of them on an H100
 constexpr int kTileCells = 95;  // at most 48 KB a block
 
-extern __shared__ uint4 tile_memory[];  // dynamic, 16 bytes aligned
-
 // One image after the other, without gaps between its channels.
 inline bool dense_planes(const Sizes& s, const Strides& stride) {
   return stride.column == 1 && stride.row == s.width && stride.channel == int64_t{s.height} * s.width;
@@ -104,11 +102,10 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
   for (int pair = static_cast<int>(threadIdx.x) / kWarp; pair < pairs; pair += kTileWarps) {
     const int64_t k = w.order[first + pair / bins];
     const int bin = pair % bins, p = bin / s.pooled_width, q = bin % s.pooled_width;
-    const Range rows = w.y_range[k * s.pooled_height + p], columns = w.x_range[k * s.pooled_width + q];
-    const R *y = w.y + (k * s.pooled_height + p) * s.height, *x = w.x + (k * s.pooled_width + q) * s.width;
+    const BinWeights<R> y = w.y.of(k, p), x = w.x.of(k, q);
     R sum[V] = {};
-    for (int i = rows.begin; i < rows.end; ++i) {
-      for (int j = columns.begin; j < columns.end; ++j) {
+    for (int i = y.begin; i < y.end; ++i) {
+      for (int j = x.begin; j < x.end; ++j) {
         const R weight = y[i] * x[j];
         if (weight == R(0)) continue;
         const int cell = i * s.width + j;
@@ -121,10 +118,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
       }
     }
     T* to = out + (k * s.channels + first_channel) * bins + bin;
-    Pack<T, V> result;
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      result.values[v] = narrow<T>(n < s.images ? sum[v] : std::numeric_limits<R>::quiet_NaN());
+    const auto result = narrowed<T, V>(sum, n < s.images);
     if (!planes && bins == 1) {
       if (lane * V < tile.channels) scrl::cuda::store_global(to + lane * V, result);
     } else {
@@ -185,26 +179,18 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
   out += n * stride.image + first_channel * stride.channel;
 
   const auto box_of = [&](int pair) { return w.order[first + pair / bins]; };
-  const auto y_bin = [&](int k, int bin) { return k * s.pooled_height + bin / s.pooled_width; };
-  const auto x_bin = [&](int k, int bin) { return k * s.pooled_width + bin % s.pooled_width; };
+  const auto y_of = [&](int k, int bin) { return w.y.of(k, bin / s.pooled_width); };
+  const auto x_of = [&](int k, int bin) { return w.x.of(k, bin % s.pooled_width); };
   const int tile_end = planes ? kWarp * V * static_cast<int>(sizeof(T)) * tile.pitch : 0;
   const BinTable<R> table(s, reinterpret_cast<char*>(tile_memory) + tile_end, table_capacity);
   for (int base = 0; base < in_table; base += kWarp) {
     const int pair = base + lane;
-    int k = 0, p = 0, q = 0;
-    Range rows{0, 0}, columns{0, 0};  // of pairs beyond the last one too: no weight
-    if (pair < pairs) {
-      k = box_of(pair), p = y_bin(k, pair % bins), q = x_bin(k, pair % bins);
-      rows = w.y_range[p], columns = w.x_range[q];
-    }
+    int k = 0;
+    BinWeights<R> y{nullptr, 0, 0}, x{nullptr, 0, 0};  // of pairs beyond the last one too: no weight
+    if (pair < pairs) k = box_of(pair), y = y_of(k, pair % bins), x = x_of(k, pair % bins);
     if (warp == 0) table.grad_rows[pair] = k * bins + pair % bins;
-    for (int a = warp; a < s.height + s.width; a += kTileWarps) {
-      const int j = a - s.height;
-      R weight = 0;
-      if (a >= rows.begin && a < rows.end) weight = w.y[int64_t{p} * s.height + a];
-      if (j >= columns.begin && j < columns.end) weight = w.x[int64_t{q} * s.width + j];
-      table.weights[a * table_capacity + pair] = weight;
-    }
+    for (int a = warp; a < s.height + s.width; a += kTileWarps)
+      table.weights[a * table_capacity + pair] = a < s.height ? y.at(a) : x.at(a - s.height);
   }
   __syncthreads();
 
@@ -220,11 +206,9 @@ __global__ void __launch_bounds__(kWarp* kTileWarps, 6)
         weight = of_pair[i * table_capacity] * of_pair[(s.height + j) * table_capacity];
         row = table.grad_rows[pair];
       } else if (pair < pairs) {
-        const int k = box_of(pair), p = y_bin(k, pair % bins), q = x_bin(k, pair % bins);
-        const Range rows = w.y_range[p], columns = w.x_range[q];
+        const int k = box_of(pair);
         row = k * bins + pair % bins;
-        if (i >= rows.begin && i < rows.end && j >= columns.begin && j < columns.end)
-          weight = w.y[int64_t{p} * s.height + i] * w.x[int64_t{q} * s.width + j];
+        weight = y_of(k, pair % bins).at(i) * x_of(k, pair % bins).at(j);
       }
       const auto values_of = [&](int source) {
         return scrl::cuda::load_read_only<V>(grad + int64_t{__shfl_sync(kAll, row, source)} * s.channels);

@@ -3,7 +3,7 @@
 #include <fstream>
 #include <string>
 
-#include "cuda/roi_align_kernels.h"
+#include "cuda/roi_align_backward.h"
 #include "cuda/roi_align_tile.h"
 
 namespace scrl::roi {
@@ -29,6 +29,8 @@ template <class T, int V, class R>
 void forward(const std::string& kernel, const T* map, const Strides& stride, const Workspace<R>& w, T* out,
              const Sizes& s) {
   if (kernel == "pool") return launch(pool_blocks<V>(s), kWarp * kWarps, [&] { pool<T, V>(map, stride, w, out, s); });
+  if (kernel == "staged")
+    return launch(pool_staged_blocks<V>(s), kWarp * kWarps, [&] { pool_staged<T, V>(map, stride, w, out, s); });
   if (kernel == "planes")
     return launch(pool_planes_blocks(s), kWarp * kWarps, [&] { pool_planes<T>(map, stride, w, out, s); });
   if (stride.channel == 1)
@@ -40,9 +42,13 @@ void forward(const std::string& kernel, const T* map, const Strides& stride, con
 template <class T, int V, class R>
 void backward(const std::string& kernel, const T* grad, const Strides& stride, const Workspace<R>& w, T* out,
               const Sizes& s) {
-  if (kernel == "pool")
-    launch(pool_backward_blocks<V>(s), kWarp * kWarps, [&] { pool_backward<T, V>(grad, w, out, stride, s); });
-  else if (stride.channel == 1)
+  if (kernel == "pool" || kernel == "staged") {
+    Reach reach{nullptr, nullptr, Reach::words_of(s)};
+    std::vector<unsigned> rows(s.height * reach.words, ~0u), columns(Reach::tiles_of(s) * reach.words, ~0u);
+    reach.rows = rows.data(), reach.columns = columns.data();
+    launch(mark_reach_blocks(s), kWarp * kWarps, [&] { mark_reach<R>(w, reach, s); });
+    launch(pool_backward_blocks<V>(s), kWarp * kWarps, [&] { pool_backward<T, V>(grad, w, reach, out, stride, s); });
+  } else if (stride.channel == 1)
     launch(pool_tile_backward_blocks<V>(s), kWarp * kTileWarps,
            [&] { pool_tile_backward<T, V, false>(grad, w, out, stride, s, bins_in_table<T, V, false>(s)); });
   else
@@ -64,13 +70,17 @@ void run(const std::string& kernel, const Case& c, std::istream& in, std::ostrea
   std::vector<T> to(c.backward ? c.map_elements : pooled);
   std::memset(to.data(), 0xff, to.size() * sizeof(T));  // NaN
 
-  std::vector<R> y(c.count * c.pooled_height * c.height, NAN), x(c.count * c.pooled_width * c.width, NAN);
-  std::vector<Range> y_range(c.count * c.pooled_height), x_range(c.count * c.pooled_width);
+  Workspace<R> w{{nullptr, nullptr, s.height, s.pooled_height}, {nullptr, nullptr, s.width, s.pooled_width}};
+  std::vector<R> y(c.count * w.y.strip_length(), NAN), x(c.count * w.x.strip_length(), NAN);
+  std::vector<Bin> y_bins(c.count * c.pooled_height), x_bins(c.count * c.pooled_width);
   std::vector<int> image(c.count), order(c.count, -1), first(c.images + 1);
-  const Workspace<R> w{y.data(), x.data(), y_range.data(), x_range.data(), image.data(), order.data(), first.data()};
+  int unsorted = 0;
+  w.y.strips = y.data(), w.x.strips = x.data(), w.y.bins = y_bins.data(), w.x.bins = x_bins.data();
+  w.image = image.data(), w.order = order.data(), w.first = first.data(), w.unsorted = &unsorted;
   launch(box_weights_blocks(s, 128), 128,
          [&] { box_weights<R>(boxes.data(), w, s, static_cast<R>(c.scale), c.sampling_ratio, c.aligned != 0); });
-  launch(c.images + 1, kWarp * kWarps, [&] { group_by_image<R>(w, s.images, s.count); });
+  launch(take_order_blocks(s, 128), 128, [&] { take_order<R>(w, s.images, s.count); });
+  if (s.count > 0) launch(c.images + 1, kWarp * kWarps, [&] { group_by_image<R>(w, s.images, s.count); });
   std::memset(tile_memory, 0xff, sizeof(tile_memory));
   constexpr int V = kPack<T>;
   if (c.backward)
