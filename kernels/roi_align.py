@@ -205,7 +205,8 @@ def pool_backward(
                         weight_x = tl.load(x_ptr + (k * pooled_width + q) * width + j, in_map, other=0.0)
                         grad = grad_ptr + ((k * channels + channel) * pooled_height + p) * pooled_width + q
                         g = tl.load(grad, channel < channels, other=0.0).to(real)
-                        total += (weight_y * weight_x)[:, None] * g[None, :]
+                        weight = (weight_y * weight_x)[:, None]  # 0 x inf is no part of a cell's sum
+                        total += tl.where(weight != 0, weight * g[None, :], 0.0)
     out = out_ptr + n * image_stride + channel[None, :] * channel_stride
     out += i.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[:, None] * column_stride
     tl.store(out, total.to(out_ptr.dtype.element_ty), in_map[:, None] & (channel < channels)[None, :])
