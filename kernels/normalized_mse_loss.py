@@ -1,4 +1,8 @@
-"""Triton form of `normalized_mse_loss` and `two_view_loss`: one launch over the rows, one to add up their sums."""
+"""Triton form of `normalized_mse_loss` and `two_view_loss`: one launch.
+
+Each program stores the sum of its rows. The one that finishes last adds up these sums, in their order whichever program
+it is. An atomic counter tells it that it is the last; no number is added atomically.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,23 @@ from torch import Tensor
 
 WHOLE_ROW = 4096  # columns up to which a row's piece stays in registers between its dot products and its gradient
 TILE = 2048  # elements of each operand a program holds: 16 a thread, two 16-byte loads in bfloat16
+SUMS = 1024  # of programs that the last one adds up together
+
+
+@triton.jit
+def add_up(sums_ptr, total_ptr, arrived_ptr, total, SUMS: tl.constexpr):
+    """Stores this program's total in sums [programs]; the last program to do so writes the sum of all to total [1], and
+    arrived [1] back to the 0 that it was."""
+    programs = tl.num_programs(0)
+    tl.store(sums_ptr + tl.program_id(0), total)
+    tl.debug_barrier()  # the thread that counts must not overtake the one that stores
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        place = tl.arange(0, SUMS)
+        sums = tl.zeros([SUMS], total.dtype)
+        for start in range(0, programs, SUMS):
+            sums += tl.load(sums_ptr + start + place, start + place < programs, other=0.0, cache_modifier=".cg")
+        tl.store(total_ptr, tl.sum(sums, 0))
+        tl.store(arrived_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "shift", "divisor", "gradient_divisor"])  # vary from step to step
@@ -16,6 +37,8 @@ def row_losses(
     input_ptr,
     target_ptr,
     loss_ptr,
+    sums_ptr,
+    arrived_ptr,
     grad_input_ptr,
     grad_target_ptr,
     rows,
@@ -32,15 +55,16 @@ def row_losses(
     GRAD_INPUT: tl.constexpr,
     GRAD_TARGET: tl.constexpr,
     WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """input, target [rows, columns] with rows input_stride and target_stride apart -> loss [programs] to reduce, else
-    [rows]; grad_input, grad_target [rows, columns] dense, where wanted.
+    """input, target [rows, columns] with rows input_stride and target_stride apart -> loss [1] to reduce, else [rows];
+    grad_input, grad_target [rows, columns] dense, where wanted. sums [programs], arrived [1] of 0: for the sum.
 
     With x^ = x / max(|x|, eps), t^ likewise:  loss = 2 - 2 x^.t^,
     d/dx = across t + from_input x,  d/dt = across x + from_target t,
     across = -2 / (max(|x|, eps) max(|t|, eps)),  from_input = 2 x^.t^ / |x|^2, or 0 where |x| < eps.
 
-    Row i of input meets row (i + shift) % rows of target. A program owns ROWS rows; to reduce, it stores their sum.
+    Row i of input meets row (i + shift) % rows of target. A program owns ROWS rows.
     """
     real = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -79,9 +103,7 @@ def row_losses(
     across = x_inverse * t_inverse
     cosine = xt * across
     loss = 2.0 - 2.0 * cosine
-    if REDUCE:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(row < rows, loss, 0.0) / divisor, 0))
-    else:
+    if not REDUCE:
         tl.store(loss_ptr + row, loss, row < rows)
 
     if GRAD_INPUT or GRAD_TARGET:
@@ -108,6 +130,8 @@ def row_losses(
                     tl.store(
                         t_out + start + column, (p * x + from_target * t).to(grad_target_ptr.dtype.element_ty), mask
                     )
+    if REDUCE:  # last, when the rows' registers are free
+        add_up(sums_ptr, loss_ptr, arrived_ptr, tl.sum(tl.where(row < rows, loss, 0.0) / divisor, 0), SUMS)
 
 
 def normalized_mse_loss(
@@ -121,15 +145,18 @@ def normalized_mse_loss(
     block_columns = min(triton.next_power_of_2(max(columns, 1)), WHOLE_ROW)
     block_rows = max(TILE // block_columns, 1)
     programs = triton.cdiv(rows, block_rows)
-    losses = input.new_empty(programs if reduction else rows, dtype=wide)
+    loss = input.new_empty(() if reduction else rows, dtype=wide)
+    sums = input.new_empty(programs if reduction else 0, dtype=wide)
     grads = [input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target)]
     if not rows:
-        return losses.sum() if reduction else losses, grads[0], grads[1]
+        return loss.zero_(), grads[0], grads[1]
     with torch.cuda.device_of(input):  # Triton launches on the current device
         row_losses[(programs,)](
             input,
             target,
-            losses,
+            loss,
+            sums,
+            _arrived(input) if reduction else sums,
             *grads,
             rows,
             columns,
@@ -146,6 +173,24 @@ def normalized_mse_loss(
             GRAD_TARGET=grad_target,
             WIDE=input.dtype is torch.float64,
             num_warps=4 if block_rows * block_columns <= TILE else 8,
+            SUMS=SUMS,
             enable_fp_fusion=True,
         )
-    return losses.sum() if reduction else losses, grads[0], grads[1]
+    return loss, grads[0], grads[1]
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrived(input: Tensor) -> Tensor:
+    """The counter of the current stream, whose launches follow each other: int32 [1], 0 between them.
+
+    A CUDA graph gets its own, which it sets to 0 itself: its replays may run on any stream.
+    """
+    if input.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=input.device)
+    stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
+    place = input.device, stream
+    if place not in _COUNTERS:
+        _COUNTERS[place] = torch.zeros(1, dtype=torch.int32, device=input.device)
+    return _COUNTERS[place]

@@ -13,6 +13,8 @@ def kernel(dtype: str, columns: int, grad_target: bool = False) -> Kernel:
         "input_ptr": dtype,
         "target_ptr": dtype,
         "loss_ptr": wide,
+        "sums_ptr": wide,
+        "arrived_ptr": "*i32",
         "grad_input_ptr": dtype,
         "grad_target_ptr": dtype,
     }
@@ -24,7 +26,7 @@ def kernel(dtype: str, columns: int, grad_target: bool = False) -> Kernel:
         "scrl_fast.kernels.normalized_mse_loss:row_losses",
         pointers | sizes,
         {"ROWS": max(2048 // tile, 1), "COLUMNS": tile, "ONE_TILE": columns <= tile, "REDUCE": True, "GRAD_INPUT": True}
-        | {"GRAD_TARGET": grad_target, "WIDE": dtype == "*fp64"},
+        | {"GRAD_TARGET": grad_target, "WIDE": dtype == "*fp64", "SUMS": 1024},
         divisible_by_16=(*pointers, "columns", "input_stride", "target_stride"),
         num_warps=4 if tile <= 2048 else 8,
     )
@@ -40,3 +42,6 @@ def test_compiles_for_gpus_that_are_not_here() -> None:
         assert made.registers <= (176 if case[1] == "*fp64" else 80), (case, made)
         assert made.shared_bytes <= 256, (case, made)
         assert re.search(r"ld\.global\S*\.v[24]", made.ptx), f"{case}: loads are narrower than 16 bytes"
+        atomics = re.findall(r"\b(?:atom|red)\.global\S*", made.ptx)
+        assert len(atomics) == 1 and "acq_rel" in atomics[0], f"{case}: {atomics}, one counter and no sum"
+        assert re.search(r"\.u32|\.s32", atomics[0]), (case, atomics)
