@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scrl_fast.config.schema import ViewsConfig
+from scrl_fast.data.pinned import RING
 from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.view_table import PackedImages
 
@@ -42,9 +43,12 @@ class Batch:
         there = all(_is(tensor.device, device) for tensor in (self.views, self.labels, *(self.boxes or ())))
         if there and self.views.is_contiguous(memory_format=layout):
             return self  # each operation would let go of the interpreter, and have to wait until a loader's thread does
+        views = self.views.to(device, non_blocking=True)
+        if views.is_cuda:
+            RING.copied(self.views)
         return replace(
             self,
-            views=self.views.to(device, non_blocking=True).contiguous(memory_format=layout),
+            views=views.contiguous(memory_format=layout),
             boxes=each_of(self.boxes, lambda boxes: boxes.to(device, non_blocking=True)),
             labels=self.labels.to(device, non_blocking=True),
         )
@@ -73,6 +77,8 @@ class PackedBatch:
     ) -> Batch:
         """The batch on a device, its views made there: uint8 `[bytes]` cross the bus, and nothing is waited for."""
         images = self.images.to(device)
+        if images.device.type == "cuda" and isinstance(self.images.buffer, Tensor):
+            RING.copied(self.images.buffer)
         if isinstance(images.buffer, Tensor) and images.buffer.is_cuda:  # decoded there, on another stream
             images.buffer.record_stream(torch.cuda.current_stream(images.device))
         made = augment_views(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scrl_fast.config.schema import Config
+from scrl_fast.data import pinned
 from scrl_fast.data.batch import Batch, PackedBatch, each_of
 from scrl_fast.data.gpu import cut_to_views, decode_on_gpu, pack_regions
 from scrl_fast.data.image_files import Reservation
@@ -64,12 +65,8 @@ class BatchBuilder:
     def _empty_views(self) -> Tensor:
         config, count = self._spec.config, len(self._keys)
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        return torch.empty(
-            (2 * count, 3, config.views.size, config.views.size),
-            dtype=self._spec.dtype,
-            pin_memory=self._spec.pin_memory,
-            memory_format=layout,
-        )
+        shape = 2 * count, 3, config.views.size, config.views.size
+        return pinned.empty(shape, pin_memory=self._spec.pin_memory, dtype=self._spec.dtype, memory_format=layout)
 
     def _make(self, part: int) -> None:
         reader, epoch = self._spec.reader, self.place[0]

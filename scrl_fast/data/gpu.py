@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from scrl_fast.config.schema import DataConfig
+from scrl_fast.data import pinned
 from scrl_fast.data.decode import Encoded
 from scrl_fast.errors import UsageError
 from scrl_fast.ops.backends import triton_failure
@@ -63,9 +64,10 @@ def pack_regions(
     offsets = np.cumsum(sizes) - sizes
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     with _beside_training(gpu):
-        place_of_all = None if on_host else gpu
-        pinned = pin_memory and place_of_all is None
-        buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=place_of_all, pin_memory=pinned)
+        if gpu is None or on_host:
+            buffer = pinned.empty([int(sizes.sum())], dtype=torch.uint8, pin_memory=pin_memory)
+        else:
+            buffer = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=gpu)
         for image, start, size in zip(images, offsets, sizes, strict=True):
             place = buffer[start : start + size].view(image.shape)
             if isinstance(image, Tensor) or buffer.is_cuda:

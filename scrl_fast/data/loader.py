@@ -24,6 +24,7 @@ from scrl_fast.data.bad_images import BadFiles
 from scrl_fast.data.batch import Batch, PackedBatch
 from scrl_fast.data.batch_builder import BatchBuilder, BatchSpec
 from scrl_fast.data.crash_trace import Trace
+from scrl_fast.data.pinned import RING
 from scrl_fast.data.prefetch import PrefetchQueue
 from scrl_fast.data.reader import Reader
 from scrl_fast.data.sources.base import Source
@@ -140,6 +141,8 @@ class Loader:
         """End the threads. The loader cannot be used after it."""
         self._ahead.cancel()
         self._workers.stop()
+        if self._spec.pin_memory:
+            RING.release()
 
     def _fill_up(self, epoch: int, number: int) -> None:
         """Keep the wanted batch and the `prefetch` after it in the making, into the next epoch, not past the last step.

@@ -62,7 +62,7 @@ def _one_ahead(
     """Batches moved on `stream`, the next one begun before each is handed over.
 
     The consumer's stream waits for the event of its batch, the CPU for nothing. Pinned memory that a copy still reads
-    is kept by PyTorch's host allocator.
+    is kept by `PinnedRing` and PyTorch's host allocator.
     """
 
     def begin() -> tuple[Batch, torch.cuda.Event] | None:
