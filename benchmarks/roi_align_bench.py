@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import harness
 import torch
+from timing import Call
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
@@ -46,6 +48,25 @@ def providers(device: str, dtype: torch.dtype, deterministic: bool) -> dict[str,
     return {**ours, **theirs}
 
 
+MATMUL = "scrl_fast/triton-matmul"
+
+
+def matmul_form(map: Tensor, grad: Tensor, rows: Tensor, options: tuple[Any, ...]) -> tuple[Call, Call] | None:
+    """Forward and backward of the matrix-product form, which `roi_align` does not choose; None where it takes no such
+    map."""
+    if not map.is_cuda or backends.triton_failure("cuda"):
+        return None
+    from scrl_fast.kernels import roi_align_matmul as form
+
+    bins, *rest = options
+    if form.failure(map):
+        return None
+    return (
+        lambda *_: form.roi_align(map, rows, rest[0], bins, bins, *rest[1:]),
+        lambda: (form.roi_align_backward(grad, rows, *rest, tuple(map.shape)),),
+    )
+
+
 def into(out: Tensor, grad: Tensor, rows: Tensor, scale: float, ratio: int) -> Callable[[], object]:
     """The backward pass into memory that is there already, as a training loop's allocator has it on a GPU."""
     return lambda: torch.ops.scrl_fast.roi_align_backward_out(grad, rows, scale, ratio, False, out)
@@ -62,6 +83,13 @@ def deterministically(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def check_close(made: Tensor, exact: Tensor, cells: int) -> None:
+    """Positions of up to so many cells in float32, then one rounding to the dtype."""
+    single = 4 * cells * torch.finfo(torch.float32).eps
+    own = 0.0 if made.dtype is torch.float64 else torch.finfo(made.dtype).eps
+    torch.testing.assert_close(made.double(), exact, rtol=own + 1e-12, atol=single * float(exact.abs().max()))
+
+
 def case(
     bench: harness.Bench, label: str, shape: tuple[int, ...], boxes: int, bins: int, layout: str, ratio: int = -1
 ) -> None:
@@ -76,14 +104,7 @@ def case(
     forms = providers(bench.device.type, bench.dtype, bench.args.deterministic)
     cotangent = torch.randn(boxes, channels, bins, bins, device=bench.device, dtype=bench.dtype, generator=generator)
     options = (bins, scale, ratio, False)
-
-    # Positions of up to `height` or `width` cells in float32, then one rounding to the dtype.
-    single = 4 * max(height, width) * torch.finfo(torch.float32).eps
-    own = 0.0 if bench.dtype is torch.float64 else torch.finfo(bench.dtype).eps
-
-    def close(made: Tensor, exact: Tensor) -> None:
-        most = float(exact.abs().max())
-        torch.testing.assert_close(made.double(), exact, rtol=own + 1e-12, atol=single * most)
+    matmul = matmul_form(input, cotangent, rows, options)
 
     @functools.cache
     def exact_forward() -> Tensor:
@@ -97,12 +118,14 @@ def case(
 
     def agree(name: str) -> None:
         """One provider, every box, against torchvision in float64."""
-        close(forms[name](input, rows, *options), exact_forward())
+        check_close(forms[name](input, rows, *options), exact_forward(), max(height, width))
 
     def gradients_agree(name: str) -> None:
         result = backward[name]()
-        close(reused if result is None else result[0], exact_backward())
+        check_close(reused if result is None else result[0], exact_backward(), max(height, width))
 
+    if matmul:
+        forms[MATMUL] = matmul[0]
     moved = (input.numel() + cotangent.numel()) * input.element_size()
     parameters = {
         "images": images,
@@ -114,10 +137,12 @@ def case(
     name = harness.case_name(f"{label} forward {layout}", **parameters)
     bench.case(name, {k: lambda f=f: f(input, rows, *options) for k, f in forms.items()}, bytes=moved, items=boxes,
                check_each=agree, wall=label == "call")  # fmt: skip
-    graphs = {k: f(wanted, rows, *options) for k, f in forms.items()}
+    graphs = {k: f(wanted, rows, *options) for k, f in forms.items() if k != MATMUL}
     name = harness.case_name(f"{label} backward {layout}", **parameters)
     backward = {k: lambda o=o: torch.autograd.grad(o, wanted, cotangent, retain_graph=True) for k, o in graphs.items()}
     reused = torch.empty_like(input)
+    if matmul:
+        backward[MATMUL] = matmul[1]
     if "scrl_fast/native" in forms:
         backward["scrl_fast/native-reused"] = into(reused, cotangent, rows, scale, ratio)
     bench.case(name, backward, bytes=moved, items=boxes, check_each=gradients_agree, wall=label == "call")
