@@ -2,8 +2,8 @@
 
 Of an image: result[bins of its boxes, channels] = weights[bins, cells] map[cells, channels], and the map's gradient by
 the transpose. Weights are in two halves of 16 bits, high + low, so that rounding them costs no more than the result's
-own rounding. A product would carry an infinity or NaN from any cell into every bin (0 x inf): tiles that hold one are
-summed cell by cell instead, with weights of 0 left out as `roi_align` leaves them out.
+own rounding. A product would carry an infinity or NaN from any cell into every bin (0 x inf): where one arrives, bins
+are summed cell by cell instead, with weights of 0 left out as `roi_align` leaves them out.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ def _fill_unknown(fine_ptr, out_ptr, count, channels, bins, channel, BOXES: tl.c
 
 
 @triton.jit
+def _pairs(start, end, order_ptr, fine_ptr, out_ptr, channels, bins, PAIRS: tl.constexpr):
+    """Of the pairs from start on: which are to be stored, their rows of weights, where their first channels go."""
+    pair = start + tl.arange(0, PAIRS)
+    k = tl.load(order_ptr + pair // bins, pair < end, other=0).to(tl.int64)
+    mine = (pair < end) & (tl.load(fine_ptr + k) != 0)
+    return mine, k * bins + pair % bins, out_ptr + k * channels * bins + pair % bins
+
+
+@triton.jit
 def pool(
     map_ptr, weights_ptr, fine_ptr, order_ptr, first_ptr, out_ptr,
     images, count, channels, cells, width, bins, image_stride, row_stride, column_stride,
@@ -92,28 +101,23 @@ def pool(
             at = cell // width * row_stride + cell % width * column_stride
             inside = (cell < cells)[:, None] & (channel < channels)[None, :]
             tile = tl.load(source[None, :] + at[:, None], inside, other=0.0)
-            finite = _is_finite(tile)
             low_half = tl.cast(count, tl.int64) * bins * CELLS
-            for start in range(begin, end, PAIRS):
-                pair = start + tl.arange(0, PAIRS)
-                k = tl.load(order_ptr + pair // bins, pair < end, other=0).to(tl.int64)
-                mine = (pair < end) & (tl.load(fine_ptr + k) != 0)
-                weights = weights_ptr + (k * bins + pair % bins) * CELLS
+            for start in tl.range(begin, end, PAIRS, num_stages=1):
+                mine, row, out = _pairs(start, end, order_ptr, fine_ptr, out_ptr, channels, bins, PAIRS)
+                weights = weights_ptr + row[:, None] * CELLS + cell[None, :]
                 sums = tl.zeros([PAIRS, CHANNELS], tl.float32)
-                if finite:
-                    of_cells = weights[:, None] + cell[None, :]
-                    low = tl.load(of_cells + low_half, mine[:, None], other=0.0)
-                    sums = _product(low, tile, sums, WIDEN)
-                    sums = _product(tl.load(of_cells, mine[:, None], other=0.0), tile, sums, WIDEN)
-                else:
+                sums = _product(tl.load(weights + low_half, mine[:, None], other=0.0), tile, sums, WIDEN)
+                sums = _product(tl.load(weights, mine[:, None], other=0.0), tile, sums, WIDEN)
+                if not _is_finite(sums):  # an infinity or NaN of the tile is in all sums of its channel
+                    sums = tl.zeros([PAIRS, CHANNELS], tl.float32)
                     for c in range(cells):
-                        weight = tl.load(weights + c, mine, other=0.0).to(tl.float32)
-                        weight += tl.load(weights + c + low_half, mine, other=0.0).to(tl.float32)
+                        weight = tl.load(weights_ptr + row * CELLS + c, mine, other=0.0).to(tl.float32)
+                        weight += tl.load(weights_ptr + row * CELLS + c + low_half, mine, other=0.0).to(tl.float32)
                         values = source + c // width * row_stride + c % width * column_stride
                         value = tl.load(values, channel < channels, other=0.0).to(tl.float32)
                         sums += tl.where(weight[:, None] != 0, weight[:, None] * value[None, :], 0.0)
-                out = out_ptr + (k * channels * bins + pair % bins)[:, None] + (channel * bins)[None, :]
-                tl.store(out, sums.to(out_ptr.dtype.element_ty), mine[:, None] & (channel < channels)[None, :])
+                made = out[:, None] + (channel * bins)[None, :]
+                tl.store(made, sums.to(out_ptr.dtype.element_ty), mine[:, None] & (channel < channels)[None, :])
 
 
 @triton.jit

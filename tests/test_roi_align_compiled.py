@@ -54,4 +54,5 @@ def test_compiles_for_gpus_that_are_not_here() -> None:
     for kernel, gpu, made in compile_for_gpus(cases):
         case = f"{kernel.function} {dict(kernel.arguments)} on {GPUS[gpu]}: {made}"
         assert made.registers <= 144, case  # 128 by Triton 3.9, 138 by 3.6
-        assert made.stack_bytes <= 8, case  # two registers of `pool_backward`, spilled once
+        wide = kernel.constexprs.get("WIDE")
+        assert made.stack_bytes <= (16 if wide else 8), case  # registers of `pool_backward`, spilled once

@@ -95,10 +95,10 @@ def test_maps_that_it_does_not_take_and_no_boxes() -> None:
 
 
 def kernels(dtype: str) -> list[Kernel]:
-    """As the launchers call them, for a map of 7 x 7."""
+    """As the launchers call them for one bin a box; Triton compiles a number of 1 in."""
     lists = {"order_ptr": "*i32", "first_ptr": "*i32"}
-    sizes = dict.fromkeys(("channels", "cells", "width", "bins", "image_stride", "row_stride", "column_stride"), "i32")
-    tile = {"CELLS": 64, "PAIRS": 16, "CHANNELS": 128, "WIDEN": False}
+    sizes = dict.fromkeys(("channels", "cells", "width", "image_stride", "row_stride", "column_stride"), "i32")
+    tile = {"bins": 1, "CELLS": 64, "PAIRS": 16, "CHANNELS": 128, "WIDEN": False}
     pool = {"map_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "fine_ptr": "*i8", **lists, "out_ptr": f"*{dtype}"}
     back = {"grad_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", **lists, "out_ptr": f"*{dtype}"}
     aligned = ("channels", "image_stride", "row_stride", "column_stride")
@@ -118,4 +118,4 @@ def test_compiles_to_tensor_cores_for_gpus_that_are_not_here() -> None:
     for kernel, gpu, made in compile_for_gpus(kernels("bf16") + kernels("fp16"), (80, 90)):
         case = f"{kernel.function} on {GPUS[gpu]}: {made}"
         assert "mma.sync" in made.ptx or "wgmma.mma_async" in made.ptx, case
-        assert made.stack_bytes == 0 and made.registers <= 168, case
+        assert made.stack_bytes == 0 and made.registers <= 192, case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import TypeVar
@@ -16,6 +16,7 @@ from scrl_fast.distributed.world import World
 
 Batch = TypeVar("Batch")
 Loaded = TypeVar("Loaded")
+Unit = TypeVar("Unit")
 Results = tuple[Tensor, ...]
 Say = Callable[[str], None]
 """Takes a line for the terminal."""
@@ -102,6 +103,13 @@ class Progress:
             rate = self.done / (now - self.started)
             self.say(f"{self.stage}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s")
             self.next_line, self.spoke = now + self.EVERY, True
+
+    def over(self, units: Iterable[Unit]) -> Iterator[Unit]:
+        """The units, each told of when the next one is asked for."""
+        for unit in units:
+            yield unit
+            self.advance()
+        self.finish()
 
     def finish(self) -> None:
         if self.spoke:

@@ -17,6 +17,7 @@ from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.batches import Progress
 from scrl_fast.metrics import LossWindow
 from scrl_fast.run.checkpoint import load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
@@ -241,7 +242,8 @@ class Transfer(TrainingTask[list[Example]]):
         if not self.loop.stop:
             self.loop.log.say(f"measuring on {count} images of {self.data.val_name} ...")
         mine = range(self.world.rank, count, self.world.size)
-        result = self.loop.measure(lambda: list(self.detect(mine)), self.average_precision)
+        progress = Progress("measuring", len(mine), "images", self.loop.log.say)
+        result = self.loop.measure(lambda: list(progress.over(self.detect(mine))), self.average_precision)
         if result is None:
             return {}
         self.loop.log.amend({self.config.task: result})
