@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,12 +45,15 @@ class HashingWriter:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError inside the block the path: those of writing and fsync have none."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Gives an OSError inside the block the path: those of writing and fsync have none.
+
+    temporary: a name that stands for the path until it is complete; an error that names it names the path instead.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or (temporary is not None and str(error.filename).startswith(str(temporary))):
             error.filename = str(path)
         raise
 
@@ -73,13 +76,25 @@ def write_synced(path: Path, write: Callable[[HashingWriter], object]) -> str:
 
 def write_file(path: Path, write: Callable[[HashingWriter], object]) -> None:
     """Replace the file, by what ``write`` fills, at once and durably: readers see the old content or the new."""
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         write_synced(temporary, write)
         os.replace(temporary, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
+    """A temporary name to write to and to rename inside the block; what is left there is removed after it.
+
+    suffix: as for `temporary_name`. An OSError names the path, also where its folder is gone.
+    """
+    temporary = temporary_name(path, suffix=suffix)
+    try:
+        with naming(path, temporary):
+            yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder is gone, or became a file: no reason to hide the error from above
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -176,6 +176,15 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+def tell_result(line: str) -> None:
+    """A line on stdout after the work is done and saved: a reader that has ended (``| head``) changes nothing then."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        if not _discard_unread():
+            raise
+
+
 def _discard_unread() -> bool:
     """Sends stdout and stderr to nowhere if nothing reads them any more; whether that was so of one.
 

@@ -12,19 +12,18 @@ import copy
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from scrl_fast.atomic_files import temporary_name
+from scrl_fast.atomic_files import replacing, write_text
 from scrl_fast.config.backbones import has_own_names
 from scrl_fast.config.command_line import CommandParser
 from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.config.validation import clean_path
 from scrl_fast.config.yaml_text import read_text, shortened
-from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.errors import UsageError, friendly_errors, tell_result
 
 PROG = "python -m scrl_fast.export"
 FORMATS = ("torchvision", "timm", "detectron2", "mmdet", "safetensors", "scrl-reference", "onnx", "hf")
@@ -33,6 +32,7 @@ SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"
 HUB_FOLDER = ("README.md", "config.json", "model.safetensors")
 ONNX_TOLERANCE = 1e-4
 LESS_MEMORY = "lower --size (ONNX), or choose another layout: nothing was written"
+LEFT_BEHIND = "ended before the export was done; no file is half written"
 PRIVATE_OPTIONS = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
 
@@ -79,14 +79,11 @@ def export(
     source = weights.read(checkpoint)
     encoder = _encoder_of(source, backbone, "target" if branch == "target" else "online", encoder)
     metadata = describe(source, encoder.name, branch if to != "scrl-reference" else "online and target", to)
-    temporary = temporary_name(out, suffix=out.suffix)
-    try:
+    with replacing(out, suffix=out.suffix) as temporary:
         metadata["checked"] = _write(to, temporary, source, encoder, metadata, size)
         _move(temporary, out)
-    finally:
-        _remove(temporary)
     if to != "hf":
-        metadata_file(out).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        write_text(metadata_file(out), json.dumps(metadata, indent=2) + "\n")
     if depth := resnet_depth(encoder.name):
         _write_detector_config(to, out, depth, metadata)
     if hub is not None:
@@ -99,7 +96,7 @@ def _write_detector_config(to: str, out: Path, depth: int, metadata: dict[str, A
 
     if path := detector_config_file(to, out):
         write = detectron2_config if to == "detectron2" else mmdet_config
-        path.write_text(write(out.name, depth, metadata["mean"], metadata["std"]), encoding="utf-8")
+        write_text(path, write(out.name, depth, metadata["mean"], metadata["std"]))
 
 
 def _hub(to: str, push: str) -> Any:
@@ -299,13 +296,6 @@ def _move(temporary: Path, out: Path) -> None:
         data.unlink() if data.is_file() else None
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(prog=PROG, description="Write the encoder of a checkpoint in the layout of another library.")
     parser.add_argument(
@@ -339,15 +329,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with friendly_errors("scrl_fast.export", debug="--debug" in argv, less_memory=LESS_MEMORY):
         args = vars(_parser().parse(argv))
         args.pop("debug")
-        metadata = export(**args)
-        said = f"{metadata['branch']} {metadata['backbone']} as {args['to']}: {args['out']} ({metadata['checked']})"
-        print(said)
+        from scrl_fast.run.signals import ending_cleanly
+
+        with ending_cleanly("scrl_fast.export", LEFT_BEHIND):
+            metadata = export(**args)
+        tell_result(
+            f"{metadata['branch']} {metadata['backbone']} as {args['to']}: {args['out']} ({metadata['checked']})"
+        )
         if "notes" in metadata:
-            print(metadata["notes"])
+            tell_result(metadata["notes"])
         if (settings := detector_config_file(args["to"], Path(args["out"]))) and settings.exists():
-            print(f"settings of a detector: {settings}")
+            tell_result(f"settings of a detector: {settings}")
         if "pushed" in metadata:
-            print(f"uploaded: {metadata['pushed']}")
+            tell_result(f"uploaded: {metadata['pushed']}")
     return 0
 
 

@@ -208,6 +208,14 @@ def test_a_list_with_labels_or_of_another_kind_says_so(tmp_path: Path) -> None:
         source("list", tmp_path / "0000.jpg")
 
 
+def test_a_missing_path_of_a_list_is_shortened_and_gets_no_hint_that_does_not_fit(tmp_path: Path) -> None:
+    for line in ("a" * 10_000_000, "<!doctype html>", "gone.jpg,1"):
+        (tmp_path / "list.txt").write_text(line + "\n")
+        with pytest.raises(UsageError, match="names 1 files that do not exist") as error:
+            source("list", tmp_path / "list.txt")
+        assert len(str(error.value)) < 1000 and "label" not in str(error.value)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
 def test_what_is_no_regular_file_is_one_bad_image(tmp_path: Path) -> None:
     write_photos(tmp_path, 1, 40, 50)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,10 @@ def mutations(each: int) -> Iterator[tuple[str, bytes]]:
 
 
 def sweep(each: int) -> None:
+    read_all((*bombs(), *mutations(each)))
+
+
+def read_all(files: Iterable[tuple[str, bytes]]) -> None:
     """Reads every file in this process; ends it with a message at the first that is slow or raises anything else."""
     import resource
     import time
@@ -144,10 +148,10 @@ def sweep(each: int) -> None:
     decode(encoded("JPEG"))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + (1 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     read = refused = 0
     slowest, which = 0.0, ""
-    for name, data in (*bombs(), *mutations(each)):
+    for name, data in files:
         start = time.process_time()
         try:
             decode(data, name=name)
@@ -160,7 +164,8 @@ def sweep(each: int) -> None:
         slowest, which = max((slowest, which), (time.process_time() - start, name))
     if slowest > 5:
         sys.exit(f"{which} took {slowest:.1f} s")
-    print(f"{read} read, {refused} refused, the slowest {which}: {slowest:.2f} s")
+    most_held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{read} read, {refused} refused, the slowest {which}: {slowest:.2f} s; {most_held} MB at most")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from Linux's /proc")

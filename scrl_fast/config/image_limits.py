@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, fields
 
 from scrl_fast.config.defaults import MAX_PIXELS
-from scrl_fast.config.validation import at_least
+from scrl_fast.config.validation import at_least, check_fields
 
 
 @dataclass(kw_only=True)
@@ -29,3 +30,21 @@ class ImageLimitOptions:
 
 
 IMAGE_LIMIT_RANGES = dict.fromkeys((field.name for field in fields(ImageLimitOptions)), at_least(1))
+
+
+def add_image_limits(parser: argparse.ArgumentParser, **also: str) -> None:
+    """Gives a command that has no section `data` its options, under the names that refused images are told with.
+
+    also: a further spelling of an option, by the limit's name.
+    """
+    group = parser.add_argument_group("limits of image files (the documentation explains them)")
+    for field in fields(ImageLimitOptions):
+        names = [f"--data.{field.name}", *([also[field.name]] if field.name in also else [])]
+        group.add_argument(*names, dest=field.name, type=int, default=field.default, help="default: %(default)s")
+
+
+def image_limits_of(args: argparse.Namespace) -> ImageLimitOptions:
+    """The values of `add_image_limits`. Raises UsageError naming one that is out of range."""
+    options = ImageLimitOptions(**{field.name: getattr(args, field.name) for field in fields(ImageLimitOptions)})
+    check_fields(options, "data", **IMAGE_LIMIT_RANGES)
+    return options

@@ -139,7 +139,8 @@ class Encoded:
         if shrink == 1:
             return True
         whole = self._orientation == 1 or self.height % shrink == self.width % shrink == 0  # mirrored, the rest leads
-        return self._plain_jpeg and shrink in SHRINKS and whole
+        small = min(self.height, self.width) < shrink  # Pillow shrinks no side to less than a pixel, others do
+        return self._plain_jpeg and shrink in SHRINKS and whole and not small
 
     def decode(self, shrink: int = 1, buffer: PixelBuffer | None = None) -> Pixels:
         """RGB, uint8 `[ceil(height / shrink), ceil(width / shrink), 3]`; a JPEG shrunk while decoding costs less.

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from scrl_fast.atomic_files import publish, write_synced, write_text
 from scrl_fast.config.command_line import CommandParser
-from scrl_fast.config.defaults import MAX_PIXELS
+from scrl_fast.config.image_limits import add_image_limits, image_limits_of
 from scrl_fast.config.schema import DataConfig
 from scrl_fast.config.validation import clean_path
 from scrl_fast.data.bad_images import BadFiles
@@ -34,7 +33,8 @@ from scrl_fast.data.image_files import BadImage
 from scrl_fast.data.jpeg import SHRINKS
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest
-from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.errors import UsageError, friendly_errors, tell_result
+from scrl_fast.run.terminal import Terminal
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
 LESS_MEMORY = "lower --workers or --max-pixels; the same command goes on with the shards that are missing"
@@ -71,19 +71,19 @@ def pack(
         bad = BadFiles(len(source), 1.0, folder / "bad_files.jsonl")
         starts = range(0, len(source), shard_images)
         paths = [folder / f"{number:05d}.tar" for number in range(len(starts))]
-        # a bar on a terminal only; a log gets no thousand copies of it
-        bar = tqdm(total=len(source), unit="image", disable=not (progress and sys.stderr.isatty()))
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, bar:
+        terminal = Terminal(sys.stderr if progress else None, total=len(source), done=0, unit="image")
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             for start, path in zip(starts, paths, strict=True):
                 numbers = range(start, min(start + shard_images, len(source)))
                 if _is_whole(path):
-                    bar.update(len(numbers))
+                    terminal.advance(len(numbers))
                     continue
                 try:
-                    _write_shard(path, source, numbers, options, pool, bad, bar)
+                    _write_shard(path, source, numbers, options, pool, bad, terminal)
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
+        terminal.end_progress()
         return _finish(folder, manifest, paths, bad)
 
 
@@ -108,7 +108,13 @@ def _begin(folder: Path, options: dict[str, int], source: Any) -> dict[str, Any]
 
 
 def _write_shard(
-    path: Path, source: Any, numbers: range, options: dict[str, int], pool: ThreadPoolExecutor, bad: BadFiles, bar: tqdm
+    path: Path,
+    source: Any,
+    numbers: range,
+    options: dict[str, int],
+    pool: ThreadPoolExecutor,
+    bad: BadFiles,
+    terminal: Terminal,
 ) -> None:
     def make(index: int) -> bytes | BadImage:
         try:
@@ -120,7 +126,7 @@ def _write_shard(
         good = 0
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
             for index, data in zip(numbers, pool.map(make, numbers), strict=True):
-                bar.update()
+                terminal.advance()
                 if isinstance(data, BadImage):
                     bad.add(data, 0)
                     continue
@@ -207,7 +213,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--quality", type=int, default=92, help="of the JPEGs (default: %(default)s)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images per shard (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="threads (default: one per core)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images")
+    add_image_limits(parser, max_pixels="--max-pixels")
     return parser
 
 
@@ -218,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse(argv)
         from scrl_fast.data.sources.factory import make_source  # torch, only once the options are known to be right
 
-        source = make_source(DataConfig(source=args.source, root=args.dir, max_pixels=args.max_pixels))
+        source = make_source(DataConfig(source=args.source, root=args.dir, **vars(image_limits_of(args))))
         manifest = pack(
             source,
             args.out,
@@ -229,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         bad = manifest["source_images"] - manifest["images"]
         told = f", {bad} that cannot be read are listed in {os.path.join(args.out, 'bad_files.jsonl')}" if bad else ""
-        print(f"{manifest['images']} images in {len(manifest['shards'])} shards{told}")
-        print(f"train with --data.source=packed --data.root={args.out}")
+        tell_result(f"{manifest['images']} images in {len(manifest['shards'])} shards{told}")
+        tell_result(f"train with --data.source=packed --data.root={args.out}")
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
-from scrl_fast.errors import friendly_errors
+from scrl_fast.errors import friendly_errors, tell, tell_result
 from scrl_fast.evaluate.config import TASK_OPTIONS
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _run(task: str, options: Any, argv: Sequence[str], world: World) -> dict[str
         options = _parse(task, argv, Settings(training_settings(evaluated), evaluated.name))
         if options.views.size != _parse(task, argv).views.size:  # the file's
             evaluated.view_size(option="--views.size")
-    context = TaskContext(_say, world) if world.rank == 0 else TaskContext(world=world)
+    context = TaskContext(tell, world) if world.rank == 0 else TaskContext(world=world)
     context.say(evaluated.report)
     result = TASKS[task](options, evaluated, context)
     document = {
@@ -79,14 +79,10 @@ def _run(task: str, options: Any, argv: Sequence[str], world: World) -> dict[str
         "seconds": round(time.perf_counter() - started, 3),
     }
     if world.rank == 0:
-        print(result.line, flush=True)
         if options.json:
             write_json(options.json, document)
+        tell_result(result.line)
     return document
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parse(task: str, argv: Sequence[str], *base: Settings) -> Any:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
+from scrl_fast.errors import tell
+
 T = TypeVar("T")
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")  # the last four are not known everywhere
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -99,3 +101,41 @@ class SignalHandler:
                 raise
         finally:
             self.immediate = False
+
+
+class _Ended(BaseException):
+    """A signal that ends a command; no Exception, so that nothing on the way takes it for a fault of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def ending_cleanly(command: str, kept: str) -> Iterator[None]:
+    """For a command that cannot be resumed: SIGTERM, SIGHUP and their like end the block as an error does.
+
+    Unfinished files are removed on the way, a line names the signal, and the exit code is 128 and the signal's number,
+    as of a process that a signal ends. A second signal ends the process at once. SIGINT stays KeyboardInterrupt.
+    command: in front of the line. kept: what is left behind, the end of the line.
+    Outside the main thread, where Python allows no handlers, nothing is installed.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+        raise _Ended(number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                previous[number] = signal.signal(number, end)
+    try:
+        yield
+    except _Ended as ended:
+        tell(f"{command}: {signal.Signals(ended.number).name}: {kept}")
+        raise SystemExit(128 + ended.number) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

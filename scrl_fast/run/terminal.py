@@ -46,10 +46,10 @@ class Terminal:
         elif self.stream is not None:
             self._try(lambda: print(line, file=self.stream, flush=True))
 
-    def advance(self) -> None:
-        """One step is done."""
+    def advance(self, steps: int = 1) -> None:
+        """So many steps are done."""
         if self.bar is not None:
-            self._try(lambda: self.bar.update(1))
+            self._try(lambda: self.bar.update(steps))
 
     def show(self, numbers: str) -> None:
         """Numbers behind the bar."""

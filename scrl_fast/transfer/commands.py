@@ -7,8 +7,9 @@ from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
 from scrl_fast.config.defaults import MAX_RESIZED, SCORE_THRESHOLD, SHOWN_SCORE
+from scrl_fast.config.image_limits import add_image_limits, image_limits_of
 from scrl_fast.config.validation import check_device, clean_path
-from scrl_fast.errors import UsageError, tell
+from scrl_fast.errors import UsageError, tell, tell_result
 from scrl_fast.transfer.config import LARGEST_SIDE
 
 PROG = "python -m scrl_fast.transfer"
@@ -35,22 +36,30 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="take a folder OUT that holds something already")
+    add_image_limits(parser)
     args = parser.parse(argv)
+    limits = image_limits_of(args)
     _check_score(args.score)
-    _check_pixels(args.max_pixels)
+    _check_pixels(args.max_resized)
     if not 0 <= args.workers <= MOST_WORKERS:
         raise UsageError(f"--workers={args.workers}: must be from 0 to {MOST_WORKERS}")
     check_device("device", args.device)
-    from scrl_fast.transfer.predict_folder import predict_folder
-    from scrl_fast.transfer.trained import load_detector
+    from scrl_fast.run.signals import ending_cleanly
 
-    loading: dict[str, Any] = {"device": args.device, "backbone": args.backbone, "max_pixels": args.max_pixels}
-    detector = load_detector(args.detector, **loading)
-    tell(f"detector: {detector.path}")
-    options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
-    done = predict_folder(detector, args.images, args.out, **options)
+    kept = f"ended before all images were done; the pictures in {args.out} are whole, its JSON files are not written"
+    with ending_cleanly("scrl_fast.transfer", kept):
+        from scrl_fast.data.image_files import ImageLimits
+        from scrl_fast.transfer.predict_folder import predict_folder
+        from scrl_fast.transfer.trained import load_detector
+
+        loading: dict[str, Any] = {"device": args.device, "backbone": args.backbone, "max_pixels": args.max_resized}
+        detector = load_detector(args.detector, **loading)
+        tell(f"detector: {detector.path}")
+        options: dict[str, Any] = {"score": args.score, "workers": args.workers, "overwrite": args.overwrite}
+        options["limits"] = ImageLimits.of(limits)
+        done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
-    print(f"{done['objects']} objects in {done['images']} images{left_out}: {args.out}")
+    tell_result(f"{done['objects']} objects in {done['images']} images{left_out}: {args.out}")
 
 
 def export(argv: Sequence[str]) -> None:
@@ -66,14 +75,17 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse(argv)
     _check_score(args.score)
-    _check_pixels(args.max_pixels)
-    from scrl_fast.transfer.export import export_detector
-    from scrl_fast.transfer.trained import load_detector
+    _check_pixels(args.max_resized)
+    from scrl_fast.run.signals import ending_cleanly
 
-    detector = load_detector(args.detector, device="cpu", backbone=args.backbone, max_pixels=args.max_pixels)
-    tell(f"detector: {detector.path}")
-    done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
-    print(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
+    with ending_cleanly("scrl_fast.transfer", "ended before the export was done; no file is half written"):
+        from scrl_fast.transfer.export import export_detector
+        from scrl_fast.transfer.trained import load_detector
+
+        detector = load_detector(args.detector, device="cpu", backbone=args.backbone, max_pixels=args.max_resized)
+        tell(f"detector: {detector.path}")
+        done = export_detector(detector, args.to, args.out, score=args.score, overwrite=args.overwrite)
+    tell_result(f"{detector.config.detector} as {args.to}: {', '.join(done['files'])} ({done['checked']})")
 
 
 def _check_score(score: float) -> None:
@@ -86,7 +98,7 @@ def _add_detector(parser: CommandParser) -> None:
     own = "package.module:function of a detector on a network of your own, which no file may name alone"
     parser.add_argument("--backbone", default="", help=own)
     larger = "a detector whose options resize images to more is refused (default: %(default)s)"
-    parser.add_argument("--max_pixels", type=int, default=MAX_RESIZED, help=larger)
+    parser.add_argument("--max_pixels", dest="max_resized", type=int, default=MAX_RESIZED, help=larger)
 
 
 def _add_score(parser: CommandParser, default: float) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.atomic_files import temporary_name, write_text
+from scrl_fast.atomic_files import replacing, write_synced, write_text
 from scrl_fast.config.defaults import SCORE_THRESHOLD
 from scrl_fast.errors import UsageError
 from scrl_fast.models.encoders import TORCHVISION_NAMES
@@ -66,16 +66,13 @@ def export_detector(
             raise UsageError(f"{path} exists already: choose another name, or --overwrite it")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist")
-    temporary = temporary_name(out)
     network = copy.deepcopy(detector.network).cpu()
-    try:
+    with replacing(out) as temporary:
         if to == "onnx":
             checked = _write_onnx(detector, network, temporary, score)
         else:
             checked = _write_torchvision(detector, network, temporary, files[1], score)
         os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return {"files": [str(path) for path in files], "checked": checked}
 
 
@@ -126,7 +123,7 @@ def _write_torchvision(detector: TrainedDetector, network: nn.Module, path: Path
     for name, tensor in built.state_dict().items():
         if name.endswith(BATCH_COUNTER) and name not in state:  # frozen norms count nothing
             state[name] = tensor
-    torch.save(state, path)
+    write_synced(path, lambda file: torch.save(state, file))  # type: ignore[arg-type]
     loaded = torchvision_detector.build(str(path), options)
     wrong = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, state[name])]
     if wrong:

@@ -20,11 +20,12 @@ from PIL import Image
 from scrl_fast.atomic_files import write_file, write_text
 from scrl_fast.config.defaults import SHOWN_SCORE
 from scrl_fast.data.decode import Pixels
-from scrl_fast.data.image_files import BadImage, printable
+from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, printable
 from scrl_fast.data.prefetch import prefetched
 from scrl_fast.data.sources.files import ImageFiles, image_folder
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress
+from scrl_fast.run.lock import inode_of
 from scrl_fast.run.terminal import Terminal
 from scrl_fast.transfer.draw import draw_prediction
 from scrl_fast.transfer.masks import encode_masks
@@ -43,17 +44,19 @@ def predict_folder(
     score: float = SHOWN_SCORE,
     workers: int = 2,
     overwrite: bool = False,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> dict[str, Any]:
     """Detect in every image below a folder and write pictures and results to ``out``.
 
     images: the folder, or one image; what lies in ``out`` is left out. score: detections above it are kept.
     workers: threads that read images. overwrite: take an ``out`` that holds something already.
+    limits: what an image file may ask for.
     An image that cannot be read costs a line on stderr, as progress does.
     Returns ``{images, objects, unreadable, out}``: counts, the names of unreadable images, the folder.
     Raises UsageError for folders that do not fit, and when no image can be read.
     """
     check_folders(Path(images), Path(out), overwrite)
-    source = images_below(Path(images), Path(out))
+    source = images_below(Path(images), Path(out), limits)
     folder = OutputFolder(Path(out), [source.name_of(index) for index in range(len(source))])
     ids = image_ids(source.paths)
     rows, known, unreadable = [], [], []
@@ -95,16 +98,16 @@ def check_folders(images: Path, out: Path, overwrite: bool) -> None:
         raise UsageError(f"out={printable(str(out))} holds something already: choose another folder, or --overwrite it")
 
 
-def images_below(images: Path, out: Path) -> ImageFiles:
+def images_below(images: Path, out: Path, limits: ImageLimits = DEFAULT_LIMITS) -> ImageFiles:
     """The image, or all images below the folder but those in ``out``. Raises UsageError where there is none."""
     if images.is_file():
-        return ImageFiles(str(images.parent), [images.name])
+        return ImageFiles(str(images.parent), [images.name], limits=limits)
     source = image_folder(str(images))
     below = out.resolve()
     kept = [path for path in source.paths if not (images / path).parent.resolve().is_relative_to(below)]
     if not kept:
         raise UsageError(f"images={printable(str(images))}: all images lie in out={printable(str(out))}")
-    return ImageFiles(str(images), kept)
+    return ImageFiles(str(images), kept, limits=limits)
 
 
 def image_ids(paths: Sequence[str]) -> list[int]:
@@ -152,12 +155,15 @@ def coco_results(
 class OutputFolder:
     """Files below one folder: whole or not there, never through a link that leads out of it, never over an input.
 
-    inputs: paths that must stay as they are.
+    inputs: paths that must stay as they are. JSON files of an earlier use are removed: they are of other pictures.
     """
 
     def __init__(self, folder: Path, inputs: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.inputs = folder, {os.path.realpath(path) for path in inputs}
+        self._inode = inode_of(folder)
+        for name in (RESULTS, IMAGES):
+            self._place(Path(name)).unlink(missing_ok=True)
 
     def write_picture(self, name: str, picture: Image.Image) -> None:
         """``pictures/NAME``, in the format that the name's extension says; PNG for an unknown one, which it gets."""
@@ -173,6 +179,8 @@ class OutputFolder:
 
     def _place(self, relative: Path) -> Path:
         path = self.folder / relative
+        if self._inode != inode_of(self.folder):  # else it would be made anew, with a part of the files
+            raise UsageError(f"out={printable(str(self.folder))} was removed or moved while it was written to")
         inside = path.parent.resolve().is_relative_to(self.folder.resolve())  # before a folder is made behind a link
         if not inside or os.path.realpath(path) in self.inputs:
             what = "would overwrite one of the images" if inside else "lies behind a link out of the folder"

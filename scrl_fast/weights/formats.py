@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scrl_fast.atomic_files import write_synced
 from scrl_fast.config.backbones import TIMM_PREFIX, has_own_names, is_code
 from scrl_fast.models import Encoder
 from scrl_fast.models.encoders import TORCHVISION_NAMES
@@ -54,10 +55,15 @@ def check_reference_backbone(encoder: Encoder) -> None:
         )
 
 
+def _save(document: object, path: Path) -> None:
+    """`torch.save` with the operating system's own error, such as a full disk, in place of one that names none."""
+    write_synced(path, lambda file: torch.save(document, file))  # type: ignore[arg-type]
+
+
 def write_torchvision(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
     """Writes the state dict of ``torchvision.models.NAME`` without ``fc``."""
     check_family(encoder, "torchvision")
-    torch.save(contiguous(encoder), path)
+    _save(contiguous(encoder), path)
 
 
 def write_timm(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
@@ -70,7 +76,7 @@ def write_timm(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> Non
     if path.suffix == ".safetensors":
         write_safetensors_state(path, state, metadata)
     else:
-        torch.save(state, path)
+        _save(state, path)
 
 
 def timm_names(encoder: Encoder, state: State) -> State:
@@ -96,15 +102,14 @@ def write_detectron2(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) 
     named = ((to_detectron2(name), tensor.numpy()) for name, tensor in contiguous(encoder).items())
     model = {name: array for name, array in named if name is not None}
     content = {"model": model, "__author__": "scrl_fast", "matching_heuristics": True}
-    with open(path, "wb") as file:
-        pickle.dump(content, file, protocol=4)
+    write_synced(path, lambda file: pickle.dump(content, file, protocol=4))
 
 
 def write_mmdet(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
     """Writes ``backbone.*`` under ``state_dict``, for init_cfg=dict(type='Pretrained', prefix='backbone.') of mmdet."""
     check_family(encoder, "mmdet")
     state = {f"backbone.{name}": tensor for name, tensor in contiguous(encoder).items()}
-    torch.save({"meta": flattened(metadata), "state_dict": state}, path)
+    _save({"meta": flattened(metadata), "state_dict": state}, path)
 
 
 def write_safetensors(path: Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
@@ -118,7 +123,8 @@ def write_safetensors_state(path: Path, state: Mapping[str, Tensor], metadata: M
         from safetensors.torch import save
     except ImportError as error:
         raise WeightsError("safetensors is not installed: pip install safetensors") from error
-    path.write_bytes(save(dict(state), metadata=flattened(metadata)))  # its own save_file makes a private file
+    content = save(dict(state), metadata=flattened(metadata))  # its own save_file makes a private file
+    write_synced(path, lambda file: file.write(content))
 
 
 def write_reference(path: Path, weights: Weights) -> None:
@@ -138,7 +144,7 @@ def write_reference(path: Path, weights: Weights) -> None:
         document[key] = renamed.get(part) or "fake_state_dict"
     document |= {"xent_loss_state_dict": {}, "optimizer_state_dict": _reference_optimizer(weights)}
     document |= {"scheduler_state_dict": "fake_state_dict", "scaler_state_dict": "fake_state_dict"}
-    torch.save(document, path)
+    _save(document, path)
 
 
 def _reference_name(part: str, name: str) -> str:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
+from scrl_fast.atomic_files import digest_of
 from scrl_fast.config.backbones import HUB_PREFIX, TIMM_PREFIX, TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_zoo
+from scrl_fast.config.yaml_text import shortened
 from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS
-from scrl_fast.weights.layouts import Weights, read
+from scrl_fast.weights.layouts import BATCH_COUNTER, Weights, read
 
+_DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # of a file of torch.hub: where its SHA-256 begins
 HUB_FILES = (HUB_WEIGHTS, "pytorch_model.bin")
 """Files of a repository that may hold the weights; the first that is there counts."""
 
@@ -55,6 +63,9 @@ def _of_torchvision(backbone: str) -> Weights:
         found = chosen["IMAGENET1K_V1"]
     except KeyError:  # torchvision has the largest ResNeXt under one recipe only
         found = chosen["DEFAULT"]
+    kept = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(found.url).path).name)
+    if os.path.lexists(kept):
+        return _weights(str(found), "torchvision", _read_kept(TORCHVISION_WEIGHTS, kept).named)
     try:
         state = found.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
@@ -75,12 +86,22 @@ def _of_timm(backbone: str) -> Weights:
         tags = [f"timm:{tag}" for tag in timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)]
         known = f"; it has {', '.join(tags[:5])}" if tags else ""
         raise WeightsError(f"init=timm: timm has no weights of {backbone}{known}")
+    settings = timm.get_pretrained_cfg(name)
+    if kept := _kept_by_timm(settings):
+        _read_kept(TIMM_WEIGHTS, kept)
+    missing: list[str] = []
     try:
-        with torch.random.fork_rng(devices=[]):  # a network that is made only for its weights
+        with torch.random.fork_rng(devices=[]), _recording_missing(missing):  # a network made only for its weights
             network: nn.Module = timm.create_model(name, pretrained=True, **own)
     except Exception as error:
+        if kept:
+            raise _kept_error(TIMM_WEIGHTS, kept, f"it does not fit {backbone}: {shortened(error)}") from error
         raise _download_error("timm", f"the weights of {backbone}", _hub_cache(), error) from error
-    settings = timm.get_pretrained_cfg(name)
+    held = network.state_dict().keys()  # of the parts of a whole model that a feature extractor keeps, under its names
+    spelled = [spelling for key in missing for spelling in (key, key.replace(".", "_", 1), f"model.{key}")]
+    if lost := [key for key in spelled if key in held and not key.endswith(BATCH_COUNTER)]:
+        cause = f"it lacks {len(lost)} of the tensors of {backbone}, such as {lost[0]}"
+        raise _kept_error(TIMM_WEIGHTS, kept, cause) if kept else WeightsError(f"init=timm: the file of timm: {cause}")
     said = {"mean": list(settings.mean), "std": list(settings.std)} if settings is not None else {}
     return _weights(f"timm's {name}", "timm", network.state_dict(), said)
 
@@ -107,10 +128,66 @@ def _of_hub(init: str) -> Weights:
         else:
             if file == HUB_WEIGHTS:
                 _fetch_config(hf_hub_download, name, revision)
-                return read(path.parent)
-            return read(path)
+            return _read_kept(init, path, whole_folder=file == HUB_WEIGHTS)
         break
     raise _download_error(init, f"{' or '.join(HUB_FILES)} of {name}", _hub_cache(), missing)
+
+
+@contextmanager
+def _recording_missing(names: list[str]) -> Iterator[None]:
+    """Adds the tensors that a network did not get to ``names``: timm leaves them random without a word.
+
+    timm has no way to ask, since it drops the classifier by loading without `strict`.
+    """
+    original = nn.Module.load_state_dict
+
+    def load_state_dict(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = original(self, *arguments, **options)
+        names.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def _kept_by_timm(settings: Any) -> Path | None:
+    """The file of weights that timm would read from a cache; None where it has none, or takes other ways."""
+    repository = getattr(settings, "hf_hub_id", None)
+    if not repository or getattr(settings, "hf_hub_filename", None):
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    name, _, revision = repository.partition("@")
+    found = (try_to_load_from_cache(name, file, revision=revision or None) for file in HUB_FILES)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _read_kept(zoo: str, file: Path, whole_folder: bool = False) -> Weights:
+    """The weights in a file of a cache, which may be cut, an error page, or another program's.
+
+    whole_folder: with the config.json beside it. Raises WeightsError naming the file, the fault and the way round.
+    """
+    try:
+        found = read(file.parent if whole_folder and file.is_file() else file)
+    except WeightsError as error:
+        raise _kept_error(zoo, file, str(error)) from error
+    if (said := _DIGEST_IN_NAME.search(file.name)) and not (digest := digest_of(file)).startswith(said[1]):
+        raise _kept_error(zoo, file, f"its SHA-256 begins with {digest[: len(said[1])]}, its name says {said[1]}")
+    return found
+
+
+def _kept_error(zoo: str, file: Path, cause: str) -> WeightsError:
+    real = Path(os.path.realpath(file))  # the hub's client links to it, and links to it again where only the link goes
+    place = f"{file}" if real == file else f"{real}, to which {file} links"
+    return WeightsError(
+        f"init={zoo}: the file in the cache is not what was downloaded ({cause}); remove {place}, so that it is "
+        "downloaded again, or give a file instead"
+    )
 
 
 def _fetch_config(download: Any, name: str, revision: str) -> None:

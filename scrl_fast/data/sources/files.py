@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from scrl_fast.config.yaml_text import shortened
 from scrl_fast.data.decode import EXTENSIONS
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, printable, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages, identity_of_names
@@ -143,10 +144,12 @@ def image_list(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> ImageFiles
     paths = [_path_of(line, folder) for line in lines]
     missing = [line.strip() for line, path in zip(lines, paths, strict=True) if path is None]
     if missing:
-        labelled = os.path.exists(os.path.join(folder, missing[0].rpartition(" ")[0]))
+        before, _, _ = missing[0].rpartition(" ")
+        labelled = bool(before) and os.path.exists(os.path.join(folder, before))
         hint = "; a label behind the path is not read, data.source=imagefolder takes labels" if labelled else ""
+        first = shortened(repr(missing[0]), 300)
         raise UsageError(
-            f"the list {root!r} names {len(missing)} files that do not exist, the first being {missing[0]!r} "
+            f"the list {root!r} names {len(missing)} files that do not exist, the first being {first} "
             f"(paths are taken relative to {folder!r}){hint}"
         )
     return ImageFiles(folder, [path for path in paths if path is not None], limits=limits)

@@ -14,7 +14,7 @@ from typing import Any
 
 from scrl_fast.atomic_files import write_json, write_text
 from scrl_fast.distributed.rendezvous import announced_size
-from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell
+from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell, tell_result
 from scrl_fast.run.lock import hold_folder, release_folder
 from scrl_fast.run.log import LogFile, format_seconds
 from scrl_fast.run.signals import SignalHandler
@@ -110,7 +110,7 @@ class Comparison:
                     if self.look_for_leaks(stop):
                         self.run_rows(stop)
                 self.write()
-                print(self.table(), end="", flush=True)
+                tell_result(self.table().rstrip("\n"))
                 for line in self.last_words():
                     self.say(line)
         finally:
