@@ -152,67 +152,73 @@ TIFF_BODY = 1024
 def tiff_files(count: int, seed: int = 3) -> Named:
     """Half of them by hand, with tags that may lie; half as Pillow writes them, then perhaps damaged."""
     rng = np.random.default_rng(seed)
+    for number in range(count):
+        said, data = tiff_by_pillow(rng) if number % 2 else tiff_by_hand(rng)
+        yield f"tiff {number}: {said}", data
+
+
+def tiff_by_pillow(rng: Rng) -> tuple[str, bytes]:
     known = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4")
     known = known if features.check("libtiff") else known[:1]
-    for number in range(count):
-        if number % 2:
-            mode = pick(rng, ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F", "LA"])
-            compression = pick(rng, known)
-            plain = mode in ("L", "RGB", "CMYK", "YCbCr")
-            if (compression == "jpeg" and not plain) or (compression == "group4" and mode != "1"):
-                compression = "raw"
-            image = picture(rng)
-            if mode == "I;16":
-                image = Image.fromarray(rng.integers(0, 1 << 16, image.size[::-1], np.uint16))
-            elif mode == "LAB":
-                image = Image.frombytes("LAB", image.size, rng.bytes(image.width * image.height * 3))
-            else:
-                image = image.convert(mode)
-            options: dict[str, Any] = {"compression": compression} if compression != "raw" else {}
-            options |= {"tiffinfo": {0x112: int(rng.integers(1, 9))}} if rng.integers(2) else {}
-            if not rng.integers(4):
-                options |= {"save_all": True, "append_images": [image] * 3}
-            data = bytearray(saved(image, "TIFF", **options))
-            damaged = int(pick(rng, [0, 0, 1, 3]))
-            for place in rng.integers(0, len(data), damaged):
-                data[place] = int(rng.integers(256))
-            end, whole = with_end(rng, bytes(data))
-            yield f"tiff {number}: {mode}, {compression}, {damaged} bytes changed, {end}", whole
-            continue
-        usual = bool(rng.integers(3))
-        width, height = int(rng.integers(1, 33)), int(rng.integers(1, 33))
-        bits = pick(rng, [1, 4, 8, 16] if usual else [0, 1, 2, 3, 8, 12, 16, 24, 32, 64, 65535])
-        samples = pick(rng, [1, 3, 4] if usual else [0, 1, 2, 3, 4, 5, 255, 65535])
-        row = (width * samples * min(bits, 64) + 7) // 8 if samples < 6 else 64
-        entries = {
-            256: (3, [width]), 257: (3, [height]), 258: (3, [bits] * min(samples, 5)), 259: (3, [1]),
-            262: (3, [1 if samples == 1 else 2]), 273: (4, [TIFF_BODY]), 277: (3, [samples]), 278: (3, [height]),
-            279: (4, [row * height]), 274: (3, [int(rng.integers(0, 10))]),
-        }  # fmt: skip
-        odd: dict[int, tuple[int, list[int]]] = {
-            256: (4, [pick(rng, [0, 1, 65535, (1 << 31) - 1, (1 << 32) - 1])]),
-            257: (4, [pick(rng, [0, 1, 65535, (1 << 31) - 1, (1 << 32) - 1])]),
-            259: (3, [pick(rng, TIFF_COMPRESSIONS)]),
-            262: (3, [pick(rng, [0, 1, 2, 3, 4, 5, 6, 8, 9, 32803, 65535])]),
-            273: (4, [pick(rng, [0, 8, (1 << 32) - 1])] * int(pick(rng, [1, 2, 500]))),
-            278: (4, [pick(rng, [0, 1, (1 << 32) - 1])]),
-            279: (4, [pick(rng, [0, 1, (1 << 32) - 1])] * int(pick(rng, [1, 2, 500]))),
-            284: (3, [pick(rng, [1, 2, 3])]),
-            317: (3, [pick(rng, [1, 2, 3, 9])]),
-            322: (3, [pick(rng, [0, 16, 65535])]), 323: (3, [16]), 324: (4, [TIFF_BODY]), 325: (4, [256]),
-            320: (3, [7] * int(pick(rng, [3, 768, 700]))),
-            338: (3, [pick(rng, [0, 1, 2, 9])]),
-            339: (3, [pick(rng, [0, 1, 2, 3, 4, 9])] * min(samples, 5)),
-            330: (4, [8] * 100), 34665: (4, [8]), 34675: (1, [1] * 200), 700: (1, [60] * 200),
-        }  # fmt: skip
-        if not usual:
-            entries |= {tag: odd[tag] for tag in odd if not rng.integers(4)}
-        order, big = pick(rng, ["<", ">"]), bool(rng.integers(5) == 0)
-        body = rng.bytes(min(row * height, 1 << 16))
-        body = zlib.compress(body) if entries[259][1][0] == 8 else body
-        end, data = with_end(rng, tiff(entries, body, order, big))
-        said = f"{bits} bits, {samples} samples, compression {entries[259][1][0]}, {'usual' if usual else 'odd'}"
-        yield f"tiff {number}: {said}, {end}", data
+    mode = pick(rng, ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F", "LA"])
+    compression = pick(rng, known)
+    plain = mode in ("L", "RGB", "CMYK", "YCbCr")
+    if (compression == "jpeg" and not plain) or (compression == "group4" and mode != "1"):
+        compression = "raw"
+    image = picture(rng)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 1 << 16, image.size[::-1], np.uint16))
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", image.size, rng.bytes(image.width * image.height * 3))
+    else:
+        image = image.convert(mode)
+    options: dict[str, Any] = {"compression": compression} if compression != "raw" else {}
+    options |= {"tiffinfo": {0x112: int(rng.integers(1, 9))}} if rng.integers(2) else {}
+    if not rng.integers(4):
+        options |= {"save_all": True, "append_images": [image] * 3}
+    data = bytearray(saved(image, "TIFF", **options))
+    damaged = int(pick(rng, [0, 0, 1, 3]))
+    for place in rng.integers(0, len(data), damaged):
+        data[place] = int(rng.integers(256))
+    end, whole = with_end(rng, bytes(data))
+    return f"{mode}, {compression}, {damaged} bytes changed, {end}", whole
+
+
+def tiff_by_hand(rng: Rng) -> tuple[str, bytes]:
+    usual = bool(rng.integers(3))
+    width, height = int(rng.integers(1, 33)), int(rng.integers(1, 33))
+    bits = pick(rng, [1, 4, 8, 16] if usual else [0, 1, 2, 3, 8, 12, 16, 24, 32, 64, 65535])
+    samples = pick(rng, [1, 3, 4] if usual else [0, 1, 2, 3, 4, 5, 255, 65535])
+    row = (width * samples * min(bits, 64) + 7) // 8 if samples < 6 else 64
+    entries = {
+        256: (3, [width]), 257: (3, [height]), 258: (3, [bits] * min(samples, 5)), 259: (3, [1]),
+        262: (3, [1 if samples == 1 else 2]), 273: (4, [TIFF_BODY]), 277: (3, [samples]), 278: (3, [height]),
+        279: (4, [row * height]), 274: (3, [int(rng.integers(0, 10))]),
+    }  # fmt: skip
+    odd: dict[int, tuple[int, list[int]]] = {
+        256: (4, [pick(rng, [0, 1, 65535, (1 << 31) - 1, (1 << 32) - 1])]),
+        257: (4, [pick(rng, [0, 1, 65535, (1 << 31) - 1, (1 << 32) - 1])]),
+        259: (3, [pick(rng, TIFF_COMPRESSIONS)]),
+        262: (3, [pick(rng, [0, 1, 2, 3, 4, 5, 6, 8, 9, 32803, 65535])]),
+        273: (4, [pick(rng, [0, 8, (1 << 32) - 1])] * int(pick(rng, [1, 2, 500]))),
+        278: (4, [pick(rng, [0, 1, (1 << 32) - 1])]),
+        279: (4, [pick(rng, [0, 1, (1 << 32) - 1])] * int(pick(rng, [1, 2, 500]))),
+        284: (3, [pick(rng, [1, 2, 3])]),
+        317: (3, [pick(rng, [1, 2, 3, 9])]),
+        322: (3, [pick(rng, [0, 16, 65535])]), 323: (3, [16]), 324: (4, [TIFF_BODY]), 325: (4, [256]),
+        320: (3, [7] * int(pick(rng, [3, 768, 700]))),
+        338: (3, [pick(rng, [0, 1, 2, 9])]),
+        339: (3, [pick(rng, [0, 1, 2, 3, 4, 9])] * min(samples, 5)),
+        330: (4, [8] * 100), 34665: (4, [8]), 34675: (1, [1] * 200), 700: (1, [60] * 200),
+    }  # fmt: skip
+    if not usual:
+        entries |= {tag: odd[tag] for tag in odd if not rng.integers(4)}
+    order, big = pick(rng, ["<", ">"]), bool(rng.integers(5) == 0)
+    body = rng.bytes(min(row * height, 1 << 16))
+    body = zlib.compress(body) if entries[259][1][0] == 8 else body
+    end, data = with_end(rng, tiff(entries, body, order, big))
+    said = f"{bits} bits, {samples} samples, compression {entries[259][1][0]}, {'usual' if usual else 'odd'}"
+    return f"{said}, {end}", data
 
 
 # ---- JPEG ----

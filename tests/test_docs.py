@@ -124,3 +124,67 @@ def test_readme_s_figures_stand_in_the_evidence() -> None:
     figures = re.findall(r"(?<=\| )\d[^|]*(?= \|)", "\n".join(rows))
     assert len(rows) == 4 and len(figures) == 14
     assert [figure for figure in figures if f"| {figure} |" not in evidence] == []
+
+
+def limits_of_files() -> dict[str, int]:
+    """What `docs/files_from_elsewhere.md` says in words, and the number in the code that it means."""
+    from scrl_fast.config import yaml_text
+    from scrl_fast.data import jpeg, pillow
+    from scrl_fast.data.sources import annotation_files, coco_document, files, shards, tar, voc, yolo, yolo_layout
+    from scrl_fast.transfer import trained
+    from scrl_fast.weights import files as weight_files
+    from scrl_fast.weights import (
+        load,
+        onnx_files,
+        pickled_tensors,
+        pickles,
+        safetensors_files,
+        training_state,
+        zip_archive,
+    )
+
+    return {
+        "{} segments": jpeg._MOST_SEGMENTS,
+        "{} chunks": pillow._MOST_CHUNKS,
+        "names of {}": tar._LONGEST_NAME,
+        "{} of pax records": tar._LARGEST_PAX,
+        "| Python's JSON | {} |": shards._LARGEST_MANIFEST,
+        "| text | {} |": files._LARGEST_LIST,
+        "| Python's JSON | {};": coco_document._LARGEST_FILE,
+        "{} for a list of names": yolo_layout._LARGEST_NAMES,
+        "{} for the labels of an image": yolo._LARGEST_LABELS,
+        "{} classes": annotation_files.MOST_CLASSES,
+        "| {}, no entities": voc._LARGEST_XML,
+        "{} entries": zip_archive.MAX_ENTRIES,
+        "{} levels; tensors": pickles.MAX_DEPTH,
+        "at most {} times the file's bytes": pickled_tensors.MAX_SHARING,
+        "a header of {}": safetensors_files.MAX_HEADER,
+        "| sizes against the file's; {}, a million fields": onnx_files.MAX_BYTES,
+        "{} dimensions": onnx_files.MAX_DIMENSIONS,
+        "| Python's JSON | {} |\n| weights in the cache": weight_files.MAX_CONFIG,
+        "images of at most {} pixels": trained.MAX_RESIZED,
+        "{} boxes of an image": trained.MOST_FOUND,
+        "sides of {}": trained.LARGEST_SIDE,
+        "| PyYAML's safe loader | {}": yaml_text.MAX_BYTES,
+        "{} levels, 10,000 values": yaml_text.MAX_DEPTH,
+        "{} values with aliases": yaml_text.MAX_VALUES,
+        "whole numbers of {} digits": yaml_text.MAX_DIGITS,
+        "views of {} pixels": load.LARGEST_VIEW,
+        "{} threads": training_state.LARGEST_THREADS,
+    }
+
+
+def test_the_table_of_limits_is_that_of_the_code() -> None:
+    from dataclasses import fields
+
+    from scrl_fast.config.image_limits import ImageLimitOptions
+    from scrl_fast.weights import onnx_files, pickles
+
+    text = (ROOT / "docs" / "files_from_elsewhere.md").read_text(encoding="utf-8")
+    for words, value in limits_of_files().items():
+        binary = next((f"{value >> bits} {unit}" for bits, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+                       if value >= 1 << bits and value % (1 << bits) == 0), "")  # fmt: skip
+        assert words.format(f"{value:,}") in text or words.format(binary) in text, (words, value)
+    assert onnx_files.MAX_FIELDS == 1_000_000 and pickles.MAX_OPCODES == 1_500_000 and "1.5 million opcodes" in text
+    for field in fields(ImageLimitOptions):
+        assert f"| `data.{field.name}` | " in text, field.name

@@ -20,6 +20,7 @@ from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.weights.errors import WeightsError
 from scrl_fast.weights.files import HUB_CONFIG, HUB_WEIGHTS
 from scrl_fast.weights.layouts import BATCH_COUNTER, Weights, read
+from scrl_fast.weights.tensor_values import FLOATS
 
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # of a file of torch.hub: where its SHA-256 begins
 HUB_FILES = (HUB_WEIGHTS, "pytorch_model.bin")
@@ -87,8 +88,8 @@ def _of_timm(backbone: str) -> Weights:
         known = f"; it has {', '.join(tags[:5])}" if tags else ""
         raise WeightsError(f"init=timm: timm has no weights of {backbone}{known}")
     settings = timm.get_pretrained_cfg(name)
-    if kept := _kept_by_timm(settings):
-        _read_kept(TIMM_WEIGHTS, kept)
+    kept = _kept_by_timm(settings)
+    file_state = _read_kept(TIMM_WEIGHTS, kept).named if kept else {}
     missing: list[str] = []
     try:
         with torch.random.fork_rng(devices=[]), _recording_missing(missing):  # a network made only for its weights
@@ -97,11 +98,8 @@ def _of_timm(backbone: str) -> Weights:
         if kept:
             raise _kept_error(TIMM_WEIGHTS, kept, f"it does not fit {backbone}: {shortened(error)}") from error
         raise _download_error("timm", f"the weights of {backbone}", _hub_cache(), error) from error
-    held = network.state_dict().keys()  # of the parts of a whole model that a feature extractor keeps, under its names
-    spelled = [spelling for key in missing for spelling in (key, key.replace(".", "_", 1), f"model.{key}")]
-    if lost := [key for key in spelled if key in held and not key.endswith(BATCH_COUNTER)]:
-        cause = f"it lacks {len(lost)} of the tensors of {backbone}, such as {lost[0]}"
-        raise _kept_error(TIMM_WEIGHTS, kept, cause) if kept else WeightsError(f"init=timm: the file of timm: {cause}")
+    if cause := _not_filled(network, missing, file_state):
+        raise _kept_error(TIMM_WEIGHTS, kept, cause) if kept else WeightsError(f"init=timm: timm's file {cause}")
     said = {"mean": list(settings.mean), "std": list(settings.std)} if settings is not None else {}
     return _weights(f"timm's {name}", "timm", network.state_dict(), said)
 
@@ -118,9 +116,7 @@ def _of_hub(init: str) -> Weights:
     for file in HUB_FILES:
         try:
             path = Path(hf_hub_download(name, file, revision=revision or None))
-        except errors.LocalEntryNotFoundError as error:  # no network, and not in the cache
-            missing = error
-        except errors.EntryNotFoundError as error:  # the repository has no such file
+        except errors.EntryNotFoundError as error:  # not in the repository; without network: not in the cache
             missing = error
             continue
         except Exception as error:
@@ -129,8 +125,25 @@ def _of_hub(init: str) -> Weights:
             if file == HUB_WEIGHTS:
                 _fetch_config(hf_hub_download, name, revision)
             return _read_kept(init, path, whole_folder=file == HUB_WEIGHTS)
-        break
     raise _download_error(init, f"{' or '.join(HUB_FILES)} of {name}", _hub_cache(), missing)
+
+
+def _not_filled(network: nn.Module, missing: list[str], file_state: dict[str, Any]) -> str:
+    """What a network of timm's did not get from its file, or got from whole numbers; "" where all is as it should be.
+
+    missing: names that the file lacks, of the whole model. file_state: the file's tensors, where they are known.
+    """
+
+    def own_names(key: str) -> list[str]:  # of the parts that a feature extractor keeps, under its names
+        return [name for name in (key, key.replace(".", "_", 1), f"model.{key}") if name in own]
+
+    own = network.state_dict()
+    if lost := [key for key in missing if own_names(key) and not key.endswith(BATCH_COUNTER)]:
+        return f"it lacks {len(lost)} of the network's tensors, such as {lost[0]}"
+    for key, tensor in file_state.items():
+        if tensor.dtype not in FLOATS and any(own[name].is_floating_point() for name in own_names(key)):
+            return f"its tensor {key} holds no floats but {tensor.dtype}"
+    return ""
 
 
 @contextmanager
