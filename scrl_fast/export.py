@@ -3,7 +3,7 @@
 Every file is written under a temporary name, read back, compared tensor by tensor, and only then renamed.
 ``OUT.json`` beside it holds the metadata (safetensors, mmdet, ONNX and folders hold it inside as well); beside a ResNet
 for detectron2 or mmdet lie the settings of a detector.
-Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
+Exit codes: 0 done, 2 wrong usage or input, 128 and its number by a signal, 1 anything else.
 """
 
 from __future__ import annotations

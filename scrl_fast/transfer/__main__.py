@@ -3,7 +3,8 @@
 ``python -m scrl_fast.transfer predict`` uses a trained one (`scrl_fast.transfer.commands`), and ``compare TASK`` trains
 one from each of several starts (`scrl_fast.transfer.compare`).
 
-Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or input; 1 anything else.
+Exit codes: 0 done, or stopped on request with a checkpoint; 2 wrong usage or input; 1 anything else, but 128 and its
+number by a signal that ends ``predict`` or ``export``.
 """
 
 from __future__ import annotations
