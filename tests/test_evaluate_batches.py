@@ -75,6 +75,20 @@ def test_progress_speaks_of_slow_stages_only(monkeypatch):
     assert said[-1] == "features: 50 images in 50.0 s" and len(said) == 6
 
 
+def test_progress_counts_what_is_iterated_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    said = []
+
+    def slow():
+        for image in "abcde":
+            now[0] += 1
+            yield image
+
+    assert list(Progress("measuring", 5, "images", said.append).over(slow())) == list("abcde")
+    assert said == ["measuring: 2 of 5 images, 1/s", "measuring: 5 images in 5.0 s"]
+
+
 def test_batchnorm_statistics_are_those_of_one_batch_after_the_other():
     """The same as cumulative running statistics of an encoder that sees the batches itself, in order."""
     torch.manual_seed(0)

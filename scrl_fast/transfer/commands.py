@@ -49,9 +49,11 @@ def predict(argv: Sequence[str]) -> None:
     kept = f"ended before all images were done; the pictures in {args.out} are whole, its JSON files are not written"
     with ending_cleanly("scrl_fast.transfer", kept):
         from scrl_fast.data.image_files import ImageLimits
+        from scrl_fast.run.numerics import keep_memory
         from scrl_fast.transfer.predict_folder import predict_folder
         from scrl_fast.transfer.trained import load_detector
 
+        keep_memory()
         loading: dict[str, Any] = {"device": args.device, "backbone": args.backbone, "max_pixels": args.max_resized}
         detector = load_detector(args.detector, **loading)
         tell(f"detector: {detector.path}")

@@ -22,7 +22,7 @@ from scrl_fast.metrics import LossWindow
 from scrl_fast.run.checkpoint import load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
-from scrl_fast.run.numerics import resolved_precision, set_numerics, step_seed
+from scrl_fast.run.numerics import keep_memory, resolved_precision, set_numerics, step_seed
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.categories import categories_of
@@ -75,6 +75,8 @@ class Transfer(TrainingTask[list[Example]]):
         self.config = config = place_run(config, self.world, kind)
         self.loop = TrainingLoop(self, write_environment=info.write_environment)
         set_numerics(config.train.deterministic, self.device)
+        if self.device.type == "cpu":
+            keep_memory()  # a fifth of the time of measuring (benchmarks/results/evaluation_profile_cpu.json)
         torch.backends.cudnn.benchmark = False  # the padded images' shapes change from step to step
 
         torch.manual_seed(config.train.seed)
