@@ -21,6 +21,7 @@ from scrl_fast.data import BadImage, Loader, LoaderStalled, identity_of
 from scrl_fast.data.sources import remote
 from scrl_fast.data.sources.shards import tar_shards
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.__main__ import main as evaluate_main
 
 
 class OddStore(MemoryFileSystem):
@@ -138,10 +139,11 @@ def test_a_failure_is_tried_again_and_named(caplog: pytest.LogCaptureFixture, tm
         OddStore.failures = [RuntimeError("503 Slow Down")]
         assert found.data(0) == jpeg(0)
     said = [record.getMessage() for record in caplog.records]
+    file = "odd://bucket/t-00.tar"
     assert said == [
-        "odd://bucket/t-00.tar: ConnectionResetError: reset; try 2 follows in 0.001 s",
-        "odd://bucket/t-00.tar: TimeoutError: no message; try 3 follows in 0.002 s",
-        "odd://bucket/t-00.tar: RuntimeError: 503 Slow Down; try 2 follows in 0.001 s",
+        f"{file}: ConnectionResetError: reset; try 2 follows in 0.001 s; such waits end after 30 s in all",
+        f"{file}: TimeoutError: no message; try 3 follows in 0.002 s",
+        f"{file}: RuntimeError: 503 Slow Down; try 2 follows in 0.001 s; such waits end after 300 s in all",
     ]
 
 
@@ -207,12 +209,39 @@ def test_a_store_that_stays_away_is_a_disk_that_does_not_answer(fault: str) -> N
     OddStore.fault = fault
     with closing(Loader(found, config)) as loader:
         with pytest.raises(
-            LoaderStalled, match=r"no image was finished for 0\.2 s .*reading odd:///bucket/t-0\d\.tar:"
+            LoaderStalled,
+            match=r"no image was finished for 0\.2 s .*reading odd:///bucket/t-0\d\.tar:|tried again for 0\.2 s",
         ):
             next(loader.epoch(0))
         assert not loader.bad_files  # and none was replaced
         OddStore.fault = ""
         OddStore.hold.set()
+
+
+def test_evaluation_waits_for_a_store_no_longer_than_data_timeout(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = tar_shards("odd://bucket", patience=0.01)
+    OddStore.fault = "down"
+    with pytest.raises(
+        LoaderStalled, match=r"t-00\.tar: the store failed \d+ times, .*unreachable; it was tried again"
+    ):
+        found.data(0)
+    images = ["--data.source=tar", "--data.root=odd://bucket", "--data.timeout=0.01", "--size=32", "--images=4"]
+    with pytest.raises(SystemExit, match=r"^1$"):
+        evaluate_main(["rank", "--checkpoint=random", "--backbone=resnet10_tiny", *images])
+    assert "such waits end after 0.01 s in all" in caplog.text
+    assert "If it is only slow, use --data.timeout=0.02" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_training_without_workers_ends_by_the_same_limit() -> None:
+    config = config_of(data__timeout=0.01, data__workers=0)
+    found = tar_shards("odd://bucket", patience=config.data.timeout)
+    OddStore.fault = "down"
+    with closing(Loader(found, config)) as loader:
+        with pytest.raises(LoaderStalled, match="tried again for"):
+            next(loader.epoch(0))
+        assert not loader.bad_files
 
 
 def test_an_image_that_is_gone_for_good_is_a_bad_file(store: Any) -> None:

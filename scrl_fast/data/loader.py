@@ -174,7 +174,7 @@ class Loader:
         if builder is None:
             raise LoaderStalled(self._why_stalled(epoch, number))
         error = builder.work.error
-        if isinstance(error, (UsageError, KeyboardInterrupt)):
+        if isinstance(error, (UsageError, LoaderStalled, KeyboardInterrupt)):
             raise error
         if error is not None:
             raise RuntimeError(

@@ -29,11 +29,11 @@ def make_source(config: Config | DataConfig, *, seed: int | None = None) -> Sour
     roots, limits = list(map(os.path.expanduser, data.roots)), ImageLimits.of(data)
     if len(roots) > 1:
         check_apart(roots)
-        return JoinedImages([_source_at(data.source, root, limits) for root in roots])
-    return _source_at(data.source, "".join(roots), limits)
+        return JoinedImages([_source_at(data.source, root, limits, data.timeout) for root in roots])
+    return _source_at(data.source, "".join(roots), limits, data.timeout)
 
 
-def _source_at(kind: str, root: str, limits: ImageLimits) -> ImageFiles | TarImages | DatasetImages:
+def _source_at(kind: str, root: str, limits: ImageLimits, patience: float) -> ImageFiles | TarImages | DatasetImages:
     if is_url(root) and kind not in ("tar", "hf"):
         raise UsageError(f"data.source={kind} reads no URL ({root}); data.source=tar reads shards from a store")
     if kind == "folder":
@@ -43,7 +43,7 @@ def _source_at(kind: str, root: str, limits: ImageLimits) -> ImageFiles | TarIma
     if kind == "list":
         return image_list(root, limits=limits)
     if kind == "tar":
-        return tar_shards(root, limits=limits)
+        return tar_shards(root, limits=limits, patience=patience)
     if kind == "packed":
         return packed_shards(root, limits=limits)
     if kind == "hf":

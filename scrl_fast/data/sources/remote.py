@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from scrl_fast.data.image_files import printable
+from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.errors import UsageError
 
 Answer = TypeVar("Answer")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries; doubled from try to try
 _START_PATIENCE = 30.0  # seconds of such waits in all
-_READ_PATIENCE = 3600.0  # data.timeout ends a run before
 _BLOCK = 1 << 22  # bytes read at a time while a shard is indexed
 _VERSION_FIELDS = (  # of different stores
     *("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest"),
@@ -59,10 +59,14 @@ def store_of(url: str) -> tuple[Any, str]:
         raise UsageError(f"data.root={url!r} cannot be opened: {printable(str(error))}") from None
 
 
+class StoreDown(OSError):
+    """A store that failed for as long as it was asked again."""
+
+
 def ask(what: str, question: Callable[[], Answer], patience: float) -> Answer:
     """The answer of a store; asked again with growing waits while it fails, and each failure is logged.
 
-    patience: seconds of waits in all. Raises OSError, at once where asking again is of no use.
+    patience: seconds of waits in all. Raises StoreDown after them, other OSErrors where asking again is of no use.
     """
     wait, left, number = _FIRST_WAIT, patience, 1
     while True:
@@ -73,9 +77,10 @@ def ask(what: str, question: Callable[[], Answer], patience: float) -> Answer:
             if _is_final(error):
                 raise error if isinstance(error, OSError) else OSError(why) from error
             if left <= 0:
-                raise OSError(f"the store failed {number} times, the last time with {why}") from error
+                raise StoreDown(f"the store failed {number} times, the last time with {why}") from error
         wait = min(wait, left)
-        _log.warning("%s: %s; try %d follows in %g s", printable(what), printable(why), number + 1, wait)
+        limit = f"; such waits end after {patience:g} s in all" if number == 1 else ""
+        _log.warning("%s: %s; try %d follows in %g s%s", printable(what), printable(why), number + 1, wait, limit)
         time.sleep(wait)
         wait, left, number = min(2 * wait, _LONGEST_WAIT), left - wait, number + 1
 
@@ -131,16 +136,23 @@ class BlockReader:
 
 
 class RemoteHandles:
-    """Files of a store, for reading by place from many threads."""
+    """Files of a store, for reading by place from many threads. patience: seconds for which a read is tried again."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._urls = list(urls)
+    def __init__(self, urls: Sequence[str], patience: float) -> None:
+        self._urls, self._patience = list(urls), patience
         self._places = [store_of(url) for url in self._urls]
 
     def read(self, file: int, size: int, offset: int) -> bytes:
-        """`size` bytes of file number `file`, fewer where it ends. Raises OSError."""
+        """`size` bytes of file number `file`, fewer where it ends. Raises OSError; LoaderStalled for a store that is
+        down: an image of it is not bad, and must not be replaced by others."""
         store, path = self._places[file]
-        return read_range(store, path, self._urls[file], size, offset, _READ_PATIENCE)
+        try:
+            return read_range(store, path, self._urls[file], size, offset, self._patience)
+        except StoreDown as error:
+            raise LoaderStalled(
+                f"{printable(self._urls[file])}: {printable(str(error))}; it was tried again for {self._patience:g} s "
+                f"(data.timeout). Is the store answering? If it is only slow, use --data.timeout={2 * self._patience:g}"
+            ) from error
 
 
 def read_range(store: Any, path: str, url: str, size: int, offset: int, patience: float) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from scrl_fast.config.defaults import DATA_TIMEOUT
 from scrl_fast.data.decode import EXTENSIONS
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, printable, read_file
 from scrl_fast.data.sources.base import UNLABELLED, EncodedImages
@@ -36,11 +37,17 @@ _log = logging.getLogger("scrl_fast")
 class TarImages(EncodedImages):
     """The images of shards, one shard after the other. classes: their names; else labels are numbered by `.cls`.
 
-    `problems` says what is wrong with which shard: cut or damaged ones, members left out, labels that are no numbers.
+    patience: seconds for which a store that fails is asked again. `problems` says what is wrong with which shard: cut
+    or damaged ones, members left out, labels that are no numbers.
     """
 
     def __init__(
-        self, shards: Sequence[str], *, limits: ImageLimits = DEFAULT_LIMITS, classes: Sequence[str] = ()
+        self,
+        shards: Sequence[str],
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        classes: Sequence[str] = (),
+        patience: float = DATA_TIMEOUT,
     ) -> None:
         self.shards, self.limits = list(shards), limits
         remote = bool(self.shards) and is_url(self.shards[0])
@@ -54,7 +61,7 @@ class TarImages(EncodedImages):
         most = max((int(index.labels.max(initial=UNLABELLED)) for index in self._index), default=UNLABELLED)
         self.num_classes = max(len(classes), most + 1)
         self.classes = list(classes) or [str(label) for label in range(self.num_classes)]
-        self._handles = RemoteHandles(self.shards) if remote else Handles(self.shards)
+        self._handles = RemoteHandles(self.shards, patience) if remote else Handles(self.shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -95,14 +102,14 @@ class TarImages(EncodedImages):
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
 
-def tar_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> TarImages:
+def tar_shards(root: str, *, limits: ImageLimits = DEFAULT_LIMITS, patience: float = DATA_TIMEOUT) -> TarImages:
     """The shards that root names: a folder of .tar files, one file, or a pattern (`train-{000..146}.tar`, `a/*.tar`).
 
-    Each may be a URL that the package fsspec knows (`s3://bucket/train-{000..146}.tar`).
+    Each may be a URL that the package fsspec knows (`s3://bucket/train-{000..146}.tar`); patience is for these.
 
     Raises UsageError if there are none, or no images in them.
     """
-    found = TarImages(_shards_of(root), limits=limits)
+    found = TarImages(_shards_of(root), limits=limits, patience=patience)
     _tell(found.problems)
     if not len(found):
         what = f"; {found.problems[0]}" if found.problems else f": looked for members ending in {', '.join(EXTENSIONS)}"
