@@ -1,13 +1,16 @@
 """The pictures of README and docs, from kept results and our own drawn scenes: ``python benchmarks/pictures.py``.
 
-``--run=RUN`` is a run of the demo (``python -m scrl_fast.train --run.dir=RUN``), for views_and_features.png; without it
-only the pictures that need no network are drawn. Everything goes to docs/pictures. Nothing here measures.
+``--run=RUN`` is a run of the demo for views_and_features.png and dense_consistency.png; where RUN does not exist, the
+demo is trained into it first, for minutes. Without the option only the pictures that need no network are drawn.
+Everything goes to docs/pictures. Nothing here measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from scrl_fast.evaluate.dense import view_pairs
 from scrl_fast.evaluate.encoder import load_evaluated
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images
 from scrl_fast.evaluate.pca import dense_features, principal_components
+from scrl_fast.evaluate.plots import draw_similarity
 from scrl_fast.models import Encoder
 from scrl_fast.run.plots import outline, to_picture
 
@@ -69,6 +73,21 @@ def views_and_features(run: str, file: Path, shown: tuple[int, ...] = SHOWN) -> 
     for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     _save(figure, file)
+
+
+def similarity(run: str, file: Path) -> None:
+    """Similarity maps of chosen points on held-out scenes, as ``evaluate dense-consistency`` draws them."""
+    trained = load_evaluated(RankOptions(checkpoint=run, device="cpu"))
+    config = Config.from_dict(trained.training)
+    source = DemoScenes(SCENES, config.data.demo_size, config.train.seed, "test")
+    encoder = frozen_copy(trained.encoder)
+    draw_similarity(file, encoder, source, config.views, config.boxes, images=SHOWN, points=3, seed=0)
+
+
+def train_demo(run: str) -> None:
+    """The demo's run in the folder, made where there is none."""
+    if not Path(run).exists():
+        subprocess.run([sys.executable, "-m", "scrl_fast.train", f"--run.dir={run}"], check=True, cwd=ROOT)
 
 
 def _colours(encoder: Encoder, source: DemoScenes, config: Config) -> torch.Tensor:
@@ -126,15 +145,18 @@ def _save(figure: Figure, file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Draw the pictures of README and docs.")
-    p.add_argument("--run", default="", help="a run of the demo, for the picture of views and features")
+    p.add_argument("--run", default="", help="a run of the demo, trained where there is none; for two of the pictures")
     p.add_argument("--out", type=Path, default=PICTURES)
     args = p.parse_args(argv)
     drawn: list[Any] = [args.out / "operations.png", args.out / "floors.png"]
     operations(drawn[0])
     floors(drawn[1])
     if args.run:
-        drawn.append(args.out / "views_and_features.png")
-        views_and_features(args.run, drawn[-1])
+        run = os.path.abspath(args.run)
+        train_demo(run)
+        drawn += [args.out / "views_and_features.png", args.out / "dense_consistency.png"]
+        views_and_features(run, drawn[-2])
+        similarity(run, drawn[-1])
     print("\n".join(f"{file}: {file.stat().st_size:,} bytes" for file in drawn))
     return 0
 
