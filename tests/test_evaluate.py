@@ -118,11 +118,12 @@ def test_dense_consistency_and_rank(capsys, tmp_path):
     picture, spectrum = tmp_path / "deep" / "pairs.png", tmp_path / "spectrum.png"
     data = ["--data.demo_images=48", "--data.demo_size=64"]
     views = ["--views.size=48", "--boxes.min_size=16", "--views.recipe=simple"]
-    dense = ["dense-consistency", *TINY[:2], *data, *views, f"--plot={picture}"]
+    dense = ["dense-consistency", *TINY[:2], *data, *views, f"--plot={picture}", "--plot_images=[0,20,60]"]
     line, document, _ = evaluate(capsys, tmp_path, *dense)
     result = document["result"]
     assert result["chance"] < result["retrieval"] <= 1 and result["images"] <= 48
     assert result["cosine_gap"] == pytest.approx(result["cosine_match"] - result["cosine_other"])
+    assert "views of 48 pixels, up to 10 boxes of at least 16 pixels" in line
     assert f"{result['retrieval']:.2%}" in line and picture.stat().st_size > 10_000
     rank = ["rank", *TINY[:2], *data, "--size=48", "--images=40", f"--plot={spectrum}"]
     result = evaluate(capsys, tmp_path, *rank)[1]["result"]

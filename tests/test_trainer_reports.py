@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from statistics import fmean
 
 import pytest
@@ -55,6 +56,23 @@ def test_rows_are_means_of_the_steps_and_monitors_of_the_last(watched):
 
 def test_a_checkpoint_is_judged_by_the_probe_since_the_one_before(watched):
     assert watched[2] == [[], [], []]  # two planned checkpoints, and what the end compares the folder with
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_slow_first_step_is_told_of(slow, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("scrl_fast.run.log.SLOW_START", 0.01 if slow else 1e6)
+    trainer = SCRLTrainer(make_config(tmp_path / "run", max_steps=2), source=Pictures())
+    log, step, words = tmp_path / "run/log.txt", trainer.train_step, "step 1 of 2 is being made: the first one takes"
+
+    def until_told(*batch):
+        deadline = time.monotonic() + 60
+        while slow and words not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return step(*batch)
+
+    monkeypatch.setattr(trainer, "train_step", until_told)
+    trainer.fit()
+    assert (words in log.read_text()) == (words in capfd.readouterr().err) == slow
 
 
 def test_curves_are_drawn(watched):

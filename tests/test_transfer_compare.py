@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from scrl_fast.transfer.compare.rows import RowFiles, labels_of, rows_of
 from scrl_fast.transfer.compare.timed import Deadline, TimedTransfer
 from scrl_fast.transfer.config import TASK_SUMMARIES
 from scrl_fast.transfer.trainer import Transfer
+from scrl_fast.weights import Weights, WeightsError
 
 STEPS = 3
 
@@ -122,11 +124,31 @@ def test_an_interrupted_comparison_ends_in_the_same_table(data_root, weights, tm
     assert "no seed in common yet" in table
     said = (tmp_path / "c" / "runs" / "scrl.pth-0.6-seed0" / "log.txt").read_text()
     assert ("SIGTERM: stopped" if how == "signal" else "--minutes=9: stopped") in said
+    assert "To continue" not in said  # the comparison's own last line says what goes on
     assert compare(words(data_root, tmp_path / "c", weights, "--seeds=1")) == 0
     shutil.copytree(whole, tmp_path / "whole")
     assert compare(words(data_root, tmp_path / "whole", weights, "--seeds=1")) == 0  # of its rows, as they are
     assert outcome(tmp_path / "c") == outcome(tmp_path / "whole")
     assert "resumed from" in (tmp_path / "c" / "runs" / "scrl.pth-0.6-seed0" / "log.txt").read_text()
+
+
+def test_starts_that_were_normalised_otherwise_are_told_before_the_first_row(monkeypatch):
+    def read(init, backbone):
+        if init == "gone":
+            raise WeightsError("there is no file gone")
+        return Weights(init, "torchvision", {"online": {}}, metadata={"mean": [0.5] * 3, "std": [0.2] * 3})
+
+    monkeypatch.setattr("scrl_fast.weights.read_initial", read)
+    said, inits = [], ["random", "a", "gone", "done"]
+    comparison = SimpleNamespace(say=said.append)
+    model = SimpleNamespace(backbone="resnet50", mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    comparison.config = SimpleNamespace(model=model, inits=inits)
+    comparison.results = SimpleNamespace(labels=inits, open=[SimpleNamespace(init=init) for init in inits[:3]])
+    Comparison.check_normalization(comparison)
+    assert said == [
+        "a: it was trained on images normalised otherwise than here: --model.mean=[0.5,0.5,0.5]",
+        "gone: its rows will fail: there is no file gone",
+    ]
 
 
 def test_a_finished_comparison_trains_nothing_again_and_takes_more_seeds(whole, data_root, weights, monkeypatch):

@@ -15,9 +15,37 @@ from scrl_fast.config.schema import Config
 from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
 from scrl_fast.trainer import SCRLTrainer
+from scrl_fast.weights import zoo
 from scrl_fast.weights.zoo import read_initial
 
 RESNET18 = type(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
+
+
+@pytest.fixture(autouse=True)
+def hub_is_not_asked(monkeypatch, request):
+    """No test waits for the network."""
+    if "get_session" not in request.node.name:
+        monkeypatch.setattr("scrl_fast.weights.zoo._hub_answers", lambda address: True)
+
+
+def test_where_the_hub_does_not_answer_get_session_is_used_once(monkeypatch, caplog) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    asked = []
+
+    class Session:
+        def head(self, address, timeout):
+            asked.append((address, timeout))
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with zoo.hub_or_cache():
+        assert constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE and asked == [(constants.ENDPOINT, 5.0)]
+    assert f"{constants.ENDPOINT} does not answer (ConnectionError): only its cache" in caplog.text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as the user's environment has it
+    with zoo.hub_or_cache():
+        assert constants.HF_HUB_OFFLINE and len(asked) == 1
 
 
 @pytest.fixture

@@ -148,7 +148,9 @@ def dense_task(options: DenseOptions, evaluated: EvaluatedEncoder, context: Task
         save_plot(options.plot, lambda path: draw_similarity(path, *arguments, **how), say)
     return TaskResult(
         f"dense consistency on {result.pairs} box pairs of {result.images} images: retrieval {result.retrieval:.2%} "
-        f"(blind {result.chance:.2%}), across images {result.retrieval_across:.2%}, cosine gap {result.cosine_gap:.3f}",
+        f"(blind {result.chance:.2%}), across images {result.retrieval_across:.2%}, cosine gap {result.cosine_gap:.3f}"
+        f"; views of {options.views.size} pixels, up to {options.boxes.per_image} boxes of at least "
+        f"{options.boxes.min_size} pixels",
         asdict(result),
     )
 

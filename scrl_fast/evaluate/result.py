@@ -39,7 +39,8 @@ NO_RESULT = TaskResult("", {})
 def save_plot(path: str, draw: Callable[[str], bool], say: Say) -> None:
     """Draw to ``path``, and say where the picture is or why there is none."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    replaced = " (in place of the file that was there)" if os.path.exists(path) else ""
     if draw(path):
-        say(f"drawn: {path}")
+        say(f"drawn: {path}{replaced}")
     else:
         say("matplotlib is not installed: no picture (pip install matplotlib brings it)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from scrl_fast.run.terminal import Terminal
 from scrl_fast.run.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
 
 LOGGER = logging.getLogger("scrl_fast")
+SLOW_START = 3.0  # seconds after which a first step that is not done yet is told of
 OUTPUTS = {"tensorboard": "event files", "wandb": "W&B"}
 R = TypeVar("R")
 RowHook = Callable[[dict[str, Any]], object]
@@ -151,7 +153,9 @@ class RunLog:
             return action()
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == package:
-                self.say_once(f"{package} is not installed: no {what} (pip install {package} brings it)")
+                # run.tensorboard is true unless it is turned off: nobody has asked for it, and the terminal stays quiet
+                tell = self.note if package == "tensorboard" else self.say_once
+                tell(f"{package} is not installed: no {what} (pip install {package} brings it)")
             else:
                 self.say_once(f"no {what}: {package} does not load: {error}")
         except Exception as error:
@@ -202,6 +206,21 @@ class RunLog:
         """Adds results that came after the last step to its row in metrics.jsonl, so that each step has one row."""
         if self.active and extra:
             self.rows.amend(extra)
+
+    @contextmanager
+    def slow_start(self, step: int) -> Iterator[Callable[[], None]]:
+        """Says that the first step is on where it takes seconds; what it yields is to be called after that step.
+
+        Before it nothing else tells a slow start from a run that hangs.
+        """
+        words = f"step {step} of {self.total_steps} is being made: the first one takes longest"
+        timer = threading.Timer(SLOW_START, self.say, [words])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield timer.cancel
+        finally:
+            timer.cancel()
 
     def tick(self) -> None:
         """One step is done."""

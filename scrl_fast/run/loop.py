@@ -64,6 +64,7 @@ class TrainingLoop(Generic[T]):
         self.drawn = time.monotonic()  # when curves.png was drawn last
         self.last_row: dict[str, Any] = {}
         self.on_row: RowHook | None = None
+        self.says_how_to_resume = True  # False for a part of something that says so itself
         self.log_options: dict[str, Any] = {}  # of `RunLog`, besides the run's own
 
     def use_logging(self, on_row: RowHook | None = None, *, progress: bool = True) -> None:
@@ -97,11 +98,12 @@ class TrainingLoop(Generic[T]):
         task, run = self.task, self.task.config.run
         save_every = run.checkpoint_every or task.steps_per_epoch
         self.clock.read()
-        with closing(task.batches()) as stream:
+        with closing(task.batches()) as stream, self.log.slow_start(self.step + 1) as started:
             for batch, weight in self.synchronized_batches(stream):
                 if self.step == 0:
                     task.first_batch(batch)
                 self.make_step(batch, weight)
+                started()
                 self.log.tick()
                 if note := task.step_note():
                     self.log.say(note)
@@ -376,6 +378,8 @@ class TrainingLoop(Generic[T]):
             done = f"done: {self.step} steps; checkpoint and curves are in {self.folder}"
             return [*self.task.last_words(), done]
         message = self.stop.stop_message(self.step)
+        if not self.says_how_to_resume:
+            return [message.rpartition(" To ")[0]]
         if not self.task.trains:
             message = f"{self.stop.reason}: stopped before the measurement was complete. To measure anew:"
         return [message, f"  {self.resume_command()}"]

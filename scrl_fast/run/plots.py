@@ -89,7 +89,7 @@ def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) ->
     for name, axes in zip(present, panels, strict=False):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.plot(*zip(*points, strict=True), linewidth=1.2)
-        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_title(name, fontsize=9)  # in the middle: on the left matplotlib writes a power of ten
         axes.grid(alpha=0.3)
     for axes in list(figure.axes)[len(present) :]:
         axes.set_visible(False)

@@ -158,7 +158,9 @@ def load_into_scrl(model: SCRL, source: Source) -> LoadReport:
     report.notes.append("encoder" + "".join(f", {name}" for name in taken) + " loaded")
     if not own_target:
         report.notes.append("the target encoder is a copy of the online one")
-    if fresh:
+    if fresh and not any(state for _, _, state in heads):
+        report.notes.append(f"as usual for an encoder, the file holds nothing else: {', '.join(fresh)} start anew")
+    elif fresh:
         report.notes.append(f"{', '.join(fresh)} missing or of another size, so starting anew")
     return report
 
@@ -229,8 +231,11 @@ def guess_backbone(weights: Weights) -> str:
             return name
         is_now, must_be = list(state[wrong[0]].shape), list(shapes[wrong[0]])
         misfits.append((len(wrong), f"{name} is nearest, but {wrong[0]} is {is_now}, must be {must_be}"))
-    hint = min(misfits)[1] if misfits else "name the backbone"
-    raise WeightsError(f"{weights.path} ({weights.layout}): no known backbone has these tensors; {hint}")
+    nearest = f"; {min(misfits)[1]}" if misfits else ""
+    raise WeightsError(
+        f"{weights.path} ({weights.layout}): no known backbone has these tensors{nearest}. "
+        "Name it: --backbone=resnet50, timm:NAME, ..."
+    )
 
 
 def _stated_backbone(weights: Weights) -> str:

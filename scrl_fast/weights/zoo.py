@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from scrl_fast.weights.layouts import BATCH_COUNTER, Weights, read
 from scrl_fast.weights.tensor_values import FLOATS
 
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # of a file of torch.hub: where its SHA-256 begins
+_HUB_SECONDS = 5.0  # for the first answer of the Hugging Face hub; its client alone tries for a minute and more
+_log = logging.getLogger("scrl_fast")
 HUB_FILES = (HUB_WEIGHTS, "pytorch_model.bin")
 """Files of a repository that may hold the weights; the first that is there counts."""
 
@@ -92,7 +95,8 @@ def _of_timm(backbone: str) -> Weights:
     file_state = _read_kept(TIMM_WEIGHTS, kept).named if kept else {}
     missing: list[str] = []
     try:
-        with torch.random.fork_rng(devices=[]), _recording_missing(missing):  # a network made only for its weights
+        # a network made only for its weights
+        with hub_or_cache(), torch.random.fork_rng(devices=[]), _recording_missing(missing):
             network: nn.Module = timm.create_model(name, pretrained=True, **own)
     except Exception as error:
         if kept:
@@ -112,6 +116,11 @@ def _of_hub(init: str) -> Weights:
     name, _, revision = init.removeprefix(HUB_PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise WeightsError(f"init={init}: must be {HUB_PREFIX}OWNER/NAME, or {HUB_PREFIX}OWNER/NAME@REVISION")
+    with hub_or_cache():
+        return _from_repository(init, name, revision, hf_hub_download, errors)
+
+
+def _from_repository(init: str, name: str, revision: str, hf_hub_download: Any, errors: Any) -> Weights:
     missing: Exception = LookupError(name)
     for file in HUB_FILES:
         try:
@@ -209,6 +218,33 @@ def _fetch_config(download: Any, name: str, revision: str) -> None:
         download(name, HUB_CONFIG, revision=revision or None)
     except Exception:
         return
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Inside, the client of the Hugging Face hub looks into its cache alone, at once, where the hub does not answer."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    asked_for = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = asked_for or not _hub_answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = asked_for
+
+
+def _hub_answers(address: str) -> bool:
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(address, timeout=_HUB_SECONDS)
+    except Exception as error:  # of the client's own HTTP library
+        _log.warning("%s does not answer (%s): only its cache on this machine is read", address, type(error).__name__)
+        return False
+    return True
 
 
 def _hub_cache() -> Path | None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scrl_fast import weights
 from scrl_fast.atomic_files import write_json, write_text
 from scrl_fast.distributed.rendezvous import announced_size
 from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell, tell_result
@@ -107,6 +108,7 @@ class Comparison:
             with closing(LogFile(self.folder)) as self.log:
                 with SignalHandler() as stop:
                     self.say_plan()
+                    self.check_normalization()
                     if self.look_for_leaks(stop):
                         self.run_rows(stop)
                 self.write()
@@ -241,6 +243,24 @@ class Comparison:
             row = self.results.open[0]
             first = f"first all starts with {percent(row.share)} of the labels and seed {row.seed}"
             self.say(f"{first}; how long the whole takes is said after {TIMED_STEPS} steps of the first row")
+
+    def check_normalization(self) -> None:
+        """Says before the first row which starts were trained on images normalised otherwise, or cannot be read.
+
+        After the first row the options cannot change any more.
+        """
+        model = self.config.model
+        for init, label in zip(self.config.inits, self.results.labels, strict=True):
+            if init == weights.RANDOM or not any(row.init == init for row in self.results.open):
+                continue
+            try:
+                notes = weights.normalization_notes(
+                    weights.read_initial(init, model.backbone), {"mean": model.mean, "std": model.std}, "model"
+                )
+            except UsageError as error:
+                notes = [f"its rows will fail: {error}"]
+            for note in notes:
+                self.say(f"{label}: {note}")
 
     def progress(self) -> str:
         return f"{len(self.results.values)} of {len(self.rows)} rows are finished"

@@ -63,6 +63,7 @@ class TimedTransfer(Transfer):
     ) -> None:
         super().__init__(config, train=train, val=val, val_name=val_name)
         self.deadline, self.times, self.on_times = deadline, times, on_times
+        self.loop.says_how_to_resume = False  # the command of the comparison goes on, and its last line says so
         self.timed: list[float] = []
         self.probing = False
 
