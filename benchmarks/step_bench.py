@@ -189,7 +189,7 @@ def floor_of(trainer: SCRLTrainer, views: Tensor, bf16: bool) -> timing.Call:
 
 def activation_bytes(trainer: SCRLTrainer, views: Tensor) -> int:
     """What the online encoder keeps for its backward pass, beside its parameters."""
-    with torch.autocast(views.device.type, torch.bfloat16, enabled=trainer.bf16):
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=trainer.precision.bf16):
         return kept_bytes(trainer.model.online.encoder, views)
 
 
@@ -205,7 +205,7 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
         plain = PlainStep(model, views.float(), random_crops(batch)) if rival else None
         timed = PlainProcess(args.backbone, batch, views.shape[-1]) if rival and args.device == "cpu" else plain
         kept = activation_bytes(trainer, views) // batch
-        floor = floor_of(trainer, views, trainer.bf16)
+        floor = floor_of(trainer, views, trainer.precision.bf16)
         floor_trainer_parts = (model.online.encoder, model.target.encoder)
 
         def agree() -> None:
@@ -214,10 +214,10 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
                     agree_with_eager()
                 return
             with torch.no_grad():
-                with torch.autocast(args.device, torch.bfloat16, enabled=trainer.bf16):
+                with torch.autocast(args.device, torch.bfloat16, enabled=trainer.precision.bf16):
                     ours = model(views, ready.boxes).loss
                 expected = plain.loss(ready.boxes)
-            torch.testing.assert_close(ours, expected, rtol=2e-2 if trainer.bf16 else 1e-3, atol=0)
+            torch.testing.assert_close(ours, expected, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
 
         def agree_with_eager() -> None:
             losses = []
@@ -225,9 +225,12 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
                 if args.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 # with gradients, as the step runs: without, the encoder would be compiled once more
-                with torch.compiler.set_stance(stance), torch.autocast(args.device, torch.bfloat16, trainer.bf16):
+                with (
+                    torch.compiler.set_stance(stance),
+                    torch.autocast(args.device, torch.bfloat16, trainer.precision.bf16),
+                ):
                     losses.append(model(views, ready.boxes).loss.detach().clone())
-            torch.testing.assert_close(*losses, rtol=2e-2 if trainer.bf16 else 1e-3, atol=0)
+            torch.testing.assert_close(*losses, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
 
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
         if timed is not None:

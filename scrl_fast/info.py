@@ -33,6 +33,7 @@ NUMERIC_VARIABLES = {
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1: TF32 in matrix products",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8 or :16:8 make cuBLAS deterministic",
     "ONEDNN_DEFAULT_FPMATH_MODE": "bf16 lets float32 convolutions on the CPU round",
+    "ONEDNN_MAX_CPU_ISA": "limits the instruction set of oneDNN's convolutions and matrix products",
     "ATEN_CPU_CAPABILITY": "limits the instruction set of PyTorch's CPU kernels",
     "OMP_NUM_THREADS": "CPU threads; no result of ours depends on it",
     "CUDA_VISIBLE_DEVICES": "which GPUs are seen",
@@ -112,6 +113,7 @@ def _device() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "precision_auto": _said(_precision),
         "cuda": torch.version.cuda,
         "gpus": [],
     }
@@ -131,6 +133,17 @@ def _device() -> dict[str, Any]:
         "driver": _said(_driver),
         "nccl": _said(lambda: ".".join(map(str, torch.cuda.nccl.version()))),
     }
+
+
+def _precision() -> str:
+    """What ``train.precision=auto`` takes here, and why."""
+    import torch
+
+    from scrl_fast.run.precision import cpu_bf16
+
+    found = cpu_bf16()
+    on_cpu = f"bf16 on the CPU: {found.why}" if found.native else f"fp32 on the CPU, which emulates bf16: {found.why}"
+    return f"bf16 on a GPU; {on_cpu}" if torch.cuda.is_available() else on_cpu
 
 
 def _driver() -> str:

@@ -31,7 +31,8 @@ from scrl_fast.run.agreement import check_same_everywhere
 from scrl_fast.run.checkpoint import load_networks, load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
-from scrl_fast.run.numerics import keep_memory, resolved_precision, set_numerics, set_threads, step_seed
+from scrl_fast.run.numerics import keep_memory, set_numerics, set_threads, step_seed
+from scrl_fast.run.precision import Precision
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.schedules import ema_momentum, learning_rate
 
@@ -75,14 +76,15 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         check_same_everywhere(self.world, config.to_dict(), {"device": self.device.type, **self.data_identity()})
         check_run(config, images=len(self.source), world_size=self.world.size, device_type=self.device.type)
         self.validation = ProbeValidation(config, self.source, self.world) if config.eval.validation else None
-        self.config = config = place_run(config, self.world, f"{config.data.source}-{config.model.method}")
+        self.precision = Precision(train.precision, self.device, self.world)
+        config = place_run(config, self.world, f"{config.data.source}-{config.model.method}")
+        self.config = config = self.precision.noted_in(config)
         self.threads_asked = train.threads
         self.set_threads()
         if self.device.type == "cpu" and train.keep_memory:
             keep_memory()
         set_numerics(train.deterministic, self.device)
         self.loop = TrainingLoop(self, write_environment=info.write_environment)
-        self.bf16 = resolved_precision(train.precision, self.device) == "bf16"
         self.loader = self.open_loader(patience.total_seconds())
         self.steps_per_epoch = len(self.loader) // train.accumulate
         self.planned_steps = self.steps_per_epoch * train.epochs
@@ -143,10 +145,9 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         epoch, done = divmod(self.step, self.steps_per_epoch)
         left = (self.last_step - self.step) * train.accumulate
         made = self.loader.stream(epoch, done * train.accumulate, left)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32  # what autocast would make of them anyway
-        with closing(
-            on_device(made, self.device, self.config.views, channels_last=train.channels_last, dtype=dtype)
-        ) as stream:
+        dtype = self.precision.autocast or torch.float32  # what autocast would make of them anyway
+        ready = on_device(made, self.device, self.config.views, channels_last=train.channels_last, dtype=dtype)
+        with closing(ready) as stream:
             while self.step < self.last_step:
                 self.loader.begin_step()
                 yield [next(stream) for _ in range(train.accumulate)]
@@ -198,7 +199,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         share: of the box pairs of the step. labelled: views of the step whose image has a label, in all processes.
         """
         assert self.ddp_model is not None
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision.bf16):
             output = self.ddp_model(batch.views, batch.boxes, batch.labels)
         objective = loss = output.loss * share
         row = [loss.detach(), *[torch.zeros_like(loss.detach())] * 3]
@@ -287,9 +288,8 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     def describe(self) -> list[str]:
         config, train = self.config, self.config.train
-        precision = "bf16" if self.bf16 else "fp32"
-        run = f"{config.model.method} with {config.model.backbone} on {self.device} in {precision}"
-        lines = [f"{run}; {self.loader.workers} threads read images"]
+        run = f"{config.model.method} with {config.model.backbone} on {self.device} in {self.precision.chosen}"
+        lines = [f"{run}; {self.loader.workers} threads read images", *self.precision.notes()]
         if self.world.is_distributed:
             lines.append(f"{self.world.size} processes with {train.batch_size} images each")
         plan, peak = f"{self.steps_per_epoch} steps x {train.epochs} epochs", self.optimizer.param_groups[0]["peak_lr"]
@@ -342,6 +342,7 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
         """
         with loading("config"):
             check_global_batch(self.config, state, self.world.size)
+            self.config = self.precision.resume(self.config, state["config"])
         if not self.threads_asked and state["loader"].get("world_size", 1) == self.world.size:
             self.set_threads(before=state["config"]["train"].get("threads", 0))
         with loading("model"):
@@ -394,7 +395,5 @@ class SCRLTrainer(TrainingTask[list[Batch]]):
 
     def measure(self) -> dict[str, Any]:
         """RoI linear accuracy of the encoder as it was before training and as it is now, measured the same way."""
-        encoder, say = self.model.online.encoder, self.loop.log.say
-        return compare_with_untrained(
-            self.config, encoder, self.source, steps=self.step, say=say, untrained=self.untrained
-        )
+        encoder, say, before = self.model.online.encoder, self.loop.log.say, self.untrained
+        return compare_with_untrained(self.config, encoder, self.source, steps=self.step, say=say, untrained=before)

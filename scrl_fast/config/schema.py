@@ -296,7 +296,8 @@ class TrainConfig:
     """CPU threads of PyTorch; 0: its own choice, which a resumed run keeps, since the last digits of its convolutions
     and norms depend on it (device=cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere."""
+    """auto: bf16 autocast on a GPU and on a CPU that multiplies bf16 (AMX or AVX512_BF16), else fp32. The choice is
+    written into config.yaml and the checkpoints, and a resumed run keeps it on any machine."""
     channels_last: bool = True
     """Memory layout of images and encoder."""
     compile: bool = False

@@ -258,6 +258,7 @@ class TrainingLoop(Generic[T]):
         notes += changed_data(state.get("data", {}), self.task.data_identity())
         config = self.task.config
         saved, defaults = under_present_names(type(config), state["config"]), type(config)().to_dict()
+        saved = self.task.precision.settled(saved)
         if changed := changed_options(saved, config.to_dict(), besides, defaults=defaults):
             notes.append(f"not the same run any more, these options have changed: {', '.join(changed)}")
         return notes

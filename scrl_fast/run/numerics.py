@@ -46,11 +46,6 @@ def set_numerics(deterministic: bool, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = not deterministic
 
 
-def resolved_precision(asked: str, device: torch.device) -> str:
-    """``train.precision``; auto is bf16 on a GPU, else fp32."""
-    return asked if asked != "auto" else "bf16" if device.type == "cuda" else "fp32"
-
-
 def step_seed(seed: int, step: int, rank: int) -> int:
     """A 63-bit seed for whatever torch draws in one step of one process (drop path and its like)."""
     return int(np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

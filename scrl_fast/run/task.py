@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from scrl_fast.distributed.world import World
+from scrl_fast.run.precision import Precision
 
 if TYPE_CHECKING:
     from scrl_fast.run.loop import TrainingLoop
@@ -29,6 +30,7 @@ class TrainingTask(ABC, Generic[T]):
     config: Any
     world: World
     device: torch.device
+    precision: Precision
     optimizer: Any
     steps_per_epoch: int
     last_step: int

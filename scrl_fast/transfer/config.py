@@ -251,7 +251,7 @@ class TransferTrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 elsewhere; fp16 scales the loss."""
+    """auto: as in pre-training; a resumed run keeps the choice. fp16 scales the loss. A CPU measures in fp32."""
     channels_last: bool = True
     """Memory layout of the network."""
     deterministic: bool = False

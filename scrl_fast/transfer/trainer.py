@@ -22,7 +22,8 @@ from scrl_fast.metrics import LossWindow
 from scrl_fast.run.checkpoint import load_optimizer_state, loading
 from scrl_fast.run.folder import place_run
 from scrl_fast.run.loop import TrainingLoop
-from scrl_fast.run.numerics import keep_memory, resolved_precision, set_numerics, step_seed
+from scrl_fast.run.numerics import keep_memory, set_numerics, step_seed
+from scrl_fast.run.precision import Precision
 from scrl_fast.run.task import TrainingTask
 from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.categories import categories_of
@@ -35,8 +36,6 @@ from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.predict import detect
 from scrl_fast.transfer.schedule import Pace
 from scrl_fast.transfer.training_data import TransferData
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Transfer(TrainingTask[list[Example]]):
@@ -85,9 +84,9 @@ class Transfer(TrainingTask[list[Example]]):
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_sgd(self.model, config.optim)
         self.ddp_model: nn.Module | None = None  # the model as all processes train it, from the first step on
-        self.precision = resolved_precision(config.train.precision, self.device)
-        self.autocast = AUTOCAST.get(self.precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.precision = Precision(config.train.precision, self.device, self.world)
+        self.config = self.precision.noted_in(self.config)
+        self.scaler = self.make_scaler()
         self.losses = LossWindow()
         self.pace = Pace(self.last_step)
         self.best = Best()
@@ -117,6 +116,10 @@ class Transfer(TrainingTask[list[Example]]):
             keypoints=KEYPOINTS,
             config=config.model,
         )
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss in fp16; else it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision.chosen == "fp16")
 
     # ---- data ----
 
@@ -152,8 +155,8 @@ class Transfer(TrainingTask[list[Example]]):
                 lr=config.optim.rate(self.step, config.train.batch_size),
                 seed=step_seed(config.train.seed, self.step, self.world.rank),
                 device=self.device,
-                autocast=self.autocast,
-                scaler=self.scaler if self.precision == "fp16" else None,
+                autocast=self.precision.autocast,
+                scaler=self.scaler if self.precision.chosen == "fp16" else None,
                 clip_norm=config.optim.clip_norm,
             )
         except DetectionLossError as error:
@@ -182,7 +185,7 @@ class Transfer(TrainingTask[list[Example]]):
         config, model, train = self.config, self.config.model, self.config.train
         lines = [
             *self.data.notes,
-            f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision}",
+            f"{config.task}: {model.detector} with {model.backbone} on {self.device} in {self.precision.chosen}",
         ]
         if not self.trains:
             return lines
@@ -190,7 +193,7 @@ class Transfer(TrainingTask[list[Example]]):
             lines.append(f"{self.world.size} processes with {train.batch_size // self.world.size} images each")
         rate = config.optim.lr * train.batch_size / config.optim.reference_batch
         lines.append(f"{self.last_step} steps of {train.batch_size} images, learning rate {rate:.4g}")
-        return lines + self.data.describe()
+        return [*lines, *self.precision.notes(), *self.data.describe()]
 
     def resume_arguments(self) -> list[str]:
         """A measurement writes no checkpoint of its own: it starts again from the one that was named."""
@@ -217,10 +220,14 @@ class Transfer(TrainingTask[list[Example]]):
         with loading("model"):
             check_same_detector(self.model, dict(state), str(self.loop.found.path))
             self.model.load_state_dict(state["model"])
+        with loading("config"):
+            self.config = self.precision.resume(self.config, state["config"])
+            self.scaler = self.make_scaler()
         with loading("optimizer"):
             load_optimizer_state(self.optimizer, state["optimizer"], state["step"])
         with loading("rng"):
-            self.scaler.load_state_dict(state["rng"]["scaler"])
+            if scale := state["rng"]["scaler"]:  # none where the checkpoint was not made in fp16
+                self.scaler.load_state_dict(scale)
         with loading("log"):
             self.losses.load_state_dict(state.get("log", {}))
         with loading("best"):
@@ -281,5 +288,5 @@ class Transfer(TrainingTask[list[Example]]):
             batch_size=self.config.eval.batch_size,
             workers=self.config.data.workers,
             timeout=self.config.data.timeout,
-            autocast=self.autocast,
+            autocast=self.precision.autocast if self.device.type != "cpu" else None,  # comparable on every CPU
         )

@@ -16,6 +16,7 @@ LARGEST_STEP = 1 << 53
 """Steps are counted in numbers that a float64 holds exactly."""
 LARGEST_THREADS = 4096
 """CPU threads that a run goes on with; more are a mistake in the file."""
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _AVERAGES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -69,10 +70,14 @@ def _named(value: Any, fault_of: Callable[[Any], str], names: type = str) -> str
 def _config(value: Any) -> str:
     if fault := _options(value):
         return fault
-    train = value.get("train")
-    threads = train.get("threads", 0) if isinstance(train, dict) else 0
-    good = type(threads) is int and 0 <= threads <= LARGEST_THREADS
-    return "" if good else f"train.threads must be a whole number from 0 to {LARGEST_THREADS}, is {shown(threads)}"
+    train = value.get("train", {})
+    if not isinstance(train, dict):
+        return f"train must be a dict, is {shown(train)}"
+    threads, precision = train.get("threads", 0), train.get("precision", PRECISIONS[0])
+    if type(threads) is not int or not 0 <= threads <= LARGEST_THREADS:
+        return f"train.threads must be a whole number from 0 to {LARGEST_THREADS}, is {shown(threads)}"
+    good = type(precision) is str and precision in PRECISIONS
+    return "" if good else f"train.precision must be one of {', '.join(PRECISIONS)}, is {shown(precision)}"
 
 
 def _data(value: Any) -> str:
