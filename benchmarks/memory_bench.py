@@ -21,10 +21,12 @@ from typing import Any
 import harness
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scrl_fast.models import build_encoder
 from scrl_fast.models.encoders import TORCHVISION_NAMES
 from scrl_fast.run.numerics import keep_memory
+from scrl_fast.run.precision import cpu_bf16
 
 ROUNDS, FILL_BYTES = 3, 51_380_224  # 32 maps of 2048 x 14 x 14 in float32
 CHILD = "--child"
@@ -47,13 +49,20 @@ def kept_bytes(encoder: nn.Module, views: Tensor) -> int:
 
 
 def activations(name: str, size: int = 224) -> dict[str, Any]:
-    """``{backbone, bytes_per_image, checkpointed_bytes_per_image}`` for views of `size` pixels in float32."""
+    """``{backbone, bytes_per_image, checkpointed_bytes_per_image}`` for views of `size` pixels in float32.
+
+    ``bf16_bytes_per_image``: under bf16 autocast, beside one bf16 copy of the weights.
+    """
     row: dict[str, Any] = {"case": f"activations {name} views={size}", "backbone": name}
     with torch.device("meta"):
         encoder, views = build_encoder(name), torch.empty(2, 3, size, size)
     for key, on in (("bytes_per_image", False), ("checkpointed_bytes_per_image", True)):
         encoder.checkpointing = on
         row[key] = kept_bytes(encoder, views)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):  # autocast knows no meta device
+        encoder = build_encoder(name)
+        one, two = (kept_bytes(encoder, torch.empty(count, 3, size, size)) for count in (2, 4))
+    row["bf16_bytes_per_image"] = two - one
     return row
 
 
@@ -70,7 +79,8 @@ def timed(keep: bool) -> dict[str, float]:
         features.float().sum().backward()
 
     passes = "resnet50 forward and backward, 4 views"
-    works = {"fill 51 MB": fill, passes: lambda: step(False), f"{passes}, bf16": lambda: step(True)}
+    bf16 = f"{passes}, bf16" if cpu_bf16().native else f"{passes}, bf16 (emulated)"
+    works = {"fill 51 MB": fill, passes: lambda: step(False), bf16: lambda: step(True)}
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(4):
         for name, work in works.items():
@@ -113,7 +123,9 @@ def main() -> int:
     rows = [activations(name, args.size) for name in args.backbones]
     for row in rows:
         kept, checkpointed = (row[key] / 1e6 for key in ("bytes_per_image", "checkpointed_bytes_per_image"))
-        print(f"{row['backbone']:18s} {kept:6.1f} MB an image, {checkpointed:6.1f} MB checkpointed", flush=True)
+        half = row["bf16_bytes_per_image"] / 1e6
+        line = f"{row['backbone']:18s} {kept:6.1f} MB an image, {checkpointed:6.1f} MB checkpointed, {half:6.1f} MB in bf16"
+        print(line, flush=True)
     if not args.no_times:
         rows += compare()
         for row in rows[len(args.backbones) :]:

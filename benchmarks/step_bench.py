@@ -7,12 +7,17 @@ its time, and on a CPU it has a process, and so a malloc, of its own. Stages are
 floor and heads is said twice: what is neither encoder nor head by stages, and the step less the floor and the stages of
 the heads, which also holds what the encoders lose inside the step. Floor and rival run between our steps while the
 threads go on making views, so an input slower than the step does not show here but in input_bench.py.
+
+On a CPU our step runs in the precision that ``train.precision=auto`` takes there, and with ``--both-precisions`` (the
+default where the processor multiplies bf16) the other one and the plain step under bf16 autocast run in turns with it.
+Rows in bf16 of a processor that only emulates it say so in their dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -38,9 +43,12 @@ from scrl_fast.config.schema import (
     TrainConfig,
     ViewsConfig,
 )
+from scrl_fast.run.precision import cpu_bf16
 from scrl_fast.trainer import SCRLTrainer
 
 BACKBONE = ("encoder forward", "target encoder forward", "encoder backward")
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+ACCURACY = Path(__file__).parent / "results" / "precision_cpu.json"
 HEADS = ("heads forward", "target heads forward", "heads backward")
 
 
@@ -131,7 +139,7 @@ def instrument(trainer: SCRLTrainer, stages: Stages) -> None:
     optimizer.register_step_post_hook(lambda *_: stages.mark("update"))
 
 
-def configuration(args: argparse.Namespace, batch: int, folder: str) -> Config:
+def configuration(args: argparse.Namespace, batch: int, folder: str, dtype: str) -> Config:
     size = args.size or (224 if BACKBONE_STRIDES.get(args.backbone, 32) >= 32 else 64)
     return Config(
         data=DataConfig(workers=args.workers),
@@ -147,7 +155,7 @@ def configuration(args: argparse.Namespace, batch: int, folder: str) -> Config:
             cuda_graphs=args.cuda_graphs,
             checkpoint_activations=args.checkpoint_activations,
             deterministic=args.deterministic,
-            precision={"float32": "fp32", "bfloat16": "bf16"}[args.dtype],
+            precision=PRECISIONS[dtype],
         ),
     )
 
@@ -193,10 +201,65 @@ def activation_bytes(trainer: SCRLTrainer, views: Tensor) -> int:
         return kept_bytes(trainer.model.online.encoder, views)
 
 
+class OtherPrecision:
+    """Our step in the precision that --dtype is not, and the plain step under bf16 autocast, by provider.
+
+    dtypes: of these rows. kept: bytes of encoder activations an image.
+    """
+
+    def __init__(self, bench: harness.Bench, batch: int, size: int, folder: str) -> None:
+        args = bench.args
+        self.dtype = next(name for name in PRECISIONS if name != args.dtype)
+        self.name = PRECISIONS[self.dtype]
+        config = configuration(args, batch, folder, self.dtype)
+        self.trainer = SCRLTrainer(config, source=Images(4 * batch, 375, 500))
+        stream = self.trainer.batches()
+        self.kept = activation_bytes(self.trainer, next(stream)[0].views) // batch
+        stream.close()
+        self.plain = PlainProcess(args.backbone, batch, size, bf16=True)
+        ours = step_of(self.trainer, Stages(bench.device))
+        self.providers: dict[str, timing.Call] = {f"scrl_fast/step {self.name}": ours}
+        self.providers["torch/plain step bf16"] = self.plain
+        self.dtypes = {f"step {self.name}": self.dtype, "plain step bf16": "bfloat16", "plain step": "float32"}
+
+    def shares(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """How the precisions compare: times, memory an image, and the accuracy that is known of the demo."""
+        times = {row["backend"]: row["p50_ms"] for row in rows}
+        found: dict[str, Any] = {f"activation_bytes_per_image_{self.name}": self.kept}
+        ours, slower = times.get("step"), times.get(f"step {self.name}")
+        if ours and slower:
+            found[f"{self.name}_over_ours"] = slower / ours
+        if ours and "plain step bf16" in times:
+            found["plain_bf16_over_ours"] = times["plain step bf16"] / ours
+        return found | {f"demo_roi_linear_{precision}": value for precision, value in demo_accuracy().items()}
+
+    def close(self) -> None:
+        self.plain.close()
+        self.trainer.loader.close()
+
+
+def name_precisions(rows: list[dict[str, Any]], dtypes: dict[str, str]) -> None:
+    """Each row's own dtype, and whether it is only emulated. dtypes: by backend, where not that of --dtype."""
+    for row in rows:
+        row["dtype"] = dtypes.get(row["backend"], row["dtype"])
+        if row["device"] == "cpu" and row["dtype"] == "bfloat16" and not cpu_bf16().native:
+            row["dtype"] = "bfloat16 (emulated)"
+
+
+def demo_accuracy() -> dict[str, float]:
+    """Mean RoI linear accuracy of the demo by precision, as `precision_bench.py` has measured it; empty before that."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in json.loads(ACCURACY.read_text()) if ACCURACY.exists() else []:
+        if "trained" in row:
+            found[row["precision"]].append(row["trained"])
+    return {precision: sum(each) / len(each) for precision, each in found.items()}
+
+
 def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
     args = bench.args
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SCRLTrainer(configuration(args, batch, folder), source=Images(4 * batch, 375, 500))
+        config = configuration(args, batch, f"{folder}/own", args.dtype)
+        trainer = SCRLTrainer(config, source=Images(4 * batch, 375, 500))
         stream = trainer.batches()
         (ready,) = next(stream)
         stream.close()
@@ -232,7 +295,10 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
                     losses.append(model(views, ready.boxes).loss.detach().clone())
             torch.testing.assert_close(*losses, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
 
+        both = rival and args.device == "cpu" and args.both_precisions
+        other = OtherPrecision(bench, batch, views.shape[-1], f"{folder}/other") if both else None
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
+        providers |= other.providers if other else {}
         if timed is not None:
             providers["torch/plain step"] = timed
         case = harness.case_name(f"step {args.backbone}", batch=batch)
@@ -246,18 +312,21 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
         if isinstance(timed, PlainProcess):
             for row in rows:
                 if row["provider"] == "torch":
-                    row["peak_bytes"] = timed.peak_bytes()
+                    row["peak_bytes"] = (other.plain if other and "bf16" in row["backend"] else timed).peak_bytes()
             timed.close()
+        name_precisions(rows, other.dtypes if other else {"plain step": "float32"} if args.device == "cpu" else {})
         if rows:
-            tell(bench, args.backbone, batch, rows, stages, kept)
+            tell(bench, batch, rows, stages, kept, other.shares(rows) if other else {})
+        if other:
+            other.close()
         trainer.loader.close()
 
 
 def tell(
-    bench: harness.Bench, backbone: str, batch: int, rows: list[dict[str, Any]], stages: Stages, kept: int
+    bench: harness.Bench, batch: int, rows: list[dict[str, Any]], stages: Stages, kept: int, other: dict[str, Any]
 ) -> None:
-    """The stages as rows of their own, and the shares that were promised."""
-    medians = {}
+    """The stages as rows of their own, and the shares that were promised. other: those of the other precision."""
+    medians, backbone = {}, bench.args.backbone
     for stage, seconds in stages.seconds().items():
         p20, p50, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
         medians[stage] = float(p50)
@@ -273,9 +342,11 @@ def tell(
             None,
         )
         bench.rows.append(dict(zip(harness.ROW, values, strict=True)))
+        name_precisions(bench.rows[-1:], {})
     whole = sum(medians.values())
     encoders, heads = (sum(medians.get(stage, 0.0) for stage in parts) for parts in (BACKBONE, HEADS))
-    by_name = {row["provider"]: row["p50_ms"] for row in rows}
+    main = ("step", "encoders", "plain step")
+    by_name = {row["provider"]: row["p50_ms"] for row in rows if row["backend"] in main}
     shares = {
         "beyond_floor_and_heads": 1 - (encoders + heads) / whole,
         "beyond_floor_and_heads_by_difference": (
@@ -286,6 +357,7 @@ def tell(
         "plain_over_ours": by_name["torch"] / by_name["scrl_fast"] if "torch" in by_name else None,
         "images_per_s": batch / by_name["scrl_fast"] * 1e3,
         "activation_bytes_per_image": kept,
+        **other,
     }
     bench.rows.append({"bench": bench.name, "case": f"shares {backbone} batch={batch}", **shares})
     print(f"\nstages of our step, {backbone}, batch {batch}")
@@ -300,6 +372,8 @@ def tell(
     if shares["plain_over_ours"] is not None:
         print(f"  the plain step takes {shares['plain_over_ours']:.2f} times as long")
     print(f"  encoder activations kept: {kept / 1e6:.1f} MB an image", flush=True)
+    for name, value in other.items():
+        print(f"  {name}: {value:.4g}")
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -334,7 +408,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> int:
     cuda = torch.cuda.is_available()
-    parser = harness.parser("step", __doc__, dtype="bfloat16" if cuda else "float32")
+    parser = harness.parser("step", __doc__, dtype="bfloat16" if cuda or cpu_bf16().native else "float32")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch", type=int, nargs="+", default=[256] if cuda else [8, 16], help="images a step")
     parser.add_argument("--rival-batch", type=int, help="at which the plain step runs (default: the first; 0: none)")
@@ -344,6 +418,8 @@ def main() -> int:
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the encoders as graphs, the floor's too")
     parser.add_argument("--checkpoint-activations", action="store_true")
     parser.add_argument("--deterministic", action="store_true", help="train.deterministic; needs --rival-batch 0")
+    both = {"action": argparse.BooleanOptionalAction, "default": cpu_bf16().native}
+    parser.add_argument("--both-precisions", **both, help="on a CPU: fp32 and bf16 in turns (default: %(default)s)")
     parser.set_defaults(repeats=20 if cuda else 5, seconds=30.0, cache="warm")
     args = parser.parse_args()
     if args.dtype not in ("float32", "bfloat16"):
@@ -352,6 +428,7 @@ def main() -> int:
         parser.error("--deterministic needs --rival-batch 0: it is not a mode of the plain step's process")
     timing.WARM_UP_CALLS = 3 if args.device == "cuda" else 1  # a step of seconds is warm after one
     bench = harness.Bench("step", args)
+    bench.environment["bf16"] = cpu_bf16().why
     bench.environment |= {name: getattr(args, name) for name in ("compile", "cuda_graphs", "deterministic")}
     for batch in args.batch:
         measure(bench, batch, rival=batch == (args.batch[0] if args.rival_batch is None else args.rival_batch))

@@ -27,11 +27,11 @@ from scrl_fast.models import SCRL
 class PlainStep:
     """Box sampling in Python, torchvision's RoIAlign, LARS and moving average tensor by tensor, ``.item()`` to log.
 
-    NCHW; on a GPU under fp16 autocast with a GradScaler. model: whose weights it starts with. views: ``[2B, 3, S, S]``,
-    ready: making them is not in its time.
+    NCHW; on a GPU under fp16 autocast with a GradScaler, on a CPU in float32 or under bf16 autocast. model: whose
+    weights it starts with. views: ``[2B, 3, S, S]``, ready: making them is not in its time.
     """
 
-    def __init__(self, model: SCRL, views: Tensor, crops: np.ndarray, *, lr: float = 0.1) -> None:
+    def __init__(self, model: SCRL, views: Tensor, crops: np.ndarray, *, lr: float = 0.1, bf16: bool = False) -> None:
         def encoder(branch: Any) -> nn.Sequential:
             return nn.Sequential(*list(branch.encoder.body.children())[:-2])
 
@@ -47,6 +47,7 @@ class PlainStep:
         )
         self.sgd = torch.optim.SGD(params, lr, momentum=0.9, foreach=False)
         self.scaler = torch.amp.GradScaler(enabled=self.cuda)
+        self.bf16 = bf16 and not self.cuda
 
     def loss(self, boxes: tuple[Tensor, Tensor]) -> Tensor:
         def pooled(features: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ class PlainStep:
 
     def __call__(self) -> float:
         rows1, rows2 = (torch.from_numpy(rows).to(self.views.device) for rows in python_sampler(*self.crops))
-        with torch.autocast(self.views.device.type, torch.float16, enabled=self.cuda):
+        half = torch.bfloat16 if self.bf16 else torch.float16
+        with torch.autocast(self.views.device.type, half, enabled=self.bf16 or self.cuda):
             loss = self.loss((rows1, rows2))
         self.sgd.zero_grad()
         self.scaler.scale(loss).backward()
@@ -79,8 +81,8 @@ class PlainProcess:
     size: of the views in pixels. The process begins with the first call, with as many CPU threads as this one.
     """
 
-    def __init__(self, backbone: str, batch: int, size: int) -> None:
-        self.command = [sys.executable, __file__, backbone, str(batch), str(size)]
+    def __init__(self, backbone: str, batch: int, size: int, *, bf16: bool = False) -> None:
+        self.command = [sys.executable, __file__, backbone, str(batch), str(size), str(int(bf16))]
         self.process: Any = None
 
     def __call__(self) -> None:
@@ -112,11 +114,11 @@ class PlainProcess:
         return line
 
 
-def serve(backbone: str, batch: int, size: int, threads: int) -> None:
+def serve(backbone: str, batch: int, size: int, bf16: int, threads: int) -> None:
     """What that process does: a line in, a step, a line out."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    step = PlainStep(SCRL(backbone), torch.randn(2 * batch, 3, size, size), random_crops(batch))
+    step = PlainStep(SCRL(backbone), torch.randn(2 * batch, 3, size, size), random_crops(batch), bf16=bool(bf16))
     print("ready", flush=True)
     for line in sys.stdin:
         answer = Timer(torch.device("cpu"), cold=False).peak_bytes(step) if line.strip() == "peak" else step()

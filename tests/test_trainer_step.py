@@ -171,9 +171,11 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, monkeypatch):
 def test_bf16_runs_and_keeps_float32_weights(tmp_path):
     trainer = make_trainer(tmp_path, Pictures(num_classes=3), precision="bf16")
     before = trainer.model.online.encoder.body.conv1.weight.clone()
+    features = []
+    trainer.model.online.encoder.register_forward_hook(lambda module, args, found: features.append(found.dtype))
     for _ in range(2):
         trainer.train_step([first_batch(trainer)])
-    assert trainer.projections.dtype == torch.bfloat16
+    assert features == [torch.bfloat16] * 2 and trainer.projections.dtype == torch.float32  # heads on a CPU
     assert not torch.equal(trainer.model.online.encoder.body.conv1.weight, before)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert 0 < trainer.meter.drain()[1][0] < 8

@@ -65,10 +65,11 @@ def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     if capabilities := getattr(torch.cpu, "get_capabilities", None):  # not in the first releases that we support
         return {flag for flag in NATIVE_FLAGS if capabilities().get(flag)}
     try:
-        lines = cpuinfo.read_text().splitlines()
+        text = cpuinfo.read_text()
     except OSError:
         return set()
-    return set(NATIVE_FLAGS).intersection(*(line.split() for line in lines if line.startswith("flags")))
+    cores = [line.split() for line in text.splitlines() if line.startswith("flags")]
+    return set(NATIVE_FLAGS).intersection(*cores) if cores else set()
 
 
 class Precision:

@@ -29,6 +29,7 @@ from scrl_fast.errors import UsageError
 from scrl_fast.models import Encoder
 from scrl_fast.ops import roi_align
 from scrl_fast.ops._arguments import check_integer
+from scrl_fast.transfer.box_precision import keep_boxes_in_float32
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, DETECTORS, DetectorConfig
 from scrl_fast.transfer.pyramid import build_pyramid, head_norm_layer
 from scrl_fast.weights.tensor_values import check_values
@@ -75,6 +76,7 @@ def build_detector(
     chosen = replace(config or DetectorConfig(), **options)
     pyramid, strides, report = build_pyramid(chosen, init)
     network = _BUILDERS[detector](chosen, pyramid, strides, classes, keypoints)
+    keep_boxes_in_float32(network)
     # torchvision keeps one list of sides and takes the last in evaluation
     network.transform = ResizeAndNormalize(
         chosen.short_sides(), chosen.long_side, list(chosen.mean), list(chosen.std), chosen.test_short_side
