@@ -124,8 +124,8 @@ def main() -> int:
     for row in rows:
         kept, checkpointed = (row[key] / 1e6 for key in ("bytes_per_image", "checkpointed_bytes_per_image"))
         half = row["bf16_bytes_per_image"] / 1e6
-        line = f"{row['backbone']:18s} {kept:6.1f} MB an image, {checkpointed:6.1f} MB checkpointed, {half:6.1f} MB in bf16"
-        print(line, flush=True)
+        line = f"{row['backbone']:18s} {kept:6.1f} MB an image, {checkpointed:6.1f} MB checkpointed"
+        print(f"{line}, {half:6.1f} MB in bf16", flush=True)
     if not args.no_times:
         rows += compare()
         for row in rows[len(args.backbones) :]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -30,6 +29,7 @@ import timing
 import torch
 from memory_bench import kept_bytes
 from sample_box_pairs_bench import random_crops
+from step_precisions import PRECISIONS, OtherPrecision, name_precisions
 from step_rival import PlainProcess, PlainStep
 from torch import Tensor, nn
 
@@ -47,8 +47,6 @@ from scrl_fast.run.precision import cpu_bf16
 from scrl_fast.trainer import SCRLTrainer
 
 BACKBONE = ("encoder forward", "target encoder forward", "encoder backward")
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-ACCURACY = Path(__file__).parent / "results" / "precision_cpu.json"
 HEADS = ("heads forward", "target heads forward", "heads backward")
 
 
@@ -197,62 +195,35 @@ def floor_of(trainer: SCRLTrainer, views: Tensor, bf16: bool) -> timing.Call:
 
 def activation_bytes(trainer: SCRLTrainer, views: Tensor) -> int:
     """What the online encoder keeps for its backward pass, beside its parameters."""
-    with torch.autocast(views.device.type, torch.bfloat16, enabled=trainer.precision.bf16):
+    with autocast(trainer):
         return kept_bytes(trainer.model.online.encoder, views)
 
 
-class OtherPrecision:
-    """Our step in the precision that --dtype is not, and the plain step under bf16 autocast, by provider.
-
-    dtypes: of these rows. kept: bytes of encoder activations an image.
-    """
-
-    def __init__(self, bench: harness.Bench, batch: int, size: int, folder: str) -> None:
-        args = bench.args
-        self.dtype = next(name for name in PRECISIONS if name != args.dtype)
-        self.name = PRECISIONS[self.dtype]
-        config = configuration(args, batch, folder, self.dtype)
-        self.trainer = SCRLTrainer(config, source=Images(4 * batch, 375, 500))
-        stream = self.trainer.batches()
-        self.kept = activation_bytes(self.trainer, next(stream)[0].views) // batch
-        stream.close()
-        self.plain = PlainProcess(args.backbone, batch, size, bf16=True)
-        ours = step_of(self.trainer, Stages(bench.device))
-        self.providers: dict[str, timing.Call] = {f"scrl_fast/step {self.name}": ours}
-        self.providers["torch/plain step bf16"] = self.plain
-        self.dtypes = {f"step {self.name}": self.dtype, "plain step bf16": "bfloat16", "plain step": "float32"}
-
-    def shares(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """How the precisions compare: times, memory an image, and the accuracy that is known of the demo."""
-        times = {row["backend"]: row["p50_ms"] for row in rows}
-        found: dict[str, Any] = {f"activation_bytes_per_image_{self.name}": self.kept}
-        ours, slower = times.get("step"), times.get(f"step {self.name}")
-        if ours and slower:
-            found[f"{self.name}_over_ours"] = slower / ours
-        if ours and "plain step bf16" in times:
-            found["plain_bf16_over_ours"] = times["plain step bf16"] / ours
-        return found | {f"demo_roi_linear_{precision}": value for precision, value in demo_accuracy().items()}
-
-    def close(self) -> None:
-        self.plain.close()
-        self.trainer.loader.close()
+def other_precision(bench: harness.Bench, batch: int, size: int, folder: str) -> OtherPrecision:
+    """Our step in the precision that --dtype is not, and the plain step under bf16 autocast."""
+    dtype = next(name for name in PRECISIONS if name != bench.args.dtype)
+    trainer = SCRLTrainer(configuration(bench.args, batch, folder, dtype), source=Images(4 * batch, 375, 500))
+    stream = trainer.batches()
+    kept = activation_bytes(trainer, next(stream)[0].views) // batch
+    stream.close()
+    plain = PlainProcess(bench.args.backbone, batch, size, bf16=True)
+    return OtherPrecision(dtype, trainer, step_of(trainer, Stages(bench.device)), kept, plain)
 
 
-def name_precisions(rows: list[dict[str, Any]], dtypes: dict[str, str]) -> None:
-    """Each row's own dtype, and whether it is only emulated. dtypes: by backend, where not that of --dtype."""
-    for row in rows:
-        row["dtype"] = dtypes.get(row["backend"], row["dtype"])
-        if row["device"] == "cpu" and row["dtype"] == "bfloat16" and not cpu_bf16().native:
-            row["dtype"] = "bfloat16 (emulated)"
+def agree_with_eager(trainer: SCRLTrainer, ready: Any) -> None:
+    """The compiled encoders give the loss of those that are not."""
+    losses, graphs = [], trainer.config.train.cuda_graphs
+    for stance in ("default", "force_eager"):
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        # with gradients, as the step runs: without, the encoder would be compiled once more
+        with torch.compiler.set_stance(stance), autocast(trainer):
+            losses.append(trainer.model(ready.views, ready.boxes).loss.detach().clone())
+    torch.testing.assert_close(*losses, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
 
 
-def demo_accuracy() -> dict[str, float]:
-    """Mean RoI linear accuracy of the demo by precision, as `precision_bench.py` has measured it; empty before that."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for row in json.loads(ACCURACY.read_text()) if ACCURACY.exists() else []:
-        if "trained" in row:
-            found[row["precision"]].append(row["trained"])
-    return {precision: sum(each) / len(each) for precision, each in found.items()}
+def autocast(trainer: SCRLTrainer) -> torch.autocast:
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.precision.bf16)
 
 
 def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
@@ -274,29 +245,16 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
         def agree() -> None:
             if plain is None:
                 if args.compile or args.cuda_graphs:
-                    agree_with_eager()
+                    agree_with_eager(trainer, ready)
                 return
             with torch.no_grad():
-                with torch.autocast(args.device, torch.bfloat16, enabled=trainer.precision.bf16):
+                with autocast(trainer):
                     ours = model(views, ready.boxes).loss
                 expected = plain.loss(ready.boxes)
             torch.testing.assert_close(ours, expected, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
 
-        def agree_with_eager() -> None:
-            losses = []
-            for stance in ("default", "force_eager"):
-                if args.cuda_graphs:
-                    torch.compiler.cudagraph_mark_step_begin()
-                # with gradients, as the step runs: without, the encoder would be compiled once more
-                with (
-                    torch.compiler.set_stance(stance),
-                    torch.autocast(args.device, torch.bfloat16, trainer.precision.bf16),
-                ):
-                    losses.append(model(views, ready.boxes).loss.detach().clone())
-            torch.testing.assert_close(*losses, rtol=2e-2 if trainer.precision.bf16 else 1e-3, atol=0)
-
         both = rival and args.device == "cpu" and args.both_precisions
-        other = OtherPrecision(bench, batch, views.shape[-1], f"{folder}/other") if both else None
+        other = other_precision(bench, batch, views.shape[-1], f"{folder}/other") if both else None
         providers: dict[str, timing.Call] = {"scrl_fast/step": step_of(trainer, stages), "floor/encoders": floor}
         providers |= other.providers if other else {}
         if timed is not None:
