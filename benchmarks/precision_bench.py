@@ -104,6 +104,7 @@ def gradients(path: str) -> list[dict[str, Any]]:
                 {
                     "case": f"gradient at {Path(path).name}",
                     "bf16": part,
+                    "numbers": bf16_numbers()[1],
                     "of": name,
                     "error": norms / sum(each[name].norm().item() for each in exact),
                     "systematic": sum(error[name] for error in errors).norm().item() / norms,
@@ -156,7 +157,9 @@ def main() -> int:
     parser.add_argument("--gradients", nargs="+", metavar="CHECKPOINT", default=[], help="instead of the demo")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to those that it holds")
     args = parser.parse_args()
-    environment = harness.environment("precision", "cpu") | {"bf16": cpu_bf16().why}
+    found = cpu_bf16()
+    bf16 = found.why if found.native else f"by rounding, no bf16 hardware: {found.why}"
+    environment = harness.environment("precision", "cpu") | {"bf16": bf16}
     work: list[Callable[[], list[dict[str, Any]]]] = [lambda path=path: gradients(path) for path in args.gradients]
     if not work:
         work = [
