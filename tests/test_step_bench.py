@@ -26,6 +26,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setattr(timing, "WARM_UP_CALLS", timing.WARM_UP_CALLS)
     options = "--device=cpu --backbone=resnet10_tiny --dtype=float32 --batch 2 --workers=1 --seconds=0.1 --repeats=5"
+    options += " --no-both-precisions"  # the default where the processor multiplies bf16
     files = [f"--json={tmp_path}/rows.json", f"--plot={tmp_path}/stages.png"]
     monkeypatch.setattr(sys, "argv", ["step_bench.py", *options.split(), *files])
 
