@@ -180,13 +180,17 @@ def _kept_by_timm(settings: Any) -> Path | None:
     repository = getattr(settings, "hf_hub_id", None)
     if not repository or getattr(settings, "hf_hub_filename", None):
         return None
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
+    if (cache := _hub_cache()) is None:
         return None
     name, _, revision = repository.partition("@")
-    found = (try_to_load_from_cache(name, file, revision=revision or None) for file in HUB_FILES)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    folder = cache / f"models--{name.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    try:
+        commit = reference.read_text().strip() if reference.is_file() else revision
+    except (OSError, ValueError):
+        return None
+    files = (folder / "snapshots" / commit / file for file in HUB_FILES)  # a pipe too, which timm would wait for
+    return next((file for file in files if commit and os.path.exists(file)), None)
 
 
 def _read_kept(zoo: str, file: Path, whole_folder: bool = False) -> Weights:
