@@ -1,7 +1,8 @@
 """Every command and every line of Python in README and docs: options that exist, names that can be imported.
 
-The commands themselves are run, with small sizes, by the tests in RUN_BY. This file reads each line as it stands with
-the command's own parser, and stops there.
+This file reads each line as it stands with the command's own parser, and stops there. The lines in RUN_AS_IT_STANDS are
+run by test_docs_lines.py. Each option of the others occurs in a test of RUN_BY, which runs the command for real, or the
+line is in NOT_RUN_LINES with the reason.
 """
 
 from __future__ import annotations
@@ -23,14 +24,40 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = re.compile(r"(?:-m scrl_fast\.([\w.]+)|\bscrl-fast +(\w+))(.*)")
 RUN_BY = {
-    "train": "test_command_line.py",
-    "evaluate": "test_evaluate.py",
-    "transfer": "test_transfer_custom.py",
-    "export": "test_export.py",
-    "info": "test_info.py",
-    "pack": "test_data_pack.py",
+    "train": ("test_command_line.py", "test_train_on_photographs.py", "test_weights_zoo.py", "test_encoders_own.py"),
+    "evaluate": ("test_evaluate.py", "test_evaluate_finetune.py", "test_encoders_own.py"),
+    "transfer": (
+        *("test_transfer_custom.py", "test_transfer_tasks.py", "test_transfer_predict.py", "test_transfer_export.py"),
+        *("test_transfer_compare.py", "test_encoders_own.py", "tiny_transfer.py"),
+    ),
+    "export": ("test_export.py", "test_encoders_own.py"),
+    "info": ("test_info.py",),
+    "pack": ("test_data_pack.py",),
 }
-"""The test that runs a command for real, on small data. Lines with torchrun: test_torchrun.py."""
+"""The tests that run a command for real, on small data. Lines with torchrun: test_torchrun.py."""
+RUN_AS_IT_STANDS = {
+    tuple(line.split())
+    for line in (
+        "train --config scrl_200ep --data.source=folder --data.root=PICTURES --train.batch_size=64 --run.dir=runs/mine",
+        "evaluate pca --checkpoint=runs/mine --beside=[random] --data.root=PICTURES --plot=features.png",
+        "transfer custom --data.root=LABELLED --init=runs/mine --run.dir=runs/detector",
+        "transfer predict --detector=runs/detector --images=PICTURES --out=found",
+        "transfer compare custom --data.root=LABELLED --inits=random,torchvision,runs/mine --shares=0.1,1 --seeds=3",
+        "evaluate rank --checkpoint=RUN",
+        "pack DIR OUT --shorter-side 512",
+        "pack DIR OUT",
+        "info",
+        "info --json",
+    )
+}
+"""Lines that test_docs_lines.py runs, with small sizes behind them."""
+NOT_RUN_LINES = {
+    "train --config=continue --init=timm": "downloads weights; test_weights_zoo.py has stand-ins",
+    "train --train.keep_memory=false": "the whole demo; test_build.py holds what the option does",
+    "train --config config/scrl_200ep.yaml --dataset/root": "wants the published files; test_kakaobrain.py",
+    "transfer instance --config=small --data.root=SIX": "minutes; results/overfit_instance_cpu.json",
+}
+"""Lines with an option that no test of their command gives, by their beginning, with the reason."""
 NOT_RUN = {
     "pip install": "the machine that runs .ci/run does README's second line; others download packages",
     "pip wheel": "tests/test_packaging.py calls the same hooks of the build backend",
@@ -131,8 +158,32 @@ def test_every_shell_line_is_run_by_a_test_or_has_a_reason() -> None:
             unknown += [] if known else [line]
     assert unknown == []
     assert set(RUN_BY) == set(COMMANDS)
-    for test in RUN_BY.values():
-        assert (ROOT / "tests" / test).is_file()
+
+
+def untested_options(argv: list[str]) -> list[str]:
+    """The options of a line, recipes and tasks included, that no test of its command gives."""
+    sources = "\n".join((ROOT / "tests" / name).read_text(encoding="utf-8") for name in RUN_BY[argv[0]])
+    words = {word.partition("=")[0].lstrip("-") for word in argv if word.startswith("--")}
+    words |= {argv[1]} if argv[0] in TASK and not argv[1].startswith("-") else set()
+    # a test may write an option as of the command line, as an argument (train__epochs) or as a field (train.epochs)
+    return [word for word in sorted(words) if not re.search(re.escape(word).replace(r"\.", r"(\.|__)"), sources)]
+
+
+def test_every_line_of_ours_is_run_with_its_options_or_has_a_reason() -> None:
+    missing, used = {}, set()
+    for line in shell_lines():
+        for argv in ours(line.text):
+            text = " ".join(argv)
+            reason = next((start for start in NOT_RUN_LINES if text.startswith(start)), None)
+            used.add(reason)
+            if tuple(argv) not in RUN_AS_IT_STANDS and not reason and (untested := untested_options(argv)):
+                missing[text] = untested
+    assert missing == {}
+    assert set(NOT_RUN_LINES) == used - {None}  # no reason outlives its line
+
+
+def test_an_option_that_no_test_gives_would_be_found() -> None:
+    assert untested_options(["train", "--data.root=x", "--data.never_given=3"]) == ["data.never_given"]
 
 
 def test_a_wrong_option_would_be_found(only_parsed: Path, capsys: pytest.CaptureFixture[str]) -> None:
