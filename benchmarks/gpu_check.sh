@@ -25,7 +25,8 @@ export RESULTS="$out/results" SCRL_FAST_COMMIT=${SCRL_FAST_COMMIT:-$(git rev-par
 failed=""
 
 pack() { tar -C "$out" -czf "$out/gpu_check_$call.tgz" --exclude='*.tgz' --exclude=demo --exclude=site . 2>/dev/null; }
-trap 'pack; exit 143' TERM INT
+child=""
+trap '[ -n "$child" ] && kill "$child" 2>/dev/null; pack; exit 143' TERM INT
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 step() { # step NAME LIMIT_S COMMAND...: its output goes to the log NAME, its end to the screen
   local name=$1 limit=$2 left=$((budget - SECONDS)) code
@@ -37,8 +38,11 @@ step() { # step NAME LIMIT_S COMMAND...: its output goes to the log NAME, its en
     return 1
   fi
   say "$name"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 &
+  child=$!  # bash answers a signal while it waits, not while a command in the foreground runs
+  wait "$child"
   code=$?
+  child=""
   tail -n 4 "$out/$name.log"
   [ $code -eq 0 ] || { failed="$failed $name($code)"; echo "$name failed with $code, see $out/$name.log"; }
   return $code

@@ -147,6 +147,8 @@ def normalized_mse_loss(
     programs = triton.cdiv(rows, block_rows)
     loss = input.new_empty(() if reduction else rows, dtype=wide)
     sums = input.new_empty(programs if reduction else 0, dtype=wide)
+    # of each call: a tensor that is kept would belong to whichever graph was captured first
+    arrived = input.new_zeros(1 if reduction else 0, dtype=torch.int32)
     grads = [input.new_empty(input.shape if wanted else (0,)) for wanted in (grad_input, grad_target)]
     if not rows:
         return loss.zero_(), grads[0], grads[1]
@@ -156,7 +158,7 @@ def normalized_mse_loss(
             target,
             loss,
             sums,
-            _arrived(input) if reduction else sums,
+            arrived,
             *grads,
             rows,
             columns,
@@ -177,20 +179,3 @@ def normalized_mse_loss(
             enable_fp_fusion=True,
         )
     return loss, grads[0], grads[1]
-
-
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrived(input: Tensor) -> Tensor:
-    """The counter of the current stream, whose launches follow each other: int32 [1], 0 between them.
-
-    A CUDA graph gets its own, which it sets to 0 itself: its replays may run on any stream.
-    """
-    if input.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=input.device)
-    stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
-    place = input.device, stream
-    if place not in _COUNTERS:
-        _COUNTERS[place] = torch.zeros(1, dtype=torch.int32, device=input.device)
-    return _COUNTERS[place]

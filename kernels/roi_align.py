@@ -37,7 +37,7 @@ def _axis(
     fine = fine & (low - low == 0) & (extent - extent == 0)  # finite
     if not ALIGNED:
         extent = tl.maximum(extent, 1.0)
-    bin_size = _divide(extent, bins.to(real), WIDE)
+    bin_size = _divide(extent, tl.cast(bins, real), WIDE)
     samples = tl.where(sampling_ratio > 0, sampling_ratio.to(real), tl.ceil(bin_size))
     samples = tl.where(fine & (samples >= 1) & (samples <= 2147483648.0), samples, 0.0)
     half = samples * 0 + 0.5
@@ -57,7 +57,7 @@ def _axis(
         for sample in range(begin.to(tl.int64), end.to(tl.int64)):
             position = first + _divide((sample + half) * bin_size, samples, WIDE)
             inside = (position >= -1) & (position <= size)
-            position = tl.minimum(tl.maximum(position, 0.0), (size - 1).to(real))
+            position = tl.minimum(tl.maximum(position, 0.0), tl.cast(size - 1, real))
             weight += tl.where(inside, tl.maximum(1.0 - tl.abs(position - cell), 0.0), 0.0)
         weight = weight / tl.maximum(samples, 1.0)
         tl.store(weight_ptr + bin * size + cell, weight, cell < size)

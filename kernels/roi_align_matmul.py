@@ -40,7 +40,7 @@ def dense_weights(
     out = out_ptr + row.to(tl.int64)[:, None] * CELLS + cell[None, :]
     tl.store(out, high, (row < rows)[:, None])
     low = (weight - high.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out + rows.to(tl.int64) * CELLS, low, (row < rows)[:, None])
+    tl.store(out + tl.cast(rows, tl.int64) * CELLS, low, (row < rows)[:, None])
 
 
 @triton.jit

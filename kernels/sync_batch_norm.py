@@ -28,7 +28,7 @@ def merge(
     real = rows_ptr.dtype.element_ty
     mean = tl.zeros([CHANNELS], real)
     squares = tl.zeros([CHANNELS], real)
-    total = tl.load(rows_ptr) * 0
+    total = tl.load(rows_ptr + 2 * channels) * 0  # of a count, which is always finite: a mean may not be
     for process in range(processes):
         row = rows_ptr + process * width
         count = tl.load(row + 2 * channels)

@@ -187,7 +187,7 @@ def test_an_export_names_the_file_whose_folder_went(moved, encoder_file, tmp_pat
 
 FULL = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 from scrl_fast.commands import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -231,7 +231,6 @@ def shell(line):
 def test_predict_goes_on_without_a_reader(run, photos, tmp_path):
     command = f"{sys.executable} -m scrl_fast.transfer predict --detector={run} --images={photos} --device=cpu --out="
     for name, end in {
-        "closed": "out 2>&-",
         "both closed": "out >&- 2>&-",
         "errors": "out 2> >(exec true)",
         "result": "out | true; exit ${PIPESTATUS[0]}",

@@ -59,7 +59,7 @@ NOT_RUN_LINES = {
 }
 """Lines with an option that no test of their command gives, by their beginning, with the reason."""
 NOT_RUN = {
-    "pip install": "the machine that runs .ci/run does README's second line; others download packages",
+    "pip install": "the machine that runs .ci/run does README's second line with more extras; others download",
     "pip wheel": "tests/test_packaging.py calls the same hooks of the build backend",
     "python -m venv": "it makes an environment",
     "make": "its targets are what .ci/run does",

@@ -82,7 +82,7 @@ def test_compiles_without_graph_break(device: str, backend: str) -> None:
 @pytest.mark.parametrize("device", [p.values[0] for p in implementations("two_view_loss") if p.values[1] == "triton"])
 @dtypes
 def test_triton_adds_up_in_its_only_launch(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of many programs adds up the sums of all, and leaves the counter as the next call needs it."""
+    """The last of many programs adds up the sums of all."""
     from scrl_fast.kernels import normalized_mse_loss as form
 
     monkeypatch.setattr(form, "SUMS", 4)
@@ -91,7 +91,6 @@ def test_triton_adds_up_in_its_only_launch(device: str, dtype: torch.dtype, monk
     online, target = (rows(50, 32, dtype, device, seed=seed).detach() for seed in (0, 1))
     losses = [form.normalized_mse_loss(online, target, True, 2, False, False)[0] for _ in range(3)]
     assert all(torch.equal(losses[0], loss) for loss in losses[1:])
-    assert all(counter.item() == 0 for counter in form._COUNTERS.values())
     monkeypatch.undo()
     exact = two_view_loss(online.double(), target.double(), backend="reference")
     torch.testing.assert_close(losses[0].double(), exact, rtol=1e-6, atol=1e-6)

@@ -81,6 +81,18 @@ def test_float32_statistics_are_accurate(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * var, rtol=1e-5, atol=0)
 
 
+@interpreted
+@pytest.mark.parametrize("channel", [0, 1])
+def test_infinity_stays_in_its_channel(channel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    parts[0][0, channel] = float("inf")
+    PlayedGpu(monkeypatch, [parts[0], parts[2]])
+    norm = SyncBatchNorm(3, eps=EPS)
+    norm(parts[1])
+    assert norm.running_mean.isfinite().tolist() == [n != channel for n in range(3)]
+    assert norm.num_batches_tracked.item() == 1
+
+
 @needs_compiler
 def test_compiles_for_gpus_that_are_not_here() -> None:
     pointers = {"rows_ptr": "*fp32", "mean_ptr": "*fp32", "invstd_ptr": "*fp32", "counts_ptr": "*i32"}

@@ -13,6 +13,7 @@ import torch
 from tiny_transfer import SMALL
 
 from scrl_fast.models import build_encoder
+from scrl_fast.run import precision
 from scrl_fast.transfer.__main__ import main, parse_command
 from scrl_fast.transfer.compare.comparison import Comparison
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
@@ -251,9 +252,29 @@ def test_other_labels_do_not_mix_with_finished_rows(data_root, weights, whole, t
     changed = Comparison(options(*words(tmp_path / "data", tmp_path / "other", weights))).files
     assert files.data["train"] != changed.data["train"] and files.data["val"] == changed.data["val"]
     files.data = changed.data
-    row = rows_of(copied)[0]
+    row, again = rows_of(copied)[0], Comparison(copied)
     with pytest.raises(ValueError, match=r"other images or labels in data\.root"):
-        files.read(row, Comparison(copied).options[row.name])
+        files.read(row, again.options[row.name], again.precision)
+
+
+@pytest.mark.parametrize("begun_by", ["this release", "an earlier one"])
+def test_a_table_has_one_precision(begun_by, data_root, weights, tmp_path, monkeypatch):
+    """Begun where bf16 is emulated, gone on with where it is not: the later seed is trained like the first one."""
+    monkeypatch.setattr(precision, "cpu_bf16", lambda: precision.CpuBf16(False, "for the test"))
+    argv = words(data_root, tmp_path, weights, "--inits=random", "--train.steps=1")
+    assert compare([*argv, "--seeds=1"]) == 0
+    (first,) = (tmp_path / "rows").glob("*.json")
+    document = json.loads(first.read_text())
+    assert document["config"]["train"]["precision"] == "fp32"
+    if begun_by == "an earlier one":  # it kept the option as it was given
+        document["config"]["train"]["precision"] = "auto"
+        first.write_text(json.dumps(document))
+    monkeypatch.setattr(precision, "cpu_bf16", lambda: precision.CpuBf16(True, "for the test"))
+    going_on = Comparison(options(*argv, "--seeds=2"))
+    assert [row.seed for row in going_on.results.open] == [1]
+    assert {row.train.precision for row in going_on.options.values()} == {"fp32"}
+    other = words(data_root, tmp_path / "other", weights)
+    assert {row.train.precision for row in Comparison(options(*other)).options.values()} == {"bf16"}
 
 
 def test_the_task_coco10_and_several_processes_are_refused(data_root, tmp_path, monkeypatch):

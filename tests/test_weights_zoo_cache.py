@@ -120,11 +120,11 @@ class Cache:
 
     def _make_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
         constants = pytest.importorskip("huggingface_hub.constants")
-        if self.kind == "timm":
-            pytest.importorskip("timm")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.folder))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr("timm.models._hub.HF_HUB_OFFLINE", True, raising=False)
+        if self.kind == "timm":
+            pytest.importorskip("timm")
+            monkeypatch.setattr("timm.models._hub.HF_HUB_OFFLINE", True, raising=False)
         repository = self.folder / f"models--{REPOSITORY[self.kind].replace('/', '--')}"
         self.snapshot, self.blobs = repository / "snapshots" / ("a" * 40), repository / "blobs"
         for made in (self.snapshot, self.blobs, repository / "refs"):

@@ -45,7 +45,7 @@ class Batch:
             return self  # each operation would let go of the interpreter, and have to wait until a loader's thread does
         views = self.views.to(device, non_blocking=True)
         if views.is_cuda:
-            RING.copied(self.views)
+            RING.copied(self.views, device)
         return replace(
             self,
             views=views.contiguous(memory_format=layout),
@@ -78,7 +78,7 @@ class PackedBatch:
         """The batch on a device, its views made there: uint8 `[bytes]` cross the bus, and nothing is waited for."""
         images = self.images.to(device)
         if images.device.type == "cuda" and isinstance(self.images.buffer, Tensor):
-            RING.copied(self.images.buffer)
+            RING.copied(self.images.buffer, images.device)
         if isinstance(images.buffer, Tensor) and images.buffer.is_cuda:  # decoded there, on another stream
             images.buffer.record_stream(torch.cuda.current_stream(images.device))
         made = augment_views(

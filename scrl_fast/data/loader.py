@@ -81,6 +81,8 @@ class Loader:
         if trace and trace.left:
             _log.warning(_KILLED, "; ".join(trace.left))
         self._workers = Workers(self.workers, trace)
+        if pin_memory:  # here, not in a thread, whose device is the first one
+            RING.device = torch.cuda.current_device()
         reader = Reader(source, config, self._bad, self._workers, keep=packed)
         self._spec = BatchSpec(config, reader, self.workers, dtype, pin_memory, packed, gpu)
         self._ahead: PrefetchQueue[BatchBuilder] = PrefetchQueue(self._workers, config.data.timeout)

@@ -16,7 +16,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ def pack(
         starts = range(0, len(source), shard_images)
         paths = [folder / f"{number:05d}.tar" for number in range(len(starts))]
         terminal = Terminal(sys.stderr if progress else None, total=len(source), done=0, unit="image")
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        with ExitStack() as ends:
+            ends.callback(terminal.end_progress)
+            pool = ends.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
             for start, path in zip(starts, paths, strict=True):
                 numbers = range(start, min(start + shard_images, len(source)))
                 if _is_whole(path):
@@ -83,7 +85,6 @@ def pack(
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-        terminal.end_progress()
         return _finish(folder, manifest, paths, bad)
 
 
@@ -213,6 +214,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--quality", type=int, default=92, help="of the JPEGs (default: %(default)s)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images per shard (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="threads (default: one per core)")
+    patience = "seconds to wait for a store that does not answer (default: %(default)g)"
+    parser.add_argument("--data.timeout", dest="timeout", type=float, default=DataConfig().timeout, help=patience)
     add_image_limits(parser, max_pixels="--max-pixels")
     return parser
 
@@ -224,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse(argv)
         from scrl_fast.data.sources.factory import make_source  # torch, only once the options are known to be right
 
-        source = make_source(DataConfig(source=args.source, root=args.dir, **vars(image_limits_of(args))))
+        source = make_source(
+            DataConfig(source=args.source, root=args.dir, timeout=args.timeout, **vars(image_limits_of(args)))
+        )
         manifest = pack(
             source,
             args.out,

@@ -126,7 +126,8 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         input = input.contiguous(memory_format=_layout(input))
-        mean, var, count = _merged(_gathered(_local_statistics(input, eps), group))
+        rows = _gathered(_local_statistics(input, eps), group)
+        mean, var, count = _merged(rows, eps if input.is_cuda else None)
         ctx.save_for_backward(input, weight, mean, var, count)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var, count)
@@ -187,7 +188,9 @@ class _NormalizeByKernels(torch.autograd.Function):
 
 
 def _has_kernels(input: Tensor) -> bool:
-    return input.is_cuda and not torch.compiler.is_compiling() and not triton_failure("cuda")
+    """Not in float64: a kernel takes eps and momentum as float32."""
+    plain = input.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return input.is_cuda and plain and not triton_failure("cuda")
 
 
 def _layout(input: Tensor) -> torch.memory_format:
@@ -210,7 +213,11 @@ def _in_axes(values: Tensor, input: Tensor) -> Tensor:
 
 
 def _local_statistics(input: Tensor, eps: float) -> Tensor:
-    """``[2C + 1]``: mean, biased variance and number of values a channel; zeros without rows. float32 or wider."""
+    """``[2C + 1]``: mean, biased variance and number of values a channel; zeros without rows. float32 or wider.
+
+    On a GPU 1 / sqrt(variance + eps) stands in place of the variance, as `_NormalizeByKernels` sends it: one process
+    may run compiled and another not.
+    """
     channels = input.shape[1]
     wide = torch.promote_types(input.dtype, torch.float32)
     if not input.numel():
@@ -218,9 +225,9 @@ def _local_statistics(input: Tensor, eps: float) -> Tensor:
     count = torch.full((1,), input.numel() // channels, dtype=wide, device=input.device)
     if torch.compiler.is_compiling():
         var, mean = torch.var_mean(_wide(input), _all_but_channels(input), correction=0)
+        var = (var + eps).rsqrt() if input.is_cuda else var
     elif input.is_cuda:
-        mean, invstd = torch.batch_norm_stats(input, eps)
-        var = (invstd.pow(-2) - eps).clamp(min=0)
+        mean, var = torch.batch_norm_stats(input, eps)
     else:
         mean, var = torch.batch_norm_update_stats(_wide(input), None, None, 0.0)
     return torch.cat([mean, var, count])
@@ -233,9 +240,12 @@ def _gathered(statistics: Tensor, group: Any) -> Tensor:
     return rows
 
 
-def _merged(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(rows: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, variance, count) of all processes. eps: where rows hold 1 / sqrt(variance + eps)."""
     channels = rows.shape[1] // 2
     means, variances, counts = rows.split([channels, channels, 1], dim=1)
+    if eps is not None:  # 0 where a process had no rows; its count takes it out
+        variances = torch.where(counts > 0, (variances.pow(-2) - eps).clamp(min=0), 0)
     total = counts.sum(0)
     shares = counts / total.clamp(min=1)
     mean = (shares * means).sum(0)

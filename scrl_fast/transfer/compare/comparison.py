@@ -14,10 +14,13 @@ from typing import Any
 
 from scrl_fast import weights
 from scrl_fast.atomic_files import write_json, write_text
+from scrl_fast.distributed import rendezvous
 from scrl_fast.distributed.rendezvous import announced_size
+from scrl_fast.distributed.world import World
 from scrl_fast.errors import EXIT_FAILURE, UsageError, one_line, tell, tell_result
 from scrl_fast.run.lock import hold_folder, release_folder
 from scrl_fast.run.log import LogFile, format_seconds
+from scrl_fast.run.precision import Precision
 from scrl_fast.run.signals import SignalHandler
 from scrl_fast.transfer.checks import check_batch_size
 from scrl_fast.transfer.commands import LESS_MEMORY_TRAINING
@@ -63,12 +66,13 @@ class Comparison:
         self.found: list[str] = []
         self.train, self.val, self.val_name = self.read_data()
         self.measured = min(config.eval.images or len(self.val), len(self.val))
-        self.options = self.read_options()
         self.files = RowFiles(
             self.folder, config.inits, {"train": digest_of_labels(self.train), "val": digest_of_labels(self.val)}
         )
+        self.precision = Precision(config.train.precision, rendezvous.device_of(config.train.device), World())
+        self.options = self.read_options()
         for row in self.rows:
-            if (result := self.files.read(row, self.options[row.name])) is not None:
+            if (result := self.files.read(row, self.options[row.name], self.precision)) is not None:
                 self.results.values[row.name] = self.values(row, result)
         self.seen: dict[str, Sharing] = {}
         self.times = RowTimes()
@@ -85,12 +89,14 @@ class Comparison:
     def read_options(self) -> dict[str, TransferConfig]:
         """The options of each row by its name. Raises UsageError where a share does not fill a batch."""
         model, options = self.config.model.detector, {}
+        precision = self.files.kept_precision(self.precision)
         needed = {"masks": model == "mask_rcnn", "keypoints": model == "keypoint_rcnn"}
         images: dict[tuple[float, int], int] = {}
         for row in self.rows:
             asked, key = options_of(row, self.config, self.folder), (row.share, row.seed)
             if key not in images:
                 images[key] = len(trainable(self.train, asked.data, **needed))
+            asked = replace(asked, train=replace(asked.train, precision=precision))
             options[row.name] = fitted = fitted_to(asked, images[key])
             try:
                 check_batch_size(fitted.train.batch_size, images[key], 1)

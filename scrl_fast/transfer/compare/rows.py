@@ -21,6 +21,7 @@ from scrl_fast.config.yaml_text import dump
 from scrl_fast.data.sources.base import identity_of
 from scrl_fast.errors import UsageError
 from scrl_fast.run.folder import newest_checkpoint
+from scrl_fast.run.precision import Precision
 from scrl_fast.run.resume import changed_options, flatten
 from scrl_fast.transfer.best import main_metric
 from scrl_fast.transfer.compare.config import CompareConfig, is_named
@@ -159,8 +160,27 @@ class RowFiles:
             alone = replace(config, run=replace(config.run, dir=""))
             write_text(self.path(row).with_suffix(".yaml"), dump(alone.to_dict()))
 
-    def read(self, row: Row, config: TransferConfig) -> dict[str, float] | None:
+    def kept_precision(self, precision: Precision) -> str:
+        """fp32, bf16 or fp16 for every row: what the rows were begun with, else what is chosen here.
+
+        A table begun on one kind of processor goes on in the same precision on another.
+        """
+        if precision.asked != "auto":
+            return precision.asked
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))["config"]
+                kept = precision.settled(before)["train"]["precision"]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read` names it, if it is a row
+                continue
+            if kept in ("fp32", "bf16", "fp16"):
+                return str(kept)
+        return precision.chosen
+
+    def read(self, row: Row, config: TransferConfig, precision: Precision) -> dict[str, float] | None:
         """The result of a finished row; None of one that is not.
+
+        precision: to tell what ``auto`` meant in rows of earlier releases.
 
         Raises UsageError where the row was begun with other options, or its start has changed since: the table would
         compare what cannot be compared.
@@ -175,7 +195,7 @@ class RowFiles:
                 return None
             same_data = document["data"] == self.data
             result = result and {str(name): float(value) for name, value in result.items()}
-            before = under_present_names(TransferConfig, before)
+            before = precision.settled(under_present_names(TransferConfig, before))
             changed = _changed(before, config.to_dict())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no row of a comparison ({error}): remove it to make the row again") from None
