@@ -13,7 +13,8 @@ class ProjectionHead(nn.Module):
     """Two-layer perceptron over rows: ``[N, in_dim] -> [N, out_dim]``, N = 0 included. Built by `projection_head`.
 
     On a CPU it stays in float32 under autocast: bf16 in the heads turns the predictor's gradient by 2 to 5 % in
-    nearly the same direction batch after batch (`benchmarks/results/precision_cpu.json`); the encoder's is mostly noise.
+    nearly the same direction batch after batch (`benchmarks/results/precision_cpu.json`); the encoder's is mostly
+    noise.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:

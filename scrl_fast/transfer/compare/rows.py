@@ -160,7 +160,7 @@ class RowFiles:
             alone = replace(config, run=replace(config.run, dir=""))
             write_text(self.path(row).with_suffix(".yaml"), dump(alone.to_dict()))
 
-    def kept_precision(self, precision: Precision) -> str:
+    def kept_precision(self, precision: Precision) -> Any:
         """fp32, bf16 or fp16 for every row: what the rows were begun with, else what is chosen here.
 
         A table begun on one kind of processor goes on in the same precision on another.
@@ -174,7 +174,7 @@ class RowFiles:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `read` names it, if it is a row
                 continue
             if kept in ("fp32", "bf16", "fp16"):
-                return str(kept)
+                return kept
         return precision.chosen
 
     def read(self, row: Row, config: TransferConfig, precision: Precision) -> dict[str, float] | None:
