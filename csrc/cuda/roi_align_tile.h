@@ -80,7 +80,7 @@ struct Tile {
 // map [images, channels, height, width] by its strides -> out [count, channels, pooled_height, pooled_width], dense.
 // A block pools all boxes of an image from 32 x V channels of its map; the blocks behind write NaN for boxes of none.
 template <class T, int V, bool planes>
-__global__ void __launch_bounds__(kWarp* kTileWarps, 6)
+__global__ void __launch_bounds__(kWarp* kTileWarps, sizeof(T) == 8 ? 5 : 6)  // a sixth block would spill doubles
     pool_tile(const T* __restrict__ map, Strides stride, Workspace<accumulate_t<T>> w, T* __restrict__ out, Sizes s) {
   using R = accumulate_t<T>;
   const int slabs = slabs_of<V>(s);

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from scrl_fast.data.image_files import printable
-from scrl_fast.data.workers import LoaderStalled
 from scrl_fast.errors import UsageError
 
 Answer = TypeVar("Answer")
@@ -149,6 +148,8 @@ class RemoteHandles:
         try:
             return read_range(store, path, self._urls[file], size, offset, self._patience)
         except StoreDown as error:
+            from scrl_fast.data.workers import LoaderStalled  # torch, without which a command answers --help
+
             raise LoaderStalled(
                 f"{printable(self._urls[file])}: {printable(str(error))}; it was tried again for {self._patience:g} s "
                 f"(data.timeout). Is the store answering? If it is only slow, use --data.timeout={2 * self._patience:g}"
