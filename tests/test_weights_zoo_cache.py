@@ -87,6 +87,10 @@ class Cache:
     """One place where a zoo looks: writes a file there and reads it as --init does."""
 
     def __init__(self, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        if kind == "timm":
+            pytest.importorskip("timm")
+        if kind in REPOSITORY:
+            pytest.importorskip("huggingface_hub.constants")
         self.kind, self.folder = kind, folder
         self.backbone = TIMM if kind == "timm" else "resnet10_tiny"
         self.init = {"torchvision": "torchvision", "timm": "timm"}.get(kind, "hf-hub:me/net")
@@ -119,11 +123,11 @@ class Cache:
         monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _: {"IMAGENET1K_V1": Chosen()})
 
     def _make_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        constants = pytest.importorskip("huggingface_hub.constants")
+        from huggingface_hub import constants
+
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.folder))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         if self.kind == "timm":
-            pytest.importorskip("timm")
             monkeypatch.setattr("timm.models._hub.HF_HUB_OFFLINE", True, raising=False)
         repository = self.folder / f"models--{REPOSITORY[self.kind].replace('/', '--')}"
         self.snapshot, self.blobs = repository / "snapshots" / ("a" * 40), repository / "blobs"
