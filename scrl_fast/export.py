@@ -32,7 +32,6 @@ SUFFIXES = {"detectron2": ".pkl", "safetensors": ".safetensors", "onnx": ".onnx"
 HUB_FOLDER = ("README.md", "config.json", "model.safetensors")
 ONNX_TOLERANCE = 1e-4
 LESS_MEMORY = "lower --size (ONNX), or choose another layout: nothing was written"
-LEFT_BEHIND = "ended before the export was done; no file is half written"
 PRIVATE_OPTIONS = (("data", "root"), ("run", "dir"), ("run", "wandb"))
 
 
@@ -329,9 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with friendly_errors("scrl_fast.export", debug="--debug" in argv, less_memory=LESS_MEMORY):
         args = vars(_parser().parse(argv))
         args.pop("debug")
-        from scrl_fast.run.signals import ending_cleanly
+        from scrl_fast.run.signals import EXPORT_ENDED, ending_cleanly
 
-        with ending_cleanly("scrl_fast.export", LEFT_BEHIND):
+        with ending_cleanly("scrl_fast.export", EXPORT_ENDED):
             metadata = export(**args)
         tell_result(
             f"{metadata['branch']} {metadata['backbone']} as {args['to']}: {args['out']} ({metadata['checked']})"

@@ -168,17 +168,23 @@ def read_all(files: Iterable[tuple[str, bytes]]) -> None:
     print(f"{read} read, {refused} refused, the slowest {which}: {slowest:.2f} s; {most_held} MB at most")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from Linux's /proc")
-def test_every_file_is_read_or_refused_by_name_in_a_gigabyte() -> None:
-    """A longer sweep: SCRL_FAST_SWEEP=500 pytest tests/test_data_sweep.py (files of each kind)."""
-    each = os.environ.get("SCRL_FAST_SWEEP", "40")
-    program = f"import test_data_sweep; test_data_sweep.sweep({int(each)})"
+def in_a_process(program: str) -> str:
+    """What a program that imports the tests prints; it must end with exit status 0."""
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from Linux's /proc")
+def test_every_file_is_read_or_refused_by_name_in_a_gigabyte() -> None:
+    """A longer sweep: SCRL_FAST_SWEEP=500 pytest tests/test_data_sweep.py (files of each kind)."""
+    each = os.environ.get("SCRL_FAST_SWEEP", "40")
+    program = f"import test_data_sweep; test_data_sweep.sweep({int(each)})"
+    in_a_process(program)
 
 
 # ---- one outcome, whichever decoder is installed ----

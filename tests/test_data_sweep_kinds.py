@@ -6,8 +6,6 @@ from __future__ import annotations
 import collections
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import image_file_sweep
@@ -34,16 +32,11 @@ def sweep(kind: str, each: int) -> None:
 def test_every_generated_file_is_read_or_refused_by_name_in_a_gigabyte() -> None:
     """A longer sweep: SCRL_FAST_SWEEP=2000 pytest tests/test_data_sweep_kinds.py (files of each kind)."""
     program = f"import test_data_sweep_kinds as t\nfor kind in t.image_file_sweep.KINDS: t.sweep(kind, {EACH})"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(done.stdout)
+    told = test_data_sweep.in_a_process(program)
     counts = [list(map(int, line.replace(" read,", "").replace(" refused,", "").split()[:2])) for line in
-              done.stdout.splitlines()]  # fmt: skip
+              told.splitlines()]  # fmt: skip
     assert len(counts) == len(image_file_sweep.KINDS)
-    assert all(read > EACH // 6 and refused > EACH // 10 for read, refused in counts), done.stdout
+    assert all(read > EACH // 6 and refused > EACH // 10 for read, refused in counts), told
 
 
 @pytest.mark.filterwarnings("ignore")

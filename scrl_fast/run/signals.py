@@ -103,6 +103,10 @@ class SignalHandler:
             self.immediate = False
 
 
+EXPORT_ENDED = "ended before the export was done; no file is half written"
+"""`kept` of `ending_cleanly` for the commands that export."""
+
+
 class _Ended(BaseException):
     """A signal that ends a command; no Exception, so that nothing on the way takes it for a fault of its own."""
 

@@ -78,9 +78,9 @@ def export(argv: Sequence[str]) -> None:
     args = parser.parse(argv)
     _check_score(args.score)
     _check_pixels(args.max_resized)
-    from scrl_fast.run.signals import ending_cleanly
+    from scrl_fast.run.signals import EXPORT_ENDED, ending_cleanly
 
-    with ending_cleanly("scrl_fast.transfer", "ended before the export was done; no file is half written"):
+    with ending_cleanly("scrl_fast.transfer", EXPORT_ENDED):
         from scrl_fast.transfer.export import export_detector
         from scrl_fast.transfer.trained import load_detector
 
