@@ -328,6 +328,21 @@ def test_a_trained_detector_is_loaded_where_its_code_is_named_again(tmp_path, da
     assert all(map(torch.equal, detector.network.state_dict().values(), run.model.state_dict().values()))
 
 
-def test_frozen_stages_are_torchvisions(tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"model\.frozen_stages=2"):
+def test_frozen_stages_are_torchvisions() -> None:
+    with pytest.raises(UsageError, match=r"model\.frozen_stages=2: only torchvision's .*takes 0 .none. or 5 .all."):
         build_detector("faster_rcnn", 2, backbone=SIX, frozen_stages=2)
+
+
+@pytest.mark.parametrize("backbone", [SIX, "timm:test_resnet"])
+def test_a_whole_backbone_freezes(backbone) -> None:
+    if backbone.startswith("timm"):
+        pytest.importorskip("timm", reason="timm is an extra")
+    network = build_detector("faster_rcnn", 2, backbone=backbone, frozen_stages=5).train()
+    before = copy.deepcopy(network.backbone.body.state_dict())
+    images = [torch.rand(3, 64, 64)] * 2
+    boxes = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    sum(network(images, [boxes] * 2).values()).backward()
+    trained = [name for name, weight in network.named_parameters() if weight.grad is not None]
+    assert trained and not any(name.startswith("backbone.body") for name in trained)
+    after = network.backbone.body.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

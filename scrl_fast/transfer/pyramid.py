@@ -22,7 +22,7 @@ from scrl_fast.models.encoders import TimmEncoder
 from scrl_fast.transfer.config import DetectorConfig
 from scrl_fast.transfer.levels import level_maps
 
-STEM = ("conv1", "bn1")
+STEM, ALL_STAGES = ("conv1", "bn1"), 5
 TIMM_STRIDES = [4, 8, 16, 32]
 ODD_SIZE = (64, 96)  # pixels
 
@@ -73,9 +73,9 @@ def _timm_pyramid(
             f"{TIMM_STRIDES}, as ResNet, RegNet, ResNeSt, EfficientNet or ConvNeXt have them"
         )
     _check_any_size(encoder)
-    if config.frozen_stages:
-        raise UsageError(f"model.frozen_stages={config.frozen_stages}: only torchvision's backbones have these stages")
-    if config.norm == "frozen":
+    if freezes_all(config):
+        body.requires_grad_(False)
+    if freezes_all(config) or config.norm == "frozen":
         from timm.utils.model import freeze_batch_norm_2d
 
         freeze_batch_norm_2d(body)
@@ -88,11 +88,12 @@ def _module_pyramid(
     encoder: ModuleEncoder, config: DetectorConfig, skip: int, options: dict[str, Any]
 ) -> tuple[nn.Module, list[int]]:
     """The levels are the maps that the network gives or, where it gives one, outputs of layers inside it."""
-    if config.frozen_stages:
-        raise UsageError(f"model.frozen_stages={config.frozen_stages}: only torchvision's backbones have these stages")
+    frozen = freezes_all(config)
     maps_in_dry_run(encoder.body, encoder.name, ODD_SIZE)  # a detector's images differ in size
     body, channels = level_maps(encoder.body, encoder.name, TIMM_STRIDES)
-    if config.norm == "frozen":
+    if frozen:
+        body.requires_grad_(False)
+    if frozen or config.norm == "frozen":
         freeze_batch_norms(body)
     fpn = FeaturePyramidNetwork(channels[skip:], config.fpn_channels, **options)
     places = list(range(len(TIMM_STRIDES)))[skip:]
@@ -153,6 +154,16 @@ def freeze_stages(body: nn.Module, stages: list[str], count: int) -> None:
                 setattr(body, part, _frozen(body.bn1))
             else:
                 freeze_batch_norms(getattr(body, part))
+
+
+def freezes_all(config: DetectorConfig) -> bool:
+    """Whether the whole backbone stays as it is; UsageError for a part of one without torchvision's stages."""
+    if config.frozen_stages not in (0, ALL_STAGES):
+        raise UsageError(
+            f"model.frozen_stages={config.frozen_stages}: only torchvision's backbones have stages to count, "
+            f"{config.backbone} takes 0 (none) or {ALL_STAGES} (all)"
+        )
+    return config.frozen_stages == ALL_STAGES
 
 
 def freeze_batch_norms(module: nn.Module) -> None:
