@@ -11,13 +11,14 @@ import yaml
 from labelled_folders import LINE, NAMES, coco_file, voc_part, write, yolo_part
 from tiny_transfer import SMALL
 
+from scrl_fast.data.sources.labelled_parts import split_off
 from scrl_fast.distributed.world import World
 from scrl_fast.errors import UsageError
 from scrl_fast.run import checkpoint
 from scrl_fast.transfer.__main__ import main, parse
 from scrl_fast.transfer.best import Best
 from scrl_fast.transfer.coco_metric import ground_truth
-from scrl_fast.transfer.custom import read_custom, split_off
+from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.metrics import measure
 from scrl_fast.transfer.schedule import Pace, follow_data
 from scrl_fast.transfer.trainer import Transfer
@@ -135,7 +136,11 @@ def test_a_part_is_split_off_by_seed_and_said(tmp_path):
         split_off(first.train.subset([0]), 0.5, 0)
 
 
-def test_parts_by_name_and_what_is_refused(yolo):
+def test_parts_by_name_and_what_is_refused(yolo, tmp_path):
+    for part in ("train", "test_a", "test_b"):
+        yolo_part(tmp_path / "more" / part / "images", tmp_path / "more" / part / "labels", 2)
+    with pytest.raises(UsageError, match=r"several parts may be meant, name one by --data.val: test_a, test_b"):
+        read(tmp_path / "more")
     assert len(read(yolo, "--data.val=test").val) == 1
     with pytest.raises(UsageError, match=r"data.val=tset: .*has no part 'tset'.*test"):
         read(yolo, "--data.val=tset")

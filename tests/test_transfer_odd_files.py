@@ -11,12 +11,12 @@ from labelled_folders import LINE, coco_file, voc_part, write, yolo_part
 
 from scrl_fast.data.sources.annotation_files import LONGEST_NAME, check_class_names
 from scrl_fast.data.sources.layout import visible
+from scrl_fast.data.sources.shared_images import shared_images
 from scrl_fast.data.sources.yolo_layout import _names_beside, _read
 from scrl_fast.errors import UsageError
 from scrl_fast.transfer.__main__ import parse
 from scrl_fast.transfer.compare.rows import fingerprint_of
 from scrl_fast.transfer.custom import read_custom
-from scrl_fast.transfer.shared_images import shared_images
 from scrl_fast.transfer.trained import sizes_of
 from scrl_fast.weights.pickles import ForeignObjectError
 

@@ -65,6 +65,11 @@ def from_above(low: float, high: float) -> Range:
     return Range(f"above {low} and at most {high}", lambda value: low < value <= high)
 
 
+def between(low: float, high: float) -> Range:
+    """Above ``low`` and below ``high``."""
+    return Range(f"above {low} and below {high}", lambda value: low < value < high)
+
+
 FRACTION_RANGE = within(0, 1)
 TIMEOUT_RANGE = from_above(0, 604_800)  # seconds, at most a week: timers of the system do not take any number
 SAMPLES_RANGE = Range(

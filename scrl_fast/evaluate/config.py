@@ -9,8 +9,10 @@ from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES
 from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
 from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
 from scrl_fast.config.validation import (
+    SEED_RANGE,
     above,
     at_least,
+    between,
     check_device,
     check_fields,
     check_writable,
@@ -63,7 +65,7 @@ class Common:
         for name in ("json", "plot"):
             check_writable(name, getattr(self, name, ""))
         data = getattr(self, "data", None)
-        if data is not None and data.source != "demo" and not data.root:
+        if data is not None and data.source != "demo" and not (data.root or (data.source == "labelled" and data.train)):
             raise UsageError(f"data.source={data.source} needs --data.root, the folder of the data set")
 
 
@@ -97,19 +99,29 @@ class ImageData(ImageLimitOptions):
 class RegionData(ImageLimitOptions):
     """Images with labelled boxes for roi-linear."""
 
-    source: Literal["demo", "coco", "voc"] = "demo"
+    source: Literal["demo", "coco", "voc", "labelled"] = "demo"
     """coco: ROOT/annotations/instances_SPLIT.json and ROOT/SPLIT; voc: ROOT/VOC2007/{Annotations,ImageSets,JPEGImages};
-    demo: generated scenes of digits."""
+    labelled: any folder in the layout of YOLO, COCO or VOC, as the detectors' task custom takes it; demo: generated
+    scenes of digits."""
     root: str = ""
     """Folder of the data set; the demo needs none."""
     train: str = ""
-    """Split the classifier is trained on; empty: train2017 (coco), trainval (voc)."""
+    """Split the classifier is trained on; empty: train2017 (coco), trainval (voc). labelled: name of a part, several
+    joined by +, or FILE.json:FOLDER with COCO's annotations and their images; empty: found by its name."""
     test: str = ""
-    """Split it is tested on; empty: val2017 (coco), test (voc)."""
+    """Split it is tested on; empty: val2017 (coco), test (voc). labelled: as data.train; empty: the validation part,
+    else the test part, else a share of the training images."""
+    layout: Literal["auto", "yolo", "coco", "voc"] = "auto"
+    """How labels are written in data.root (labelled)."""
+    val_share: float = 0.2
+    """Share of the training images that is tested on and not trained on, where there is no other part (labelled)."""
+    val_seed: int = 0
+    """Which images that share has."""
     year: str = "2007"
     """Year of VOC."""
     classes: str = ""
-    """Names of the classes of VOC files that are not VOC's own twenty, separated by commas."""
+    """Names of classes, separated by commas. voc: of files that have others than VOC's own twenty. labelled: those to
+    tell apart; objects of others are left out. Empty: all."""
     short_side: int = 0
     """Enlarge or shrink images until the shorter side has this many pixels; 0: as they are."""
     max_images: int = 0
@@ -122,7 +134,8 @@ class RegionData(ImageLimitOptions):
     """Height and width of a scene (source=demo)."""
 
     def __post_init__(self) -> None:
-        _check_data(self, short_side=at_least(0), max_images=at_least(0))
+        share, seed = between(0, 1), SEED_RANGE
+        _check_data(self, short_side=at_least(0), max_images=at_least(0), val_share=share, val_seed=seed)
 
 
 def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]

@@ -1,8 +1,9 @@
-"""The data sets of evaluation in their official layouts: labelled images, and images with labelled boxes."""
+"""The data sets of evaluation: labelled images, and images with labelled boxes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from scrl_fast.data import DemoScenes, ImageLimits, Source
 from scrl_fast.data.sources.annotated import AnnotatedImages
 from scrl_fast.data.sources.coco import read_coco
 from scrl_fast.data.sources.files import class_folders
+from scrl_fast.data.sources.labelled_parts import LabelledChoice, read_parts
 from scrl_fast.data.sources.voc import CLASSES, read_voc
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.batches import Say, silent
 from scrl_fast.evaluate.config import ImageData, RegionData
 
 DEMO_DIGIT = (1 / 3, 2 / 3)  # of the scene: one large digit, as the object of a photograph
@@ -72,33 +75,75 @@ def labels_of(source: Source) -> NDArray[np.int64]:
     return np.array([source.label(index) for index in range(len(source))], np.int64)
 
 
-def labelled_regions(data: RegionData, seed: int) -> tuple[Any, Any]:
+def labelled_regions(data: RegionData, seed: int, say: Say = silent) -> tuple[Any, Any]:
     """Training and test images with labelled boxes: `DemoScenes`, or `ResizedImages` without crowds and empty images.
 
-    Images of one size stand together, so that they make batches. Raises UsageError naming what is missing.
+    say: is told what a labelled folder holds. Images of one size stand together, so that they make batches.
+    Raises UsageError naming what is missing.
     """
     if data.source == "demo":
         return (
             DemoScenes(data.demo_images, data.demo_size, seed),
             DemoScenes(data.demo_test, data.demo_size, seed, "test"),
         )
-    default = ("train2017", "val2017") if data.source == "coco" else ("trainval", "test")
-    sets = [_annotated(data, split) for split in (data.train or default[0], data.test or default[1])]
-    train, test = sets
+    train, test = (_with_boxes(part, data) for part in _annotated_parts(data, say))
     if train.classes != test.classes:
         raise UsageError(
             f"{train.annotation_file} has {len(train.classes)} classes and {test.annotation_file} "
             f"{len(test.classes)}, or they differ by name: one classifier cannot serve both"
         )
+    if data.source == "labelled":
+        _check_classes(train)
     return train, test
 
 
-def _annotated(data: RegionData, split: str) -> ResizedImages:
+def _annotated_parts(data: RegionData, say: Say) -> Sequence[AnnotatedImages]:
+    """The images to train on and those to test on, with all their objects."""
+    limits = ImageLimits.of(data)
+    names = [name.strip() for name in data.classes.split(",")] if data.classes else []
+    if data.source == "labelled":
+        return _labelled_parts(data, names, limits, say)
     if data.source == "coco":
-        found = read_coco(data.root, split, keep_segmentations=False, limits=ImageLimits.of(data))
-    else:
-        names = [name.strip() for name in data.classes.split(",")] if data.classes else CLASSES
-        found = read_voc(data.root, split, year=data.year, classes=names, limits=ImageLimits.of(data))
+        splits = data.train or "train2017", data.test or "val2017"
+        return [read_coco(data.root, split, keep_segmentations=False, limits=limits) for split in splits]
+    splits = data.train or "trainval", data.test or "test"
+    return [read_voc(data.root, split, year=data.year, classes=names or CLASSES, limits=limits) for split in splits]
+
+
+def _labelled_parts(
+    data: RegionData, names: Sequence[str], limits: ImageLimits, say: Say
+) -> tuple[AnnotatedImages, AnnotatedImages]:
+    parts = read_parts(
+        LabelledChoice(
+            data.root,
+            train=data.train,
+            val=data.test,
+            layout=data.layout,
+            classes=names,
+            val_share=data.val_share,
+            val_seed=data.val_seed,
+            limits=limits,
+            val_option="test",
+            trained="the encoder",
+        )
+    )
+    for line in dict.fromkeys([*parts.found, *parts.train.notes, *parts.val.notes]):
+        say(line)
+    return parts.train, parts.val
+
+
+def _check_classes(train: ResizedImages) -> None:
+    """Raises UsageError where every training box is of one class."""
+    found = {label for index in range(len(train)) for label in train.labels(index).tolist()}
+    if len(found) < 2:
+        raise UsageError(
+            f"{train.annotation_file}: all boxes to train on are {train.classes[found.pop()]!r}: there is nothing to "
+            "tell apart: a classifier needs two classes; a detector (scrl_fast.transfer custom) needs one"
+        )
+
+
+def _with_boxes(found: AnnotatedImages, data: RegionData) -> ResizedImages:
+    """The images that have boxes other than crowds, those of one size together."""
     found = found.only(lambda objects: ~objects.crowd)
     chosen = np.flatnonzero([len(objects) for objects in found.objects])[: data.max_images or None]
     if not len(chosen):

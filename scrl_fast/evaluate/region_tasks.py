@@ -39,7 +39,7 @@ AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
     """A linear classifier on RoIAligned features of ground-truth boxes."""
-    train, test = labelled_regions(options.data, options.seed)
+    train, test = labelled_regions(options.data, options.seed, context.say)
     features = _box_features(options, evaluated, (train, test), context)
     if context.only_helps:
         return NO_RESULT

@@ -102,8 +102,7 @@ class DetectorConfig:
     norm_in_heads: bool = True
     """Normalisation in feature pyramid and convolutional heads too (not with norm=frozen)."""
     frozen_stages: int = 0
-    """Stages of the backbone that stay as they are, from the image on: 0 none, 1 the stem, ... 5 all. 0 and 5 fit any
-    backbone, the others torchvision's."""
+    """Stages of the backbone that stay as they are: 0 none, 1 the stem, ... 5 all; 1 to 4 are torchvision's alone."""
     short_side: tuple[int, int] = (640, 800)
     """Range of the images' shorter side in training, in pixels."""
     short_side_step: int = 32

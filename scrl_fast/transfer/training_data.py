@@ -9,6 +9,7 @@ from typing import Any
 
 from scrl_fast.data import identity_of
 from scrl_fast.data.prefetch import Prefetcher
+from scrl_fast.data.sources.shared_images import shared_images
 from scrl_fast.distributed.world import World
 from scrl_fast.run.agreement import check_same_everywhere
 from scrl_fast.transfer.checks import check_batch_size, check_data, check_splits
@@ -17,7 +18,6 @@ from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import KEYPOINTS, Example, Examples, count_without_masks, read_split, trainable
 from scrl_fast.transfer.fine_tuning import training_batches
 from scrl_fast.transfer.schedule import follow_data
-from scrl_fast.transfer.shared_images import shared_images
 
 
 class TransferData:

@@ -17,11 +17,12 @@ SAMPLE = 4096
 """Bytes from the middle of a file that tell most pictures of one size apart before they are compared whole."""
 
 
-def shared_images(train: Any, val: Any, *, content: bool) -> list[str]:
+def shared_images(train: Any, val: Any, *, content: bool, trained: str = "the detector") -> list[str]:
     """A note where images to measure on are trained on, too.
 
     content: also files that are equal byte by byte, and links; every file is asked for its size, those of one size
         are read in part, and those that agree there in whole.
+    trained: what the result is about, in words.
     """
     if train is None or not (hasattr(train, "name_of") and hasattr(val, "name_of")):
         return []
@@ -34,7 +35,7 @@ def shared_images(train: Any, val: Any, *, content: bool) -> list[str]:
         return []
     total = len(names[1])
     what = f"all {total} images" if len(shared) == total else f"{len(shared)} of {total} images"
-    said = ": the result does not tell how the detector does on other images" if len(shared) == total else ""
+    said = f": the result does not tell how {trained} does on other images" if len(shared) == total else ""
     return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}"]
 
 
