@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "rois_per_image": 64,
         },
         "optim": {"lr": 0.16, "clip_norm": 5.0, "warmup_steps": -1, "lr_steps": [-1, -1]},
-        "train": {"batch_size": 4, "steps": 300},
+        "train": {"batch_size": 4, "steps": 600},
     },
 }
 """By name."""
