@@ -1,7 +1,7 @@
-"""Every operation over odd tensors, forward and backward, against float64: 10,000 calls in one process.
+"""Every operation over odd tensors, forward and backward, against float64: 20,000 calls in one process.
 
 A process that dies, memory written beside a tensor, and an error that is none of ours fail alike. SCRL_FAST_FUZZ_CALLS
-sets the number of calls of all operations together (20,000 take a minute of one core), SCRL_FAST_FUZZ_FIRST the number
+sets the number of calls of all operations together (these take a minute of one core), SCRL_FAST_FUZZ_FIRST the number
 of the first: each call depends on its number only, which a failure names.
 """
 
@@ -26,7 +26,7 @@ from scrl_fast.ops.augment_views import augment_views
 from scrl_fast.ops.lars_step import lars_step_
 from scrl_fast.ops.view_table import RESIZE_BLUR, VIEW_DTYPE, PackedImages
 
-CALLS = int(os.environ.get("SCRL_FAST_FUZZ_CALLS", "10000"))
+CALLS = int(os.environ.get("SCRL_FAST_FUZZ_CALLS", "20000"))
 FIRST = int(os.environ.get("SCRL_FAST_FUZZ_FIRST", "0"))
 TRITON_EVERY = 200  # its interpreter takes 10 to 100 ms a call
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
