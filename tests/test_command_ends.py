@@ -145,6 +145,68 @@ def test_an_export_that_a_signal_ends_leaves_nothing(number, kind, run, encoder_
     assert saved or kind == "folder"
 
 
+@pytest.mark.parametrize("order", ["replace", "write_text"])
+def test_a_detector_is_never_left_with_the_script_of_another(order, run, tmp_path, monkeypatch):
+    """Whatever step of giving names is the last one: the script is there only beside the weights it belongs to."""
+    monkeypatch.setattr("scrl_fast.transfer.export.TORCHVISION_NAMES", ("resnet10_tiny",))
+    monkeypatch.setattr("scrl_fast.transfer.export.torchvision_detector.build", _build_any(run))
+    (tmp_path / "out.pth").write_bytes(b"old weights")
+    (tmp_path / "out.py").write_text("old script")
+    where = "scrl_fast.transfer.export." + ("os.replace" if order == "replace" else "write_text")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(SystemExit):
+        transfer_main(["export", f"--detector={run}", "--to=torchvision", f"--out={tmp_path}/out.pth", "--overwrite"])
+    assert left_over(tmp_path) == ["out.pth"]
+
+
+@pytest.mark.parametrize("number", FATAL)
+def test_an_evaluation_that_a_signal_ends_leaves_nothing(number, encoder_file, tmp_path, monkeypatch, capsys):
+    from scrl_fast.evaluate import tasks
+    from scrl_fast.evaluate.__main__ import main
+
+    monkeypatch.setitem(tasks.TASKS, "rank", lambda *_: os.kill(os.getpid(), number))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "rank",
+                f"--checkpoint={encoder_file}",
+                "--data.source=demo",
+                "--device=cpu",
+                f"--json={tmp_path}/out/r.json",
+            ]
+        )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 128 + number and left_over(tmp_path / "out") == []
+    assert said == f"scrl_fast.evaluate: {number.name}: ended before there was a result; no file is half written"
+
+
+@pytest.mark.parametrize("number", FATAL)
+def test_a_pack_that_a_signal_ends_holds_whole_shards_and_goes_on(number, photos, tmp_path, monkeypatch, capsys):
+    from scrl_fast.data import pack
+
+    original, asked = pack.smaller, []
+
+    def smaller(*arguments):
+        asked.append(1)
+        if len(asked) == 3:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    command = [str(photos), str(tmp_path / "out"), "--shard-images=2", "--workers=1"]
+    monkeypatch.setattr(pack, "smaller", smaller)
+    with pytest.raises(SystemExit) as ended:
+        pack.main(command)
+    assert ended.value.code == 128 + number
+    assert f"{number.name}: ended before all shards were written" in capsys.readouterr().err
+    assert not [name for name in left_over(tmp_path / "out") if name.endswith(".tmp") or name == "00001.tar"]
+    assert pack.main(command) == 0 and "4 images in 2 shards" in capsys.readouterr().out
+
+
 def _build_any(run):
     return lambda *_, **__: trained.load_detector(run, device="cpu").network
 

@@ -2,7 +2,7 @@
 
 Shard s holds images s * N to s * N + N - 1 of the source, whatever is bad among them, and appears under its name only
 when it is whole: after a kill the same command goes on with the first one missing, or cut since.
-Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
+Exit codes: 0 done; 2 wrong usage or input; 128 and its number by a signal; 1 anything else.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from scrl_fast.data.jpeg import SHRINKS
 from scrl_fast.data.sources.shard_index import shard_index
 from scrl_fast.data.sources.shards import MANIFEST, read_manifest
 from scrl_fast.errors import UsageError, friendly_errors, tell_result
+from scrl_fast.run.signals import ending_cleanly
 from scrl_fast.run.terminal import Terminal
 
 SOURCES = ("folder", "imagefolder", "imagenet", "list", "tar", "hf")
@@ -227,17 +228,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse(argv)
         from scrl_fast.data.sources.factory import make_source  # torch, only once the options are known to be right
 
-        source = make_source(
-            DataConfig(source=args.source, root=args.dir, timeout=args.timeout, **vars(image_limits_of(args)))
-        )
-        manifest = pack(
-            source,
-            args.out,
-            shorter_side=args.shorter_side,
-            quality=args.quality,
-            shard_images=args.shard_images,
-            workers=max(0, args.workers),
-        )
+        kept = f"ended before all shards were written; those in {args.out} are whole, the same command goes on"
+        with ending_cleanly("scrl_fast.data.pack", kept):
+            source = make_source(
+                DataConfig(source=args.source, root=args.dir, timeout=args.timeout, **vars(image_limits_of(args)))
+            )
+            manifest = pack(
+                source,
+                args.out,
+                shorter_side=args.shorter_side,
+                quality=args.quality,
+                shard_images=args.shard_images,
+                workers=max(0, args.workers),
+            )
         bad = manifest["source_images"] - manifest["images"]
         told = f", {bad} that cannot be read are listed in {os.path.join(args.out, 'bad_files.jsonl')}" if bad else ""
         tell_result(f"{manifest['images']} images in {len(manifest['shards'])} shards{told}")

@@ -1,6 +1,6 @@
 """``python -m scrl_fast.evaluate TASK --checkpoint=...``: measure what a frozen encoder learned.
 
-Exit codes: 0 done; 2 wrong usage or input; 1 anything else.
+Exit codes: 0 done; 2 wrong usage or input; 128 and its number by a signal; 1 anything else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import friendly_errors, tell, tell_result
 from scrl_fast.evaluate.config import TASK_OPTIONS
+from scrl_fast.run.signals import ending_cleanly
 
 if TYPE_CHECKING:
     from scrl_fast.distributed.world import World
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
         task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")
         options = _parse(task, argv)
-        run(task, options, argv)
+        with ending_cleanly("scrl_fast.evaluate", "ended before there was a result; no file is half written"):
+            run(task, options, argv)
     return 0
 
 

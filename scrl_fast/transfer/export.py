@@ -71,8 +71,11 @@ def export_detector(
         if to == "onnx":
             checked = _write_onnx(detector, network, temporary, score)
         else:
-            checked = _write_torchvision(detector, network, temporary, files[1], score)
+            checked, script = _write_torchvision(detector, network, temporary, score)
+            files[1].unlink(missing_ok=True)  # an end in between leaves weights alone, never with another's script
         os.replace(temporary, out)
+        if to == "torchvision":
+            write_text(files[1], script)
     return {"files": [str(path) for path in files], "checked": checked}
 
 
@@ -116,7 +119,8 @@ def torchvision_options(detector: TrainedDetector, score: float) -> dict[str, An
     }
 
 
-def _write_torchvision(detector: TrainedDetector, network: nn.Module, path: Path, script: Path, score: float) -> str:
+def _write_torchvision(detector: TrainedDetector, network: nn.Module, path: Path, score: float) -> tuple[str, str]:
+    """Writes the weights; returns how they were checked, and the script that builds their network."""
     options = torchvision_options(detector, score)
     built = torchvision_detector.build(options=options)
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -130,8 +134,8 @@ def _write_torchvision(detector: TrainedDetector, network: nn.Module, path: Path
         raise RuntimeError(f"{path} was written wrongly: {wrong[:4]} differ when read back")
     source = Path(torchvision_detector.__file__).read_text(encoding="utf-8")
     literal = f"OPTIONS: dict[str, Any] = {options!r}\n"
-    write_text(script, source.replace("OPTIONS: dict[str, Any] = {}\n", literal, 1))
-    return f"{len(state)} tensors load strictly into torchvision's {type(loaded).__name__}"
+    checked = f"{len(state)} tensors load strictly into torchvision's {type(loaded).__name__}"
+    return checked, source.replace("OPTIONS: dict[str, Any] = {}\n", literal, 1)
 
 
 # ---- ONNX ----
