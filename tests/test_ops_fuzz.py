@@ -57,12 +57,16 @@ def backend_of(operation: str, draw: random.Random, call: int) -> str:
 # ---- RoIAlign ----
 
 
-def some_boxes(draw: random.Random, count: int, images: int, extent: float) -> Tensor:
-    """On quarters, so that every sample's place is exact in float32 too."""
+def some_boxes(draw: random.Random, count: int, images: int, extent: float, thirds: float) -> Tensor:
+    """On quarters, so that every sample's place is exact in float32 too: one on the map's border, -1, must not be
+    inside in one precision and outside in the other. thirds: for three bins, the least extent of boxes; else 0.
+    """
+    step = 3 if thirds else 1
     rows = torch.empty(count, 5)
     for k in range(count):
         low = [draw.randint(-8, int(4 * extent) + 4) / 4 for _ in range(2)]
-        high = [edge + draw.choice((0, 0.25, 1, 2.5, draw.randint(0, int(8 * extent)) / 4)) for edge in low]
+        sides = [step * draw.choice((0, 0.25, 1, 2.5, draw.randint(0, int(8 * extent)) / 4)) for _ in low]
+        high = [edge + max(side, thirds) for edge, side in zip(low, sides, strict=True)]
         rows[k] = torch.tensor([draw.randrange(images), *low, *high])
         if draw.random() < 0.05:
             rows[k, draw.randint(1, 4)] = draw.choice((math.nan, math.inf, -math.inf))
@@ -75,7 +79,8 @@ def fuzz_roi_align(draw: random.Random, call: int) -> None:
     input = odd_tensor(draw, shape, dtype).requires_grad_()
     count = draw.choice((0, 1, 3, 6)) if shape[0] else 0
     scale, size = draw.choice((1.0, 0.5, 0.25)), (draw.choice((1, 1, 2, 4)), draw.choice((1, 1, 2, 3)))
-    boxes = some_boxes(draw, count, shape[0], max(shape[2:]) / scale).to(dtype if dtype.itemsize > 2 else torch.float32)
+    boxes = some_boxes(draw, count, shape[0], max(shape[2:]) / scale, 3 / scale if size[1] == 3 else 0)
+    boxes = boxes.to(dtype if dtype.itemsize > 2 else torch.float32)
     boxes = boxes.repeat(1, 2)[:, :5] if draw.random() < 0.3 else boxes
     options = (size, scale, draw.choice((-1, 1, 2, 4)), draw.random() < 0.5)
     if count and not shape[2] * shape[3]:
@@ -199,7 +204,9 @@ def fuzz_lars_step(draw: random.Random, call: int) -> None:
         lars_step_(params, iter(grads), buffers, ema_targets=targets, backend=backend, **options)
     for name, ours, exact in (("param", params, wide[0]), ("buffer", buffers, wide[2]), ("target", targets, wide[3])):
         for tensor, value in zip(ours, exact, strict=True):
-            agree(tensor, value, 16, name)
+            # PyTorch's norm of a strided tensor adds one by one
+            summed = tensor.numel() / 16 if tensor.dtype == torch.float64 else 0
+            agree(tensor, value, 16 + summed, name)
 
 
 # ---- the data's side ----
