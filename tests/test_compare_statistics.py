@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from scrl_fast.run.statistics import paired_difference, spread, t_quantile
 from scrl_fast.transfer.compare.rows import Row, values_of
-from scrl_fast.transfer.compare.statistics import paired_difference, spread, t_quantile
 from scrl_fast.transfer.compare.table import Results, markdown, summary_of, verdict
 
 

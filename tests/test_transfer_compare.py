@@ -14,10 +14,11 @@ from tiny_transfer import SMALL
 
 from scrl_fast.models import build_encoder
 from scrl_fast.run import precision
+from scrl_fast.run.start_tables import labels_of
 from scrl_fast.transfer.__main__ import main, parse_command
 from scrl_fast.transfer.compare.comparison import Comparison
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
-from scrl_fast.transfer.compare.rows import RowFiles, labels_of, rows_of
+from scrl_fast.transfer.compare.rows import RowFiles, rows_of
 from scrl_fast.transfer.compare.timed import Deadline, TimedTransfer
 from scrl_fast.transfer.config import TASK_SUMMARIES
 from scrl_fast.transfer.trainer import Transfer

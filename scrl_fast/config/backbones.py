@@ -16,6 +16,8 @@ from scrl_fast.errors import UsageError, did_you_mean
 TIMM_PREFIX = "timm:"
 TORCHVISION_WEIGHTS, TIMM_WEIGHTS, HUB_PREFIX = "torchvision", "timm", "hf-hub:"
 """What ``init`` may be beside a path: weights by name."""
+RANDOM = "random"
+"""What stands for weights that nothing trained."""
 _CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _GIVEN = re.compile(r"<[^<>]+>")
 
@@ -38,6 +40,11 @@ def has_own_names(name: object) -> bool:
 def is_zoo(init: str) -> bool:
     """Whether ``init`` names weights of a zoo and not a file."""
     return init in (TORCHVISION_WEIGHTS, TIMM_WEIGHTS) or init.startswith(HUB_PREFIX)
+
+
+def is_named(start: str) -> bool:
+    """Whether a start is no path: random, or the weights of a zoo."""
+    return start == RANDOM or is_zoo(start)
 
 
 def code_arguments(name: str) -> list[str]:

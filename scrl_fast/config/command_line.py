@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,6 +143,26 @@ def take_task(argv: list[str], tasks: Mapping[str, str], usage: str) -> str:
         near = did_you_mean(task.replace("_", "-"), tasks) or did_you_mean(task, tasks)
         raise UsageError(f"unknown task '{task}'{near or f'; there are {known}'}")
     return task
+
+
+def lists_from_commas(argv: Sequence[str], *, texts: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    """The arguments with ``--inits=a,b`` and ``--shares=0.1,1`` as the lists that the parser takes.
+
+    texts, numbers: the flags of lists. Square brackets are taken as well.
+    """
+    result: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag not in (*texts, *numbers):
+            result.append(word)
+            continue
+        value = value if equals else next(rest, "")
+        parts = [part.strip() for part in value.split(",")]
+        if value and not value.startswith("["):
+            value = json.dumps(parts) if flag in texts else f"[{','.join(parts)}]"
+        result.append(f"{flag}={value}" if value else flag)
+    return result
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -158,6 +158,16 @@ def check_writable(option: str, path: str) -> None:
         raise option_error(option, path, "is a folder; give the name of a file in it")
 
 
+def check_distinct(option: str, values: tuple[Any, ...]) -> None:
+    """Raise UsageError for a list that is empty, holds a value twice, or an empty name."""
+    if not values:
+        raise option_error(option, values, "must name at least one")
+    if len(set(values)) < len(values):
+        raise option_error(option, values, "must not hold a value twice")
+    if "" in values:
+        raise option_error(option, values, "must not hold an empty name")
+
+
 def option_error(option: str, value: object, reason: str) -> UsageError:
     """The error for one option: ``option=value: reason``."""
     shown = list(value) if isinstance(value, tuple) else value

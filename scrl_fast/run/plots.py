@@ -1,16 +1,19 @@
-"""The two pictures of a run folder: boxes.png (what the network is asked to match) and curves.png."""
+"""The pictures of a run folder, boxes.png (what the network is asked to match) and curves.png; and of a comparison."""
 
 from __future__ import annotations
 
 import colorsys
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from scrl_fast.run.start_tables import percent
+from scrl_fast.run.statistics import Spread
 
 MARGIN = 6
 PAIRS_PER_ROW = 4
@@ -95,6 +98,43 @@ def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) ->
         axes.set_visible(False)
     for axes in list(figure.axes)[-columns:]:
         axes.set_xlabel("step")
+    temporary = Path(path).with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def draw_shares(
+    path: str | os.PathLike[str], lines: Mapping[str, Mapping[float, Spread]], *, ylabel: str, title: str
+) -> None:
+    """Writes a picture of values against the share of the labels, a line a start, bars of one standard deviation.
+
+    lines: of each start the value by share. Raises what the import of matplotlib raises.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = sorted({share for points in lines.values() for share in points})
+    for place, (label, points) in enumerate(lines.items()):
+        # side by side where bars would hide one another
+        apart = 1 + 0.02 * (place - (len(lines) - 1) / 2)
+        axes.errorbar(
+            [share * apart for share in points],
+            [point.mean for point in points.values()],
+            yerr=[point.deviation or 0.0 for point in points.values()],
+            marker="o",
+            capsize=3,
+            linewidth=1.4,
+            label=label,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [percent(share) for share in shares])
+    axes.minorticks_off()
+    axes.set(xlabel="share of the labels", ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     temporary = Path(path).with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=110)
     os.replace(temporary, path)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.config.backbones import is_code
+from scrl_fast.config.backbones import RANDOM, is_code
 from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
@@ -19,7 +19,6 @@ from scrl_fast.weights.tensor_values import check_values
 
 Source = str | os.PathLike[str] | Weights
 Branch = Literal["online", "target"]
-RANDOM = "random"
 LARGEST_VIEW = 1024
 """Side of views, in pixels, that is taken from a file."""
 

@@ -22,6 +22,7 @@ from scrl_fast.run.lock import hold_folder, release_folder
 from scrl_fast.run.log import LogFile, format_seconds
 from scrl_fast.run.precision import Precision
 from scrl_fast.run.signals import SignalHandler
+from scrl_fast.run.start_tables import percent
 from scrl_fast.transfer.checks import check_batch_size
 from scrl_fast.transfer.commands import LESS_MEMORY_TRAINING
 from scrl_fast.transfer.compare.config import LABELLED, CompareConfig
@@ -33,7 +34,6 @@ from scrl_fast.transfer.compare.rows import (
     digest_of_labels,
     fitted_to,
     options_of,
-    percent,
     rows_of,
     values_of,
 )

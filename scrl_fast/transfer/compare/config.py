@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from scrl_fast.config.backbones import TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_zoo
+from scrl_fast.config.backbones import RANDOM, TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_named
+from scrl_fast.config.command_line import lists_from_commas
 from scrl_fast.config.validation import (
     at_least,
+    check_distinct,
     check_fields,
     check_writable,
     clean_path,
@@ -22,8 +23,6 @@ from scrl_fast.config.validation import (
 from scrl_fast.errors import UsageError, did_you_mean
 from scrl_fast.transfer.config import TransferConfig
 
-LIST_FLAGS = ("--inits", "--shares")
-RANDOM = "random"
 LABELLED = "labelled images"
 """In place of a start's name: what all of them are fine-tuned on."""
 MAX_DISTANCE = 64  # of 256 bits: two photographs of nothing in common differ in about 128
@@ -80,11 +79,7 @@ class CompareConfig(TransferConfig):
         check_fields(self, "", shares=from_above(0, 1), seeds=at_least(1), minutes=at_least(0))
         self.inits = tuple(map(clean_path, self.inits))
         for name in ("inits", "shares"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise option_error(name, values, "must not hold a value twice")
-        if "" in self.inits:
-            raise option_error("inits", self.inits, "must not hold an empty name")
+            check_distinct(name, getattr(self, name))
         self.shares = tuple(sorted(self.shares))
 
     def check_ready(self) -> None:
@@ -114,23 +109,6 @@ class CompareConfig(TransferConfig):
         return TransferConfig(**(shared | {"json": ""}))
 
 
-def is_named(init: str) -> bool:
-    """Whether a start is no path: random, or the weights of a zoo."""
-    return init == RANDOM or is_zoo(init)
-
-
 def with_lists(argv: Sequence[str]) -> list[str]:
     """The arguments with ``--inits=a,b`` and ``--shares=0.1,1`` as the lists that the parser takes."""
-    result: list[str] = []
-    rest = iter(argv)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag not in LIST_FLAGS:
-            result.append(word)
-            continue
-        value = value if equals else next(rest, "")
-        parts = [part.strip() for part in value.split(",")]
-        if value and not value.startswith("["):
-            value = json.dumps(parts) if flag == LIST_FLAGS[0] else f"[{','.join(parts)}]"
-        result.append(f"{flag}={value}" if value else flag)
-    return result
+    return lists_from_commas(argv, texts=("--inits",), numbers=("--shares",))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.atomic_files import write_json
-from scrl_fast.config.backbones import TORCHVISION_WEIGHTS
+from scrl_fast.config.backbones import RANDOM, TORCHVISION_WEIGHTS, is_named
 from scrl_fast.config.files import Settings, build, under_present_names
 from scrl_fast.config.run_folder import CONFIG, folder_of
 from scrl_fast.config.schema import Config
@@ -24,7 +24,7 @@ from scrl_fast.data.sources.base import identity_of
 from scrl_fast.data.sources.factory import make_source
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Progress, Say, silent
-from scrl_fast.transfer.compare.config import LABELLED, RANDOM, CompareOptions, is_named
+from scrl_fast.transfer.compare.config import LABELLED, CompareOptions
 from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.atomic_files import digest_of, expected_digest, write_json, write_text
-from scrl_fast.config.backbones import code_arguments
+from scrl_fast.config.backbones import code_arguments, is_named
 from scrl_fast.config.files import under_present_names
-from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.yaml_text import dump
 from scrl_fast.data.sources.base import identity_of
 from scrl_fast.errors import UsageError
 from scrl_fast.run.folder import newest_checkpoint
 from scrl_fast.run.precision import Precision
 from scrl_fast.run.resume import changed_options, flatten
+from scrl_fast.run.start_tables import labels_of, percent
 from scrl_fast.transfer.best import main_metric
-from scrl_fast.transfer.compare.config import CompareConfig, is_named
+from scrl_fast.transfer.compare.config import CompareConfig
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.training_data import fit_length
 from scrl_fast.weights.checkpoint_files import CheckpointError, find
@@ -54,11 +53,6 @@ class Row:
         return f"{self.label}, {percent(self.share)} of the labels, seed {self.seed}"
 
 
-def percent(share: float) -> str:
-    """A share in percent."""
-    return f"{100 * share:g} %"
-
-
 def rows_of(config: CompareConfig) -> list[Row]:
     """All rows in the order in which they run: seed by seed, in it from the smallest share on, there every start.
 
@@ -72,20 +66,6 @@ def rows_of(config: CompareConfig) -> list[Row]:
         for share in config.shares
         for init, label in zip(config.inits, labels, strict=True)
     ]
-
-
-def labels_of(inits: Sequence[str]) -> list[str]:
-    """A short name for each start: that of its run folder or file, with a number behind it where two are alike."""
-    labels: list[str] = []
-    for init in inits:
-        path = Path(init)
-        named = path.name if is_named(init) else ((folder_of(path) or path).absolute().name)
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.") or "start"
-        label, number = plain, 2
-        while label in labels:
-            label, number = f"{plain}-{number}", number + 1
-        labels.append(label)
-    return labels
 
 
 def options_of(row: Row, config: CompareConfig, folder: Path) -> TransferConfig:

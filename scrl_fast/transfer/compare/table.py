@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from scrl_fast.run import start_tables
+from scrl_fast.run.start_tables import (
+    chance_note,
+    difference_cell,
+    difference_values,
+    markdown_table,
+    mean_cell,
+    percent,
+)
+from scrl_fast.run.statistics import CONFIDENCE, Difference, paired_difference, spread, t_quantile
 from scrl_fast.transfer.compare.config import LABELLED
-from scrl_fast.transfer.compare.rows import Row, percent
-from scrl_fast.transfer.compare.statistics import CONFIDENCE, Difference, paired_difference, spread, t_quantile
+from scrl_fast.transfer.compare.rows import Row
 
 MIN_SEEDS = 5  # seeds; with fewer the interval is so wide that the table says it
 MEASURES = ("AP", "AP50")
@@ -59,11 +68,7 @@ def summary_of(results: Results) -> list[dict[str, Any]]:
             line |= {name: asdict(spread(list(v.values()))) for name, v in found.items() if v}
             if label != first:
                 difference = paired_difference(results.by_seed(first, share, "AP"), found["AP"])
-                line["difference"] = difference and {
-                    **asdict(difference),
-                    "interval": difference.interval and list(difference.interval),
-                    "beyond_chance": difference.beyond_chance,
-                }
+                line["difference"] = difference and difference_values(difference)
                 line["verdict"] = verdict(difference, first)
             lines.append(line)
     return lines
@@ -75,10 +80,7 @@ def verdict(difference: Difference | None, first: str) -> str:
         return "no seed in common yet"
     if difference.interval is None:
         return "cannot be told: one seed"
-    if not difference.beyond_chance:
-        return f"no: within chance, of {difference.pairs} seeds"
-    direction = "above" if difference.mean > 0 else "below"
-    return f"yes: {direction} {first}, of {difference.pairs} seeds"
+    return start_tables.verdict(difference, first, f"{difference.pairs} seeds")
 
 
 def markdown(title: str, results: Results, seen: Mapping[str, tuple[str, str]], notes: Sequence[str] = ()) -> str:
@@ -89,32 +91,18 @@ def markdown(title: str, results: Results, seen: Mapping[str, tuple[str, str]], 
     first = results.labels[0]
     head = ["labels", "start", "AP", "AP50", "seeds", f"AP - {first}", "beyond chance?", "validation images seen"]
     cells = [head, *([*_cells(line), seen[line["start"]][0]] for line in summary_of(results))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-             for row in cells]  # fmt: skip
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     said = [f"- {note}" for note in (*_explained(results), *_seen(seen), *_missing(results), *notes)]
-    return "\n".join([f"# {title}", "", *lines, "", *said, ""])
+    return "\n".join([f"# {title}", "", *markdown_table(cells), "", *said, ""])
 
 
 def _cells(line: Mapping[str, Any]) -> list[str]:
     measured = [_mean(line.get(name)) for name in MEASURES]
-    compared = [_difference(line), line.get("verdict", "-")]
+    compared = [difference_cell(line.get("difference")), line.get("verdict", "-")]
     return [percent(line["share"]), line["start"], *measured, str(line["seeds"]), *compared]
 
 
 def _mean(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['mean']:.2f}" + ("" if found["deviation"] is None else f" ± {found['deviation']:.2f}")
-
-
-def _difference(line: Mapping[str, Any]) -> str:
-    found = line.get("difference")
-    if found is None:
-        return "-"
-    interval = found["interval"]
-    return f"{found['mean']:+.2f}" + ("" if interval is None else f" ({interval[0]:+.2f} to {interval[1]:+.2f})")
+    return "-" if found is None else mean_cell(found["mean"], found["deviation"])
 
 
 def _explained(results: Results) -> list[str]:
@@ -140,8 +128,7 @@ def _explained(results: Results) -> list[str]:
         )
     if others and few < 2:
         notes.append("One seed tells nothing about chance: give --seeds=3 or more.")
-    if (count := others * len(results.shares)) > 1:
-        notes.append(f"Of {count} differences that are nothing but chance, {count / 20:g} would pass on average.")
+    notes += chance_note(others * len(results.shares))
     notes.append(
         "A seed repeats the fine-tuning: the images of a share, their order, the new layers. Pre-training is not "
         "repeated, so the table compares these weights, not the methods that made them."
