@@ -60,6 +60,13 @@ def collect() -> dict[str, Any]:
     }
 
 
+def measured_on() -> dict[str, Any]:
+    """What a figure needs beside it: processor or GPU, cores, threads, versions and commit."""
+    device, versions, package = _said(_device), _said(_versions), _said(_package)
+    kept = {name: device.get(name) for name in ("cpu", "cores", "threads", "gpus")}
+    return kept | {"python": versions.get("python"), "torch": versions.get("torch"), "commit": package.get("commit")}
+
+
 def write_environment(path: Path) -> None:
     """Writes what `collect` returns as JSON, at once and durably: a run's env.json."""
     write_text(path, json.dumps(collect(), indent=2, default=str) + "\n")

@@ -25,7 +25,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 OURS = re.compile(r"(?:-m scrl_fast\.([\w.]+)|\bscrl-fast +(\w+))(.*)")
 RUN_BY = {
     "train": ("test_command_line.py", "test_train_on_photographs.py", "test_weights_zoo.py", "test_encoders_own.py"),
-    "evaluate": ("test_evaluate.py", "test_evaluate_finetune.py", "test_encoders_own.py"),
+    "evaluate": (
+        *("test_evaluate.py", "test_evaluate_finetune.py", "test_encoders_own.py"),
+        *("test_evaluate_labelled.py", "test_evaluate_compare.py"),
+    ),
     "transfer": (
         *("test_transfer_custom.py", "test_transfer_tasks.py", "test_transfer_predict.py", "test_transfer_export.py"),
         *("test_transfer_compare.py", "test_encoders_own.py", "tiny_transfer.py"),
@@ -43,6 +46,7 @@ RUN_AS_IT_STANDS = {
         "transfer custom --data.root=LABELLED --init=runs/mine --run.dir=runs/detector",
         "transfer predict --detector=runs/detector --images=PICTURES --out=found",
         "transfer compare custom --data.root=LABELLED --inits=random,torchvision,runs/mine --shares=0.1,1 --seeds=3",
+        "evaluate compare --data.root=LABELLED --checkpoints=random,torchvision,runs/mine --shares=0.1,1",
         "evaluate rank --checkpoint=RUN",
         "pack DIR OUT --shorter-side 512",
         "pack DIR OUT",

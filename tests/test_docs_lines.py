@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from labelled_folders import picture, yolo_part
+from labelled_folders import LINE, picture, yolo_part
 from test_docs_commands import RUN_AS_IT_STANDS, ours, shell_lines
 from tiny_transfer import SMALL
 
@@ -20,9 +20,11 @@ TRAIN = [
     *("--boxes.min_size=8", "--train.max_steps=2", "--train.batch_size=4", "--train.device=cpu", "--data.workers=0"),
     *("--optim.warmup_epochs=0.5", "--run.tensorboard=false", "--run.log_every=1"),
 ]
+TWO = LINE + "1 0.1 0.15 0.18 0.25\n"
 SMALLER = {
     ("train",): TRAIN,
     ("evaluate", "pca"): ["--size=64", "--workers=0"],
+    ("evaluate", "compare"): ["--checkpoints=random,runs/mine", "--workers=0", "--seeds=2", "--plot=compare.png"],
     ("evaluate", "rank"): ["--size=32", "--images=8", "--workers=0", "--data.source=folder", "--data.root=PICTURES"],
     ("transfer", "custom"): [*SMALL, "--train.steps=2", "--init=runs/mine"],
     ("transfer", "compare"): [*SMALL, "--train.steps=2", "--inits=random,runs/mine", "--shares=1", "--seeds=1"],
@@ -40,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(8):
         picture(made / f"PICTURES/{number}.jpg", number)
     for part, count, first in (("train", 8, 0), ("valid", 3, 8)):
-        yolo_part(made / f"LABELLED/{part}/images", made / f"LABELLED/{part}/labels", count, first=first)
-    (made / "LABELLED/data.yaml").write_text("train: train/images\nval: valid/images\nnames: [square]\n")
+        yolo_part(made / f"LABELLED/{part}/images", made / f"LABELLED/{part}/labels", count, TWO, first=first)
+    (made / "LABELLED/data.yaml").write_text("train: train/images\nval: valid/images\nnames: [square, corner]\n")
     return made
 
 
@@ -57,5 +59,6 @@ def test_the_lines_run_one_after_another(folder: Path, monkeypatch: pytest.Monke
             Path("RUN").symlink_to("runs/mine")
             shutil.copytree("PICTURES", "DIR")
     assert Path("features.png").stat().st_size > 1000
+    assert Path("compare.png").stat().st_size > 1000
     assert len(list(Path("found/pictures").iterdir())) == 8
     assert "| mine " in (next(Path("runs").glob("compare*")) / "table.md").read_text()

@@ -192,7 +192,7 @@ def test_the_same_weights_in_any_layout_give_the_same_result(capsys, tmp_path, i
 def test_features_are_extracted_once(capsys, tmp_path, coco):
     arguments = ["roi-linear", *TINY[:2], "--data.source=coco", f"--data.root={coco}", f"--cache={tmp_path / 'kept'}"]
     _, first, said = evaluate(capsys, tmp_path, *arguments)
-    assert "features taken from" not in said and len(list((tmp_path / "kept").glob("*.pt"))) == 2
+    assert "features taken from" not in said and len(list((tmp_path / "kept").glob("features-*.pt"))) == 2
     _, second, said = evaluate(capsys, tmp_path, *arguments)
     assert said.count("features taken from") == 2 and second["result"] == first["result"]
     assert "features taken from" not in evaluate(capsys, tmp_path, *arguments, "--seed=1")[2]  # other weights

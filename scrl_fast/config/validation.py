@@ -24,7 +24,7 @@ class OptionTypeError(UsageError, TypeError):
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
-_EXAMPLES = {int: ("1", "2", "3"), float: ("0.5", "1.0", "1.5"), str: ("a", "b", "c")}
+_EXAMPLES = {int: ("1", "2", "3"), float: ("0.5", "1.0", "0.25"), str: ("a", "b", "c")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scrl_fast.atomic_files import write_json
-from scrl_fast.config.command_line import parse_as, take_task
+from scrl_fast.config.command_line import lists_from_commas, parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import friendly_errors, tell, tell_result
 from scrl_fast.evaluate.config import TASK_OPTIONS
@@ -21,6 +21,7 @@ from scrl_fast.run.signals import ending_cleanly
 
 if TYPE_CHECKING:
     from scrl_fast.distributed.world import World
+    from scrl_fast.evaluate.result import TaskResult
 
 PROG = "python -m scrl_fast.evaluate"
 LESS_MEMORY = (
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv, less_memory=LESS_MEMORY) as report:
         report.quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine tells of all errors
         summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
+        argv = lists_from_commas(argv, texts=("--checkpoints",), numbers=("--shares",))
         task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")
         options = _parse(task, argv)
         with ending_cleanly("scrl_fast.evaluate", "ended before there was a result; no file is half written"):
@@ -61,27 +63,37 @@ def _run(task: str, options: Any, argv: Sequence[str], world: World) -> dict[str
     from scrl_fast.evaluate.encoder import load_evaluated
     from scrl_fast.evaluate.region_tasks import training_settings
     from scrl_fast.evaluate.result import TaskContext
-    from scrl_fast.evaluate.tasks import TASKS
+    from scrl_fast.evaluate.tasks import COMPARISONS, TASKS
 
     started = time.perf_counter()
+    context = TaskContext(tell, world) if world.rank == 0 else TaskContext(world=world)
+    document: dict[str, Any] = {"task": task}
+    if task in COMPARISONS:
+        result = COMPARISONS[task](options, context)
+        return _told(document, result, options, started, world)
     evaluated = load_evaluated(options)
     if task == "dense-consistency" and argv:
         options = _parse(task, argv, Settings(training_settings(evaluated), evaluated.name))
         if options.views.size != _parse(task, argv).views.size:  # the file's
             evaluated.view_size(option="--views.size")
-    context = TaskContext(tell, world) if world.rank == 0 else TaskContext(world=world)
     context.say(evaluated.report)
     result = TASKS[task](options, evaluated, context)
-    document = {
-        "task": task,
+    document |= {"checkpoint": evaluated.name, "backbone": evaluated.encoder.name}
+    return _told(document, result, options, started, world)
+
+
+def _told(document: dict[str, Any], result: TaskResult, options: Any, started: float, world: World) -> dict[str, Any]:
+    """The content of the JSON file, once rank 0 has written it and printed the line of result."""
+    from scrl_fast.info import measured_on
+
+    document |= {
         "result": result.values,
         "config": dataclasses.asdict(options),
-        "checkpoint": evaluated.name,
-        "backbone": evaluated.encoder.name,
         "seconds": round(time.perf_counter() - started, 3),
     }
     if world.rank == 0:
         if options.json:
+            document["environment"] = measured_on()
             write_json(options.json, document)
         tell_result(result.line)
     return document

@@ -84,13 +84,15 @@ def _computed(
 class Progress:
     """How far a stage is: a line after two seconds, then one every ten, and one at its end if any came before.
 
-    stage: what is being done. total: how many units there are. unit: in the plural.
+    stage: what is being done. total: how many units there are. unit: in the plural. say: a function, or an object that
+    is told of the units, too, by its method ``advance``.
     """
 
     FIRST, EVERY = 2.0, 10.0
 
     def __init__(self, stage: str, total: int, unit: str, say: Say = silent) -> None:
         self.stage, self.total, self.unit, self.say = stage, total, unit, say
+        self.tell_units: Callable[[int, str], None] | None = getattr(say, "advance", None)
         self.done = 0
         self.started = time.monotonic()
         self.next_line = self.started + self.FIRST
@@ -98,6 +100,8 @@ class Progress:
 
     def advance(self, count: int = 1) -> None:
         self.done += count
+        if self.tell_units is not None:
+            self.tell_units(count, self.unit)
         now = time.monotonic()
         if now >= self.next_line and self.done < self.total:
             rate = self.done / (now - self.started)

@@ -28,27 +28,29 @@ class FeatureCache:
         self.limit = AUTO_BYTES if folder == "auto" else None
         self.say, self.world = context.say, context.world
 
-    def get(self, parts: Callable[[], list[Any]], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self, parts: Callable[[], list[Any]], make: Callable[[], dict[str, Tensor]], *, kind: str = "features"
+    ) -> dict[str, Tensor]:
         """What ``make`` returns, or what it returned before for the same parts. A damaged file is made anew.
 
         parts: returns all that the features depend on. Rank 0 alone reads and writes files; where it finds one, the
-        other ranks return nothing.
+        other ranks return nothing. kind: what it is, in the name of the file and in what is said.
         """
         if self.folder is None:
             return make()
         path, found = None, None
         if self.world.rank == 0:
-            path = self.folder / f"features-{key_of([VERSION, torch.__version__, *parts()])[:32]}.pt"
-            found = self._read(path)
+            path = self.folder / f"{kind}-{key_of([VERSION, torch.__version__, *parts()])[:32]}.pt"
+            found = self._read(path, kind)
         if self.world.broadcast_from_rank0(lambda: found is not None):
             return found or {}
         made = make()
         if path is not None:
             made = {name: value.cpu() for name, value in made.items()}
-            self._keep(path, made)
+            self._keep(path, made, kind)
         return made
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
+    def _read(self, path: Path, kind: str) -> dict[str, Tensor] | None:
         if not path.exists():
             return None
         try:
@@ -56,15 +58,15 @@ class FeatureCache:
             if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
                 raise checkpoint_files.CheckpointError(f"{path}: 'features' is no dict of tensors")
         except checkpoint_files.CheckpointError as error:
-            self.say(f"cached features are of no use ({error}); extracting them again")
+            self.say(f"cached {kind}: of no use ({error}); extracting them again")
             return None
-        self.say(f"features taken from {path}")
+        self.say(f"{kind} taken from {path}")
         return found
 
-    def _keep(self, path: Path, made: dict[str, Tensor]) -> None:
+    def _keep(self, path: Path, made: dict[str, Tensor], kind: str) -> None:
         size = sum(value.numel() * value.element_size() for value in made.values())
         if self.limit is not None and size > self.limit:
-            self.say(f"{size / 1e9:.1f} GB of features are not kept: name a folder for them with --cache=DIR")
+            self.say(f"{size / 1e9:.1f} GB of {kind} are not kept: name a folder for them with --cache=DIR")
             return
         temporary = atomic_files.temporary_name(path)
         try:
@@ -72,7 +74,7 @@ class FeatureCache:
             digest = atomic_files.write_synced(temporary, lambda file: torch.save({"features": made}, file))  # type: ignore[arg-type]
             atomic_files.publish(temporary, path, digest)
         except OSError as error:  # a full disk costs the cache, not the evaluation
-            self.say(f"features are not kept: {error}")
+            self.say(f"{kind}: not kept: {error}")
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES
-from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
+from scrl_fast.config.backbones import RANDOM, TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_named
+from scrl_fast.config.defaults import IMAGENET_MEAN, IMAGENET_STD
 from scrl_fast.config.schema import BoxesConfig, DataConfig, ViewsConfig
 from scrl_fast.config.validation import (
-    SEED_RANGE,
     above,
     at_least,
-    between,
     check_device,
+    check_distinct,
     check_fields,
     check_writable,
+    clean_path,
     clean_paths,
+    from_above,
     option_error,
     within,
 )
-from scrl_fast.errors import UsageError
+from scrl_fast.errors import UsageError, did_you_mean
+from scrl_fast.evaluate.data_config import ImageData, RegionData
 
 
 @dataclass
@@ -28,8 +31,8 @@ class Common:
     """What every task takes."""
 
     checkpoint: str = ""
-    """Weights: a run folder or checkpoint, the published layout, a ResNet of torchvision, timm, detectron2 or mmdet, or
-    random for an untrained encoder."""
+    """Weights: a run folder or checkpoint, the published layout, a ResNet of torchvision, timm, detectron2 or mmdet;
+    torchvision, timm or hf-hub:OWNER/NAME for trained weights of that zoo; or random for an untrained encoder."""
     backbone: str = ""
     """resnet50, resnet10_tiny, timm:NAME, package.module:function, ...; empty: what the weights say or show (random:
     resnet50)."""
@@ -62,86 +65,15 @@ class Common:
         """Raise UsageError when an option without a default is missing."""
         if not self.checkpoint:
             raise UsageError("--checkpoint is missing: a run folder, a file of weights, or --checkpoint=random")
+        self.check_files()
+
+    def check_files(self) -> None:
+        """Raise UsageError for data that are not named, and files that cannot be written."""
         for name in ("json", "plot"):
             check_writable(name, getattr(self, name, ""))
         data = getattr(self, "data", None)
         if data is not None and data.source != "demo" and not (data.root or (data.source == "labelled" and data.train)):
             raise UsageError(f"data.source={data.source} needs --data.root, the folder of the data set")
-
-
-# ---- data ----
-
-
-@dataclass
-class ImageData(ImageLimitOptions):
-    """Labelled images for linear and knn: one folder a class, in a folder each for training and test."""
-
-    source: Literal["demo", "imagenet"] = "demo"
-    """imagenet: ROOT/train/CLASS/* and ROOT/val/CLASS/*; demo: generated scenes of one digit each."""
-    root: str = ""
-    """Folder of the images; the demo needs none."""
-    train: str = "train"
-    """Folder of the training images, in root."""
-    test: str = "val"
-    """Folder of the test images, in root."""
-    demo_images: int = DEMO_IMAGES
-    """Training scenes (source=demo)."""
-    demo_test: int = DEMO_TEST_IMAGES
-    """Test scenes (source=demo)."""
-    demo_size: int = DEMO_SIZE
-    """Height and width of a scene (source=demo)."""
-
-    def __post_init__(self) -> None:
-        _check_data(self)
-
-
-@dataclass
-class RegionData(ImageLimitOptions):
-    """Images with labelled boxes for roi-linear."""
-
-    source: Literal["demo", "coco", "voc", "labelled"] = "demo"
-    """coco: ROOT/annotations/instances_SPLIT.json and ROOT/SPLIT; voc: ROOT/VOC2007/{Annotations,ImageSets,JPEGImages};
-    labelled: any folder in the layout of YOLO, COCO or VOC, as the detectors' task custom takes it; demo: generated
-    scenes of digits."""
-    root: str = ""
-    """Folder of the data set; the demo needs none."""
-    train: str = ""
-    """Split the classifier is trained on; empty: train2017 (coco), trainval (voc). labelled: name of a part, several
-    joined by +, or FILE.json:FOLDER with COCO's annotations and their images; empty: found by its name."""
-    test: str = ""
-    """Split it is tested on; empty: val2017 (coco), test (voc). labelled: as data.train; empty: the validation part,
-    else the test part, else a share of the training images."""
-    layout: Literal["auto", "yolo", "coco", "voc"] = "auto"
-    """How labels are written in data.root (labelled)."""
-    val_share: float = 0.2
-    """Share of the training images that is tested on and not trained on, where there is no other part (labelled)."""
-    val_seed: int = 0
-    """Which images that share has."""
-    year: str = "2007"
-    """Year of VOC."""
-    classes: str = ""
-    """Names of classes, separated by commas. voc: of files that have others than VOC's own twenty. labelled: those to
-    tell apart; objects of others are left out. Empty: all."""
-    short_side: int = 0
-    """Enlarge or shrink images until the shorter side has this many pixels; 0: as they are."""
-    max_images: int = 0
-    """Use only so many images of each split; 0: all."""
-    demo_images: int = DEMO_IMAGES
-    """Training scenes (source=demo)."""
-    demo_test: int = DEMO_TEST_IMAGES
-    """Test scenes (source=demo)."""
-    demo_size: int = DEMO_SIZE
-    """Height and width of a scene (source=demo)."""
-
-    def __post_init__(self) -> None:
-        share, seed = between(0, 1), SEED_RANGE
-        _check_data(self, short_side=at_least(0), max_images=at_least(0), val_share=share, val_seed=seed)
-
-
-def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]
-    sizes = dict.fromkeys(("demo_images", "demo_test"), at_least(1)) | IMAGE_LIMIT_RANGES
-    check_fields(data, "data", demo_size=at_least(16), **sizes, **ranges)
-    clean_paths(data, "root")
 
 
 # ---- tasks ----
@@ -245,21 +177,70 @@ class KnnOptions(Common):
 
 
 @dataclass
-class RoiLinearOptions(Common):
-    """RoI linear evaluation: a linear classifier on RoIAligned features of ground-truth boxes."""
+class RegionOptions(Common):
+    """What the tasks about labelled boxes take."""
 
     data: RegionData = field(default_factory=RegionData)
     """Images with labelled boxes."""
     pool_size: int = 1
     """RoIAlign output is pool_size x pool_size."""
-    plot: str = ""
-    """Draw the accuracy of each class to this file."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Normalisation of the images, for random weights and for those that do not say theirs."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """As mean."""
     cache: str = "auto"
     """Folder in which extracted features are kept; auto: ~/.cache/scrl_fast (up to 2 GB each); empty: nowhere."""
 
     def check(self) -> None:
         super().check()
-        check_fields(self, "", pool_size=at_least(1))
+        check_fields(self, "", pool_size=at_least(1), std=above(0))
+
+
+@dataclass
+class RoiLinearOptions(RegionOptions):
+    """RoI linear evaluation: a linear classifier on RoIAligned features of ground-truth boxes."""
+
+    plot: str = ""
+    """Draw the accuracy of each class to this file."""
+
+
+@dataclass
+class CompareOptions(RegionOptions):
+    """Is pre-training worth it on your data? RoI linear from several starts, with error bars, in minutes on a CPU."""
+
+    data: RegionData = field(default_factory=lambda: RegionData(source="labelled"))
+    """Images with labelled boxes; labelled: YOLO, COCO or VOC."""
+    checkpoints: tuple[str, ...] = ()
+    """Starts, separated by commas; the others are compared with the first one. Each is what --checkpoint takes in the
+    other tasks. Without --backbone, random, torchvision and timm have the backbone of the first of the others."""
+    shares: tuple[float, ...] = (0.1, 1.0)
+    """Shares of the training images, above 0 to 1, separated by commas."""
+    seeds: int = 5
+    """Repeats of each share below 1, numbered from --seed on. Each has its own images, the same for every start."""
+    batch_size: int = 16
+    """Images at a time."""
+    plot: str = ""
+    """Draw accuracy against the share of the labels to this file."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields(self, "", shares=from_above(0, 1), seeds=within(1, 1000))
+        self.checkpoints = tuple(map(clean_path, self.checkpoints))
+        for name in ("checkpoints", "shares"):
+            if values := getattr(self, name):
+                check_distinct(name, values)
+        self.shares = tuple(sorted(self.shares))
+
+    def check_ready(self) -> None:
+        if self.checkpoint:
+            raise option_error("checkpoint", self.checkpoint, "compare takes several: --checkpoints=random,RUN")
+        if not self.checkpoints:
+            raise UsageError("--checkpoints is missing: the starts, as in --checkpoints=random,timm,RUN")
+        for start in self.checkpoints:
+            if not (is_named(start) or os.path.exists(start)):
+                hint = did_you_mean(start, (RANDOM, TORCHVISION_WEIGHTS, TIMM_WEIGHTS))
+                raise UsageError(f"checkpoints: there is no such checkpoint or run folder: {start!r}{hint}")
+        self.check_files()
 
 
 @dataclass
@@ -337,6 +318,7 @@ TASK_OPTIONS = {
     "finetune": FinetuneOptions,
     "knn": KnnOptions,
     "roi-linear": RoiLinearOptions,
+    "compare": CompareOptions,
     "dense-consistency": DenseOptions,
     "rank": RankOptions,
     "pca": PcaOptions,

@@ -17,7 +17,7 @@ from scrl_fast.data.sources.labelled_parts import LabelledChoice, read_parts
 from scrl_fast.data.sources.voc import CLASSES, read_voc
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.batches import Say, silent
-from scrl_fast.evaluate.config import ImageData, RegionData
+from scrl_fast.evaluate.data_config import ImageData, RegionData
 
 DEMO_DIGIT = (1 / 3, 2 / 3)  # of the scene: one large digit, as the object of a photograph
 

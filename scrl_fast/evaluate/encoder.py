@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from scrl_fast import weights
+from scrl_fast.config.backbones import TIMM_WEIGHTS, TORCHVISION_WEIGHTS
 from scrl_fast.config.defaults import BACKBONE, IMAGENET_MEAN, IMAGENET_STD, VIEW_SIZE
 from scrl_fast.config.schema import ViewsConfig
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError
-from scrl_fast.evaluate.config import Common
+from scrl_fast.evaluate.config import Common, RegionOptions
 from scrl_fast.evaluate.images import has_untrained_batch_norm
 from scrl_fast.models import Encoder, build_encoder
 from scrl_fast.weights.load import LARGEST_VIEW
@@ -38,6 +39,8 @@ class EvaluatedEncoder:
     probe: dict[str, Tensor] | None = None
     """weight and bias of the online probe, where the file holds one."""
     untrained: bool = False
+    normalized: bool = True
+    """Whether the weights say how images were normalised; else mean and std are ImageNet's."""
 
     def measures_batchnorm(self, options: Common) -> bool:
         """Whether the tasks other than roi-linear measure BatchNorm statistics anew."""
@@ -65,12 +68,15 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
     if options.checkpoint == weights.RANDOM:
         torch.manual_seed(options.seed)
         encoder = build_encoder(options.backbone or BACKBONE).to(device)
-        return EvaluatedEncoder(encoder, "random", f"random {encoder.name}", untrained=True)
-    source = weights.read(options.checkpoint)
-    encoder = build_encoder(options.backbone or weights.guess_backbone(source), size=weights.view_size(source))
+        return EvaluatedEncoder(encoder, "random", f"random {encoder.name}", untrained=True, normalized=False)
+    zoo = options.checkpoint in (TORCHVISION_WEIGHTS, TIMM_WEIGHTS)
+    source = weights.read_initial(options.checkpoint, options.backbone or BACKBONE)
+    backbone = options.backbone or (BACKBONE if zoo else weights.guess_backbone(source))
+    encoder = build_encoder(backbone, size=weights.view_size(source))
     report = weights.load_into(encoder, source, branch=options.branch)
     training = source.metadata.get("config") or {}
-    views = _views_of(training.get("views", {}), source.path)
+    said = training.get("views") or {n: v for n, v in source.metadata.items() if n in ("mean", "std")}
+    views = _views_of(said, source.path)
     return EvaluatedEncoder(
         encoder.to(device),
         source.path,
@@ -81,7 +87,15 @@ def load_evaluated(options: Common) -> EvaluatedEncoder:
         training=training,
         probe=source.parts.get("probe"),
         untrained=has_untrained_batch_norm(encoder),
+        normalized=options.checkpoint == TORCHVISION_WEIGHTS or "mean" in said,
     )
+
+
+def normalization(evaluated: EvaluatedEncoder, options: RegionOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std of the encoder's images: as its weights say, else as the options say."""
+    if evaluated.normalized:
+        return evaluated.mean, evaluated.std
+    return options.mean, options.std
 
 
 def _views_of(said: dict[str, Any], path: str) -> ViewsConfig:

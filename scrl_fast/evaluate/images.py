@@ -209,6 +209,16 @@ def _statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
+def normalization_buffers(encoder: nn.Module) -> dict[str, Tensor]:
+    """The statistics that `measure_batchnorm` replaces, by name; the buffers themselves."""
+    return {
+        f"{number}.{name}": buffer
+        for number, norm in enumerate(_norms(encoder))
+        if norm.track_running_stats
+        for name, buffer in norm.named_buffers(recurse=False)
+    }
+
+
 def _norms(module: nn.Module) -> list[_BatchNorm]:
     return [each for each in module.modules() if isinstance(each, _BatchNorm)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.schema import ModelConfig, ViewsConfig
-from scrl_fast.data import ImagesWithBoxes, Source, make_source
+from scrl_fast.data import Source, make_source
 from scrl_fast.errors import UsageError
-from scrl_fast.evaluate.cache import FeatureCache, content_key
+from scrl_fast.evaluate.cached_boxes import cached_box_features
 from scrl_fast.evaluate.config import DenseOptions, PcaOptions, RoiLinearOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.dense import retrieval_result, retrieval_sums
@@ -24,9 +23,8 @@ from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images
 from scrl_fast.evaluate.pca import Components, dense_features, principal_components
 from scrl_fast.evaluate.plots import draw_class_accuracies, draw_components, draw_similarity
-from scrl_fast.evaluate.regions import BoxFeatures, BoxLoader, box_features, classify, measure_batchnorm_on_boxes
+from scrl_fast.evaluate.regions import classify
 from scrl_fast.evaluate.result import NO_RESULT, TaskContext, TaskResult, save_plot
-from scrl_fast.models import Encoder
 from scrl_fast.run.plots import to_picture
 from scrl_fast.weights import RANDOM
 
@@ -40,7 +38,7 @@ AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, context: TaskContext) -> TaskResult:
     """A linear classifier on RoIAligned features of ground-truth boxes."""
     train, test = labelled_regions(options.data, options.seed, context.say)
-    features = _box_features(options, evaluated, (train, test), context)
+    features = cached_box_features(options, evaluated, (train, test), context)
     if context.only_helps:
         return NO_RESULT
     result, predicted = classify(*features, say=context.say)
@@ -62,43 +60,6 @@ def roi_linear_task(options: RoiLinearOptions, evaluated: EvaluatedEncoder, cont
         f"classes {values['mean_class_accuracy']:.2%}{sizes}",
         values,
     )
-
-
-def _box_features(
-    options: RoiLinearOptions, evaluated: EvaluatedEncoder, splits: tuple[Any, Any], context: TaskContext
-) -> list[BoxFeatures]:
-    """Features of the boxes of both splits, taken from the cache where it holds them."""
-    model = evaluated.training.get("model", {})
-    pooling = options.pool_size, int(model.get("sampling_ratio", -1)), bool(model.get("aligned", False))
-    encoder = frozen_copy(evaluated.encoder)
-    device = next(encoder.parameters()).device
-    loader = BoxLoader(evaluated.mean, evaluated.std, options.batch_size, options.workers)
-    say, world = context.say, context.world
-    if options.batchnorm != "stored":
-        measure_batchnorm_on_boxes(encoder, splits[0], loader, say=say, world=world)
-    cache = FeatureCache(options.cache, context)
-    features = []
-    for name, split in zip(("the training split", "the test split"), splits, strict=True):
-        key = functools.partial(_cache_key, encoder, split, pooling, evaluated, options)
-        extract = functools.partial(box_features, encoder, split, loader, pooling, name=name, say=say, world=world)
-        found = cache.get(key, lambda extract=extract: vars(extract()))  # type: ignore[misc]
-        if not context.only_helps:
-            features.append(BoxFeatures(found["features"].to(device), found["labels"], found["images"]))
-    return features
-
-
-def _cache_key(
-    encoder: Encoder,
-    split: ImagesWithBoxes,
-    pooling: tuple[int, int, bool],
-    evaluated: EvaluatedEncoder,
-    options: RoiLinearOptions,
-) -> list[Any]:
-    """All that the features of a split depend on; short_side decides what `read` and `boxes` give."""
-    boxes = [split.boxes(i) for i in range(len(split))]
-    labels = [split.labels(i) for i in range(len(split))]
-    data = [content_key(split), boxes, labels, options.data.short_side]
-    return ["regions", encoder, encoder.name, pooling, evaluated.mean, evaluated.std, data]
 
 
 def _by_group(groups: Mapping[str, Tensor], right: Tensor) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from scrl_fast.evaluate.compare import compare_task
 from scrl_fast.evaluate.encoder import EvaluatedEncoder
 from scrl_fast.evaluate.image_tasks import finetune_task, knn_task, linear_task, rank_task
 from scrl_fast.evaluate.region_tasks import dense_task, pca_task, roi_linear_task
@@ -19,3 +20,6 @@ TASKS: dict[str, Callable[[Any, EvaluatedEncoder, TaskContext], TaskResult]] = {
     "rank": rank_task,
     "pca": pca_task,
 }
+
+COMPARISONS: dict[str, Callable[[Any, TaskContext], TaskResult]] = {"compare": compare_task}
+"""Tasks that load several encoders themselves."""

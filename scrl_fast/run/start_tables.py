@@ -31,11 +31,11 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def verdict(difference: Difference, first: str, basis: str) -> str:
-    """Whether a start differs from the first one, in words. basis: what was repeated, as in ``3 seeds``."""
+def verdict(difference: Difference, first: str) -> str:
+    """Whether a start differs from the first one, in words."""
     if not difference.beyond_chance:
-        return f"no: within chance, of {basis}"
-    return f"yes: {'above' if difference.mean > 0 else 'below'} {first}, of {basis}"
+        return "no: within chance"
+    return f"yes: {'above' if difference.mean > 0 else 'below'} {first}"
 
 
 def mean_cell(mean: float, deviation: float | None) -> str:

@@ -80,7 +80,7 @@ def verdict(difference: Difference | None, first: str) -> str:
         return "no seed in common yet"
     if difference.interval is None:
         return "cannot be told: one seed"
-    return start_tables.verdict(difference, first, f"{difference.pairs} seeds")
+    return f"{start_tables.verdict(difference, first)}, of {difference.pairs} seeds"
 
 
 def markdown(title: str, results: Results, seen: Mapping[str, tuple[str, str]], notes: Sequence[str] = ()) -> str:
