@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import OrderedDict, defaultdict, deque
 from fractions import Fraction
 from types import SimpleNamespace
@@ -309,6 +310,15 @@ def tar_of(*names):
     return buffer.getvalue()
 
 
+def packed(*names):
+    """A zip archive whose entries are compressed, as torch.jit.save does with code, np.savez_compressed with arrays."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, bytes(1000))
+    return buffer.getvalue()
+
+
 OTHER_KINDS = {
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
     "page": (b"\n<!DOCTYPE html><html>404</html>", "HTML page.*download the file itself"),
@@ -326,6 +336,11 @@ OTHER_KINDS = {
     "archive": (sweep.stored({"word/document.xml": b"x"}), "zip archive that torch did not write"),
     "arrays": (sweep.stored({"a.npy": b"x"}), "NumPy archive"),
     "script": (sweep.torch_file(b"\x80\x02}.", **{"a/constants.pkl": b"\x80\x02)."}), "TorchScript.*jit.load"),
+    "exported": (sweep.stored({"a/archive_format": b"pt2", "a/models/model.json": b"{}"}), "program of torch.export"),
+    "packed script": (packed("a/code/__torch__/a.py", "a/data.pkl", "a/constants.pkl"), "TorchScript.*jit.load"),
+    "packed arrays": (packed("a.npy", "b.npy"), "NumPy archive"),
+    "Keras": (packed("metadata.json", "config.json", "model.weights.h5"), "Keras archive"),
+    "packed": (packed("a/data.pkl"), "its entry 'a/data.pkl' is compressed"),
     "half": (sweep.whole_files()[".pt"][:300], "cut off"),
 }
 
@@ -337,6 +352,22 @@ def test_other_files_are_called_what_they_are(tmp_path, name, suffix):
     (tmp_path / f"a{suffix}").write_bytes(content)
     with pytest.raises(weights.WeightsError, match=rf"a{suffix}.*{message}"):
         weights.read(tmp_path / f"a{suffix}")
+
+
+def test_programs_of_torch_are_named_as_torch_writes_them(tmp_path):
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            y = x * 2 + 1 + 2 * 3 * x + 4 * x + 5 * x - 6 * x - 7 * x + 8 * x + 9 * x  # torch packs longer code alone
+            return y + 1 + 2 * 3 * y + 4 * y + 5 * y - 6 * y - 7 * y + 8 * y + 9 * y
+
+    torch.jit.script(Scaled()).save(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert any(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
+    with pytest.raises(weights.WeightsError, match=r"a\.pt.*TorchScript archive.*jit\.load"):
+        weights.read(tmp_path / "a.pt")
+    torch.export.save(torch.export.export(Scaled(), (torch.ones(2),)), tmp_path / "b.pt2")
+    with pytest.raises(weights.WeightsError, match=r"b\.pt2.*program of torch\.export.*export\.load"):
+        weights.read(tmp_path / "b.pt2")
 
 
 def test_what_is_no_regular_file_is_not_opened(folder):

@@ -16,7 +16,7 @@ from torch import Tensor
 from scrl_fast.weights.errors import CheckpointError
 from scrl_fast.weights.pickled_tensors import storage_dtype, tensor_reader
 from scrl_fast.weights.pickles import ForeignObjectError, PickleError
-from scrl_fast.weights.zip_archive import ArchiveError, ZipArchive
+from scrl_fast.weights.zip_archive import ArchiveError, ZipArchive, other_archive
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 256 << 20
@@ -58,7 +58,9 @@ def _read_zip(path: Path) -> Any:
         roots = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
         roots = [root for root in roots if root.count("/") == 1]
         if len(roots) != 1 or f"{roots[0]}constants.pkl" in archive.entries:
-            raise ArchiveError(_other_archive(archive))
+            held = ", ".join(list(archive.entries)[:4]) or "nothing"
+            other = f"it is a zip archive that torch did not write (it holds {held}): unpack it first"
+            raise ArchiveError(other_archive(archive.entries) or other)
         root, storages = roots[0], {}
         if f"{root}byteorder" in archive.entries and bytes(archive.read(f"{root}byteorder").numpy()) != b"little":
             raise ArchiveError("its numbers are big-endian: save it on a little-endian machine")
@@ -74,21 +76,6 @@ def _read_zip(path: Path) -> Any:
             return storages[key].view(dtype)
 
         return tensor_reader(bytes(archive.read(f"{root}data.pkl").numpy()), archive.size, storage).load()
-
-
-def _other_archive(archive: ZipArchive) -> str:
-    """What a zip archive without torch's pickle is, and the way round."""
-    names = list(archive.entries)
-    leaves = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in leaves:
-        return (
-            "it is a TorchScript archive, which holds code: torch.save(torch.jit.load(FILE, map_location='cpu')"
-            ".state_dict(), 'weights.pth') keeps its weights"
-        )
-    if names and all(name.endswith(".npy") for name in names):
-        return "it is a NumPy archive (.npz): save its arrays with torch.save or safetensors"
-    held = ", ".join(names[:4]) or "nothing"
-    return f"it is a zip archive that torch did not write (it holds {held}): unpack it first"
 
 
 def _storage_of(identity: Any, length: int) -> tuple[torch.dtype, str, int]:

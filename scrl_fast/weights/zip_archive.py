@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -96,18 +97,22 @@ class ZipArchive:
             raise ArchiveError("its central directory is damaged")
         directory, position = self._at(start, length), 0
         entries: dict[str, Entry] = {}
+        packed = ""
         for _ in range(count):
-            entry, position = self._entry(directory, position)
+            entry, position, kind = self._entry(directory, position)
             if entry.name in entries:
                 raise ArchiveError(f"it has two entries {entry.name!r}")
             entries[entry.name] = entry
+            packed = packed or (kind and f"its entry {entry.name!r} is {kind}, and torch stores entries as they are")
         if position != length:
             raise ArchiveError("its central directory is damaged")
+        if packed:
+            raise ArchiveError(other_archive(entries) or packed)
         self._check_apart(entries, start)
         return entries
 
-    def _entry(self, directory: bytes, position: int) -> tuple[Entry, int]:
-        """The entry at ``position`` of the central directory and the position of the next one."""
+    def _entry(self, directory: bytes, position: int) -> tuple[Entry, int, str]:
+        """The entry at ``position`` of the central directory, the position of the next one, how it is packed or ""."""
         magic, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment, *rest = (
             _ENTRY.unpack_from(directory, position)
         )
@@ -119,14 +124,14 @@ class ZipArchive:
         if magic != b"PK\1\2" or len(name_bytes) != name_length:
             raise ArchiveError("its central directory is damaged")
         size, packed, offset = _zip64_sizes(extra, size, packed, offset)
-        if method != 0 or size != packed or flags & _ENCRYPTED:
-            kind = "encrypted" if flags & _ENCRYPTED else "compressed"
-            raise ArchiveError(f"its entry {name!r} is {kind}, and torch stores entries as they are")
+        position += name_length + extra_length + comment
+        if method != 0 or size != packed or flags & _ENCRYPTED:  # never read: only its name says what the archive is
+            return Entry(name, offset, 0, crc), position, "encrypted" if flags & _ENCRYPTED else "compressed"
         local = _LOCAL.unpack(self._at(offset, _LOCAL.size))
         start = offset + _LOCAL.size + local[9] + local[10]
         if local[0] != b"PK\3\4" or self._at(offset + _LOCAL.size, local[9]) != name_bytes:
             raise ArchiveError(f"its entry {name!r} has a damaged header")
-        return Entry(name, start, size, crc), position + name_length + extra_length + comment
+        return Entry(name, start, size, crc), position, ""
 
     def _check_apart(self, entries: dict[str, Entry], end: int) -> None:
         free = 0
@@ -186,3 +191,24 @@ def _zip64_sizes(extra: bytes, size: int, packed: int, offset: int) -> tuple[int
 def is_zip(start: bytes) -> bool:
     """Whether a file that starts so is a zip archive."""
     return start[:4] in (b"PK\3\4", b"PK\5\6")
+
+
+def other_archive(names: Iterable[str]) -> str:
+    """What a known archive of another kind is, by the names of its entries, and the way round; "" for any other."""
+    names = list(names)
+    leaves = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in leaves:
+        return (
+            "it is a TorchScript archive, which holds code: torch.save(torch.jit.load(FILE, map_location='cpu')"
+            ".state_dict(), 'weights.pth') keeps its weights"
+        )
+    if leaves & {"archive_format", "serialized_exported_program.json"}:
+        return (
+            "it is a program of torch.export, which holds code: torch.save(torch.export.load(FILE).state_dict, "
+            "'weights.pth') keeps its weights"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return "it is a NumPy archive (.npz): save its arrays with torch.save or safetensors"
+    if "model.weights.h5" in leaves:
+        return "it is a Keras archive: load it there and save its arrays with safetensors"
+    return ""
