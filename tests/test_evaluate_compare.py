@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from labelled_folders import write
 from PIL import Image
+from test_compare_leaks import run_folder
 from test_evaluate import evaluate, refused
 
+from scrl_fast.data.sources.files import image_folder
 from scrl_fast.evaluate import compare as module
 from scrl_fast.evaluate.compare import StartTimes, training_part
 from scrl_fast.evaluate.config import CompareOptions
+from scrl_fast.evaluate.pretraining import seen_before
 from scrl_fast.evaluate.regions import BoxFeatures
 
 SIDE, BOX = 96, 24
@@ -87,6 +91,7 @@ def test_rows_of_every_start_share_and_seed(whole):
     assert {(row["share"], row["train_boxes"]) for row in result["rows"]} == {(0.2, 48), (0.5, 120), (1.0, 240)}
     assert (result["train_images"], result["test_images"], result["rows"][0]["boxes"]) == (40, 20, 120)
     assert (folder / "new/a.png").stat().st_size > 10_000
+    assert result["seen"]["edges.pth"] == "not checked: it does not say what it was trained on: no run of scrl_fast"
     assert {"cpu", "threads", "torch", "commit"} <= set(document["environment"])
 
 
@@ -174,6 +179,24 @@ def test_random_and_zoo_names_have_the_backbone_of_the_first_file(capsys, tmp_pa
         "tiny.pth": {"checkpoint": str(tmp_path / "tiny.pth"), "backbone": "resnet10_tiny"},
     }
     assert "random: done in" in said and ", the other 1 about " in said
+
+
+def test_test_images_among_those_of_pre_training_are_told(tmp_path, root):
+    places = {"train": root / "train/images", "all": root}
+    runs = {name: str(run_folder(tmp_path / name, place)) for name, place in places.items()}
+    test = image_folder(str(root / "valid/images"))
+    assert seen_before("random", test) == "nothing to check: it has seen no images"
+    assert seen_before(runs["train"], test) == "none of 20 test images is among 40 images, compared as files"
+    assert seen_before(runs["all"], test).startswith(
+        "20 of 20 test images are among 60 images, compared as files, such as "
+    )
+    copies = tmp_path / "copies"
+    shutil.copytree(root / "valid/images", copies)
+    assert "20 of 20 test" in seen_before(str(run_folder(tmp_path / "copied", copies)), test)
+    assert "not checked: its images are not here" in seen_before(str(run_folder(tmp_path / "gone", "/nowhere")), test)
+    detector = run_folder(tmp_path / "detector", copies)
+    (detector / "config.yaml").write_text("task: custom\ndata: {root: x}\n")
+    assert seen_before(str(detector), test) == "not checked: it is a detector's run"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from scrl_fast.evaluate.config import CompareOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated
 from scrl_fast.evaluate.images import STATISTICS_IMAGES
+from scrl_fast.evaluate.pretraining import seen_before
 from scrl_fast.evaluate.regions import BoxFeatures, classify
 from scrl_fast.evaluate.result import NO_RESULT, TaskContext, TaskResult, save_plot
 from scrl_fast.run.log import format_seconds
@@ -49,7 +51,7 @@ def compare_task(options: CompareOptions, context: TaskContext) -> TaskResult:
         times.finish()
     if results is None:
         return NO_RESULT
-    return _result(options, context, results, dict(zip(labels, starts, strict=True)), len(train))
+    return _result(options, context, results, dict(zip(labels, starts, strict=True)), len(train), test)
 
 
 def _result(
@@ -58,10 +60,11 @@ def _result(
     results: StartResults,
     starts: dict[str, EvaluatedEncoder],
     train_images: int,
+    test: Any,
 ) -> TaskResult:
     """The table, the picture, and the values for ``--json``."""
     summary = summary_of(results)
-    values = {
+    values: dict[str, Any] = {
         "rows": [row.values() | {"checkpoint": starts[row.start].name} for row in results.rows],
         "table": summary,
         "starts": {
@@ -72,6 +75,10 @@ def _result(
     }
     backbones = {start.encoder.name for start in starts.values()}
     notes = [f"The starts are of several backbones: {', '.join(sorted(backbones))}."] if len(backbones) > 1 else []
+    if options.data.source != "demo":
+        seen = {label: seen_before(name, test.images) for label, name in zip(starts, options.checkpoints, strict=True)}
+        values["seen"] = seen
+        notes += [f"Pre-training of {label}: {said}." for label, said in seen.items()]
     title = f"RoI linear on {results.boxes} boxes of {results.images} images, {train_images} images to train on"
     if options.plot:
         lines = {label: results.spreads(label, MEASURES[0], scale=100) for label in results.starts}

@@ -26,17 +26,23 @@ def shared_images(train: Any, val: Any, *, content: bool, trained: str = "the de
     """
     if train is None or not (hasattr(train, "name_of") and hasattr(val, "name_of")):
         return []
+    shared = shared_files(train, val, content=content)
+    if not shared:
+        return []
+    total = len(val)
+    what = f"all {total} images" if len(shared) == total else f"{len(shared)} of {total} images"
+    said = f": the result does not tell how {trained} does on other images" if len(shared) == total else ""
+    return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}"]
+
+
+def shared_files(train: Any, val: Any, *, content: bool) -> set[str]:
+    """Names of the images of ``val`` that are images of ``train``; both have ``name_of``. content: as above."""
     names = [[source.name_of(index) for index in range(len(source))] for source in (train, val)]
     places = [{os.path.abspath(name) for name in part} for part in names]
     shared = {name for name in names[1] if os.path.abspath(name) in places[0] and os.path.lexists(name)}
     if content:
         shared |= _same_content(names[0], [name for name in names[1] if name not in shared])
-    if not shared:
-        return []
-    total = len(names[1])
-    what = f"all {total} images" if len(shared) == total else f"{len(shared)} of {total} images"
-    said = f": the result does not tell how {trained} does on other images" if len(shared) == total else ""
-    return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}"]
+    return shared
 
 
 def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:

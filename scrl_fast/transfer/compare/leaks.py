@@ -14,89 +14,30 @@ from typing import Any
 import numpy as np
 
 from scrl_fast.atomic_files import write_json
-from scrl_fast.config.backbones import RANDOM, TORCHVISION_WEIGHTS, is_named
 from scrl_fast.config.files import Settings, build, under_present_names
-from scrl_fast.config.run_folder import CONFIG, folder_of
-from scrl_fast.config.schema import Config
-from scrl_fast.config.yaml_text import read_yaml
 from scrl_fast.data.image_files import BadImage
 from scrl_fast.data.sources.base import identity_of
-from scrl_fast.data.sources.factory import make_source
-from scrl_fast.errors import UsageError
+from scrl_fast.evaluate import pretraining
 from scrl_fast.evaluate.batches import Progress, Say, silent
+from scrl_fast.evaluate.pretraining import Stage
 from scrl_fast.transfer.compare.config import LABELLED, CompareOptions
 from scrl_fast.transfer.compare.look_alikes import BITS, Fingerprints, Match, fingerprints, matches
 from scrl_fast.transfer.config import TransferConfig
 from scrl_fast.transfer.custom import read_custom
 from scrl_fast.transfer.dataset import read_split
-from scrl_fast.weights.checkpoint_files import CheckpointError, load
 
 MAX_LISTED = 20  # pairs of images that are written down
-MAX_ANCESTORS = 4  # runs that started from one another, at most
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training that a start has behind it. source: its images, None where ``why`` says that they are not here."""
-
-    name: str
-    source: Any = None
-    why: str = ""
 
 
 def stages_of(init: str) -> Iterator[Stage]:
-    """The trainings behind a start, the last one first."""
-    for _ in range(MAX_ANCESTORS):
-        if init == RANDOM:
-            return
-        if is_named(init):
-            whose = ", ImageNet's," if init == TORCHVISION_WEIGHTS else ""
-            yield Stage(init, why=f"its images{whose} are not here")
-            return
-        options, init, why = _options_of(init)
-        name = str(folder_of(init) or init)
-        if why:
-            yield Stage(name, why=why)
-            return
-        yield _stage(name, options)
-        init = options.get("init") or RANDOM
-        if not is_named(init) and not Path(init).exists():
-            yield Stage(init, why=f"{name} started from it, and it is not here")
-            return
+    """The trainings behind a start, those of detectors too, the last one first."""
+    return pretraining.stages_of(init, images_of_transfer)
 
 
-def _options_of(init: str) -> tuple[dict[str, Any], str, str]:
-    """The options of the run behind a start, the start itself, and why there are none.
-
-    Those of config.yaml, where a folder that has moved can be put right; ``init`` is the checkpoint's, since a run
-    that goes on reads none.
-    """
-    folder, options = folder_of(init), {}
-    try:
-        if folder is not None and (folder / CONFIG).is_file():
-            options = read_yaml(folder / CONFIG)
-        saved = load(init).get("config")
-    except (UsageError, CheckpointError, OSError, ValueError):
-        saved = None
-    saved = saved if isinstance(saved, dict) else {}
-    options = options if isinstance(options, dict) and options else saved
-    if not isinstance(options.get("data"), dict):
-        return {}, init, "it does not say what it was trained on: no run of scrl_fast"
-    return options | {"init": saved.get("init") or options.get("init") or ""}, init, ""
-
-
-def _stage(name: str, options: dict[str, Any]) -> Stage:
-    try:
-        if "task" in options:
-            transfer = build(TransferConfig, Settings(under_present_names(TransferConfig, options), name))
-            custom = transfer.task == "custom"
-            return Stage(name, read_custom(transfer).train if custom else read_split(transfer, transfer.data.train))
-        seen = build(Config, Settings(under_present_names(Config, options) | {"resume": "", "init": ""}, name))
-        if seen.data.source == "demo":
-            return Stage(name, why="it was trained on drawn scenes")
-        return Stage(name, make_source(seen))
-    except (UsageError, BadImage, OSError) as error:
-        return Stage(name, why=f"its images are not here ({' '.join(str(error).split())[:200]})")
+def images_of_transfer(options: dict[str, Any], name: str) -> Any:
+    """The images that a detector was trained on. options, name: of its run. Raises UsageError, BadImage or OSError."""
+    transfer = build(TransferConfig, Settings(under_present_names(TransferConfig, options), name))
+    return read_custom(transfer).train if transfer.task == "custom" else read_split(transfer, transfer.data.train)
 
 
 @dataclass(frozen=True)
