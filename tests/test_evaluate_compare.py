@@ -248,11 +248,14 @@ def test_the_time_left_is_that_of_all_starts(monkeypatch):
     times.finish()
     times.begin(3, "timm")
     now[0] += 6
+    times.advance(50, "images")
+    times("all read, classifiers to come")
     times.finish()
     assert said == [
         "random: features taken from x",
         "random: half; all 3 starts: about 1m40s left",
         "random: done in 42s, the other 2 about 1m24s",
+        "timm: all read, classifiers to come; all 3 starts: about 36s left",
         "timm: done in 6s",
     ]
 

@@ -162,7 +162,7 @@ class StartTimes:
         """Says a line of progress with the start that it belongs to, and the time left for all starts."""
         spent, left = time.monotonic() - self.started, ""
         if self.done:
-            whole = max(spent, spent * self.images / self.done)
+            whole = max(spent, spent * self.images / self.done, *self.seconds)  # classifiers included once one is done
             seconds = whole - spent + (self.starts - self.number) * whole
             left = f"; all {self.starts} starts: about {format_seconds(seconds)} left"
         self.say(f"{self.label}: {line}{left}")
