@@ -129,7 +129,7 @@ def test_readme_s_figures_stand_in_the_evidence() -> None:
 def limits_of_files() -> dict[str, int]:
     """What `docs/files_from_elsewhere.md` says in words, and the number in the code that it means."""
     from scrl_fast.config import yaml_text
-    from scrl_fast.data import jpeg, pillow
+    from scrl_fast.data import image_headers, jpeg
     from scrl_fast.data.sources import annotation_files, coco_document, files, shards, tar, voc, yolo, yolo_layout
     from scrl_fast.transfer import trained
     from scrl_fast.weights import files as weight_files
@@ -145,7 +145,11 @@ def limits_of_files() -> dict[str, int]:
 
     return {
         "{} segments": jpeg._MOST_SEGMENTS,
-        "{} chunks": pillow._MOST_CHUNKS,
+        "{} chunks": image_headers.MOST_CHUNKS,
+        "a PNM's header of {}": image_headers.LONGEST_PNM_HEADER,
+        "a PNM in text of {}": image_headers.MOST_PNM_TEXT,
+        "{} comments": image_headers.MOST_PNM_COMMENTS,
+        "tags that claim {}": image_headers.MOST_TAG_BYTES,
         "names of {}": tar._LONGEST_NAME,
         "{} of pax records": tar._LARGEST_PAX,
         "| Python's JSON | {} |": shards._LARGEST_MANIFEST,

@@ -13,19 +13,19 @@ import numpy as np
 from PIL import Image
 
 from scrl_fast.data.image_files import DEFAULT_LIMITS, BadImage, ImageLimits, check_size, name_of_content, read_file
+from scrl_fast.data.image_headers import header_fault
 from scrl_fast.data.jpeg import (
     SHRINKS,
     Pixels,
     decode_jpeg,
     frame_of,
-    has_endless_header,
     has_more_scans,
+    jpeg_header_fault,
     size_of_simple_jpeg,
     turns_by_itself,
 )
 from scrl_fast.data.pillow import (
     bytes_per_pixel,
-    has_endless_chunks,
     is_turned_by_exif,
     open_picture,
     orientation_and_size,
@@ -102,8 +102,8 @@ class Encoded:
             self._orientation, self._plain_jpeg, self.is_upright_baseline_jpeg = 1, True, True
             several_scans, per_pixel = False, _BYTES_PER_PIXEL
         else:
-            if has_endless_header(data) or has_endless_chunks(data):
-                raise BadImage(name, "its header has more parts than any program writes")
+            if fault := jpeg_header_fault(data) or header_fault(data):
+                raise BadImage(name, fault)
             with _bad_image(name, data):
                 self._picture = picture = open_picture(data)
                 self._orientation, self.height, self.width = orientation_and_size(picture)

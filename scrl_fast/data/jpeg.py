@@ -21,6 +21,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
+from scrl_fast.data.image_headers import TOO_MANY_PARTS, TOO_MANY_TAGS, claims_too_much
 from scrl_fast.data.pillow import open_picture, to_rgb
 from scrl_fast.errors import UsageError
 
@@ -33,7 +34,7 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xC6, 0xCA, 0xCE)
 _COMMON = (*_SEQUENTIAL, 0xC2)  # coded by Huffman
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = 0xDA, 0xD9
-_MOST_SEGMENTS = 10_000
+_MOST_SEGMENTS, _MOST_EXIF_SEGMENTS, _APP1 = 10_000, 64, 0xE1
 _LONGEST_SIMPLE_HEADER = 1 << 20  # bytes
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment with a length, or the end
@@ -88,9 +89,15 @@ def frame_of(data: bytes) -> Frame | None:
     return Frame(precision, precision == 8 and kind in _COMMON, kind in _PROGRESSIVE or not at_once)
 
 
-def has_endless_header(data: bytes) -> bool:
-    """Whether a JPEG has more segments and fill bytes than any camera writes: Pillow takes each in Python."""
-    return any(number >= _MOST_SEGMENTS for number, _ in enumerate(_segments(data)))
+def jpeg_header_fault(data: bytes) -> str:
+    """Why a JPEG is not given to Pillow, which takes each segment in Python and joins those of EXIF; "" for others."""
+    exif: list[bytes] = []
+    for number, (marker, at) in enumerate(_segments(data)):
+        if number >= _MOST_SEGMENTS or len(exif) > _MOST_EXIF_SEGMENTS:
+            return TOO_MANY_PARTS
+        if marker == _APP1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            exif.append(data[at + 10 : at + 2 + (data[at + 2] << 8 | data[at + 3])])
+    return TOO_MANY_TAGS if claims_too_much(b"".join(exif)) else ""
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:

@@ -6,18 +6,20 @@ import io
 import logging
 import struct
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from scrl_fast.data.image_headers import claims_too_much
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what a file may hold, whatever it is called
 _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 0x0100, 0x0101
 _BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}  # others take 4 bytes a pixel
 _log = logging.getLogger("scrl_fast")
 _BYTES_OF_WEBP = 16  # its decoder holds the canvas twice, and hands over copies
-_MOST_CHUNKS = 100_000  # 8 kB each, as libpng writes them, are 800 MB
 _BAND = 1 << 20  # pixels that are converted at a time
 
 
@@ -37,16 +39,6 @@ def open_picture(data: bytes) -> Image.Image:
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this kind after all
                 return read_header(io.BytesIO(data), "")
     raise Image.UnidentifiedImageError
-
-
-def has_endless_chunks(data: bytes) -> bool:
-    """Whether a PNG has more chunks than any program writes: Pillow takes each by itself, in Python."""
-    at = 8
-    for _ in range(_MOST_CHUNKS):
-        if not data.startswith(b"\x89PNG") or at >= len(data):
-            return False
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return True
 
 
 def orientation_and_size(picture: Image.Image) -> tuple[int, int, int]:
@@ -77,12 +69,23 @@ def bytes_per_pixel(picture: Image.Image) -> int:
 
 
 def _tag(picture: Image.Image) -> int:
+    if any(claims_too_much(exif) for exif in _exif_of(picture)):
+        return 1
     try:
         # Pillow's own for PNG loads the pixels first, to look for EXIF behind them; a failure there leaves a picture
         # that seems to load the second time, with whatever came through.
         return Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF is no reason to lose the picture
         return 1
+
+
+def _exif_of(picture: Image.Image) -> Iterator[bytes]:
+    """Where Pillow looks for EXIF: a block of it, and one in hexadecimal text, as ImageMagick writes it into PNG."""
+    if isinstance(block := picture.info.get("exif"), bytes):
+        yield block
+    if isinstance(text := picture.info.get("Raw profile type exif"), str):
+        with suppress(ValueError):
+            yield bytes.fromhex("".join(text.split("\n")[3:]))
 
 
 def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
