@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)  # SMB, FUSE
 
 
 class HashingWriter:
@@ -177,6 +178,9 @@ def sync_folder(folder: Path) -> None:
         return  # some systems cannot open a folder; nothing can be done there
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -222,6 +223,22 @@ def test_room_is_asked_for_the_momentum_of_what_is_trained_alone(tmp_path, monke
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         with pytest.raises(UsageError, match=f"need {needed}:") if free < needed else nullcontext():
             trainer.loop.check_room()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_that_cannot_sync_a_folder_takes_files(tmp_path, monkeypatch, code):
+    """SMB and some FUSE answer so; a disk that fails is an error for folders, too."""
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="error") if code == errno.EIO else nullcontext():
+        write_text(tmp_path / "config.yaml", "a: 1\n")
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
 def test_a_failed_write_leaves_the_options_as_they_were_and_names_the_file(tmp_path, monkeypatch):
