@@ -190,6 +190,9 @@ def test_test_images_among_those_of_pre_training_are_told(tmp_path, root):
     assert seen_before(runs["all"], test).startswith(
         "20 of 20 test images are among 60 images, compared as files, such as "
     )
+    own = tmp_path / "train/config.yaml"
+    own.write_text(own.read_text().replace("backbone: resnet50", "backbone: own_encoders:colours"))
+    assert "own_encoders" in own.read_text() and "20 test images is among 40" in seen_before(runs["train"], test)
     copies = tmp_path / "copies"
     shutil.copytree(root / "valid/images", copies)
     assert "20 of 20 test" in seen_before(str(run_folder(tmp_path / "copied", copies)), test)
@@ -242,7 +245,7 @@ def test_the_time_left_is_that_of_all_starts(monkeypatch):
     times("features taken from x")
     now[0] += 20
     times.advance(25, "images")
-    times.advance(400, "iterations at most")
+    times.advance(400, "classifiers")
     times("half")
     now[0] += 22
     times.finish()

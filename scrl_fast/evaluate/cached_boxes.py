@@ -60,7 +60,7 @@ def _measure_batchnorm(
 
     def measure() -> dict[str, Tensor]:
         measure_batchnorm_on_boxes(encoder, train, loader, say=context.say, world=context.world)
-        return buffers
+        return {name: buffer.cpu() for name, buffer in buffers.items()}  # for ranks on other devices
 
     found = cache.get(key, measure, kind="batchnorm")
     found = context.world.broadcast_from_rank0(lambda: found)

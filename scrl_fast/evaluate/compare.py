@@ -13,7 +13,7 @@ import torch
 
 from scrl_fast.config.backbones import HUB_PREFIX, is_named
 from scrl_fast.errors import UsageError, one_line
-from scrl_fast.evaluate.batches import Say
+from scrl_fast.evaluate.batches import Progress, Say
 from scrl_fast.evaluate.bootstrap import MEASURES
 from scrl_fast.evaluate.cached_boxes import cached_box_features
 from scrl_fast.evaluate.compare_table import StartResults, markdown, summary_of
@@ -44,9 +44,10 @@ def compare_task(options: CompareOptions, context: TaskContext) -> TaskResult:
             continue
         if results is None:
             results = StartResults.of(found[1].labels, found[1].images, options)
-        for share, seed in results.repeats:
+        fitting = Progress("fitting", len(results.repeats), "classifiers", times)
+        for share, seed in fitting.over(results.repeats):
             part = training_part(found[0], len(train), share, seed)
-            result, predicted = classify(part, found[1], say=inner.say)
+            result, predicted = classify(part, found[1])
             results.add(label, share, seed, (predicted == found[1].labels).numpy(), result.train_boxes)
         times.finish()
     if results is None:

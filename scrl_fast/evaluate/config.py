@@ -50,7 +50,7 @@ class Common:
     seed: int = 0
     """Seed of everything random."""
     json: str = ""
-    """Write {task, result, config, checkpoint, seconds} to this file."""
+    """Write {task, result, config, checkpoint, seconds, environment} to this file."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -210,6 +210,8 @@ class CompareOptions(RegionOptions):
 
     data: RegionData = field(default_factory=lambda: RegionData(source="labelled"))
     """Images with labelled boxes; labelled: YOLO, COCO or VOC."""
+    checkpoint: str = ""
+    """Not taken here, where there are several: --checkpoints."""
     checkpoints: tuple[str, ...] = ()
     """Starts, separated by commas; the others are compared with the first one. Each is what --checkpoint takes in the
     other tasks. Without --backbone, random, torchvision and timm have the backbone of the first of the others."""

@@ -69,6 +69,8 @@ def _options_of(init: str) -> tuple[dict[str, Any], str, str]:
     options = options if isinstance(options, dict) and options else saved
     if not isinstance(options.get("data"), dict):
         return {}, init, "it does not say what it was trained on: no run of scrl_fast"
+    if isinstance(model := options.get("model"), dict):  # code that makes the network has no say in what was seen
+        options = options | {"model": {name: value for name, value in model.items() if name != "backbone"}}
     return options | {"init": saved.get("init") or options.get("init") or ""}, init, ""
 
 

@@ -135,6 +135,6 @@ def draw_shares(
     axes.set(xlabel="share of the labels", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    temporary = Path(path).with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
+    temporary, kind = Path(path).with_suffix(".tmp"), Path(path).suffix.lower()[1:]
+    figure.savefig(temporary, format=kind if kind in ("pdf", "svg") else "png", dpi=110)
     os.replace(temporary, path)
