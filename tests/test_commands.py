@@ -146,3 +146,21 @@ def test_a_commit_is_read_from_the_run(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "env.json").write_text('{"scrl_fast": {"commit": "1234abc"}}')
     assert training_commit(str(tmp_path / "checkpoints" / "last.pt")) == "1234abc"
+
+
+@pytest.mark.parametrize("place, told", [("file/a.json", "is no folder"), ("file/new/a.json", "is no folder"),
+                                         ("link/a.json", "is no folder")])  # fmt: skip
+def test_a_place_where_no_file_can_be_made_is_told_before_the_work(place, told, tmp_path, monkeypatch):
+    from scrl_fast.config.validation import check_writable
+    from scrl_fast.errors import UsageError
+
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=f"^json=.*{place}: .* {told}"):
+        check_writable("json", str(tmp_path / place))
+    check_writable("json", str(tmp_path / "new" / "deep" / "a.json"))  # its folders are made when it is written
+    monkeypatch.chdir(tmp_path)
+    check_writable("json", "a.json")
+    monkeypatch.setattr("os.access", lambda *_: False)  # a file system that may only be read
+    with pytest.raises(UsageError, match=f"json=a.json: the folder {tmp_path} cannot be written to"):
+        check_writable("json", "a.json")

@@ -23,6 +23,7 @@ from scrl_fast.evaluate.knn import knn, nearest
 from scrl_fast.evaluate.linear import LinearHeads, accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.pca import principal_components
 from scrl_fast.evaluate.rank import rank
+from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.models.heads import classification
 from scrl_fast.schedules import learning_rate
 
@@ -228,6 +229,25 @@ def test_features_that_are_none_are_made_anew(tmp_path, content):
     path.with_name(path.name + ".sha256").unlink(missing_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert torch.equal(get()["x"], made["x"])
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(tmp_path, monkeypatch):
+    def get(folder):
+        told = []
+        found = FeatureCache(folder, TaskContext(told.append)).get(lambda: ["parts"], lambda: {"x": torch.ones(2)})
+        assert torch.equal(found["x"], torch.ones(2)) and len(told) == 1
+        return told[0]
+
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # in the place of the folder
+    assert "not kept" in get("auto") and "not kept" in get(str(tmp_path / "file" / "in"))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)  # a folder that may not be searched
+    monkeypatch.setattr("scrl_fast.atomic_files.write_synced", refuse)
+    assert "not kept" in get(str(tmp_path / "locked"))
 
 
 def test_cache_keys_tell_everything_apart():

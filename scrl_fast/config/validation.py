@@ -153,9 +153,21 @@ def check_device(option: str, device: str) -> None:
 
 
 def check_writable(option: str, path: str) -> None:
-    """Raise UsageError for a file to write whose name is that of a folder: found before the work, not after it."""
-    if path and os.path.isdir(path):
+    """Raise UsageError for a file that cannot be written where it is to be: found before the work, not after it.
+
+    Folders that are missing are made when it is written.
+    """
+    if not path:
+        return
+    if os.path.isdir(path):
         raise option_error(option, path, "is a folder; give the name of a file in it")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise option_error(option, path, f"{folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise option_error(option, path, f"the folder {folder} cannot be written to")
 
 
 def check_distinct(option: str, values: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class FeatureCache:
         except OSError as error:  # a full disk costs the cache, not the evaluation
             self.say(f"{kind}: not kept: {error}")
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # as above: a file in the folder's place, a folder that may not be searched
+                temporary.unlink(missing_ok=True)
 
 
 def key_of(parts: list[Any]) -> str:
