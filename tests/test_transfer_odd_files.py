@@ -167,6 +167,8 @@ def test_names_of_any_language_are_taken():
         ("nc: two\n", "nc is two, expected the number"),
         ("names: {0: a, 9998: b}\n", "names has 2 names for the classes 0 to 9998"),
         ("names: {0: a, 200000: b}\n", "names holds"),
+        ("names: {'01': a, 1: b, 0: c}\n", "names holds"),
+        ("names: {a: 0}\n", "names holds"),
         ("names: [yes, no]\n", "words such as no and null"),
         ("names: [a, null]\n", "words such as no and null"),
         ('names: ["a\\e[1m"]\n', "control characters"),
@@ -177,6 +179,12 @@ def test_classes_of_a_data_yaml_are_checked(tmp_path, text, message):
     write(tmp_path / "data.yaml", f"train: images\n{text}")
     with pytest.raises(UsageError, match=rf"data\.yaml: .*{message}"):
         found(tmp_path)
+
+
+def test_numbers_of_classes_may_stand_in_quotes(tmp_path):
+    yolo_part(tmp_path / "images", tmp_path / "labels", 1)
+    write(tmp_path / "data.yaml", "train: images\nnc: '2'\nnames: {'0': a, '1': b}\n")
+    assert found(tmp_path).classes == ("a", "b")
 
 
 def test_classes_of_one_name_are_told_and_cannot_be_chosen(tmp_path):

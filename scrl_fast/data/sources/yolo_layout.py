@@ -125,12 +125,17 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
 
 def _class_names(file: str, content: Mapping[str, Any]) -> list[str]:
     names, count = content.get("names"), content.get("nc")
-    count = int(count) if isinstance(count, str) and count.isdecimal() and len(count) < 9 else count
+    count = _quoted_number(count)
     if count is not None and (type(count) is not int or not 0 < count <= MOST_CLASSES):
         raise UsageError(f"{file}: nc is {shortened(count)}, expected the number of classes, at most {MOST_CLASSES}")
     if isinstance(names, dict):
-        if not names or not all(type(label) is int and 0 <= label < MOST_CLASSES for label in names):
-            raise UsageError(f"{file}: names holds {shortened(names)}, expected the number of each class and its name")
+        given, names = names, {_quoted_number(label): name for label, name in names.items()}
+        if (
+            not names
+            or len(names) < len(given)
+            or not all(type(label) is int and 0 <= label < MOST_CLASSES for label in names)
+        ):
+            raise UsageError(f"{file}: names holds {shortened(given)}, expected the number of each class and its name")
         if max(names) >= 2 * len(names):
             raise UsageError(f"{file}: names has {len(names)} names for the classes 0 to {max(names)}")
         names = [names.get(label, f"class {label}") for label in range(max(names) + 1)]
@@ -142,6 +147,11 @@ def _class_names(file: str, content: Mapping[str, Any]) -> list[str]:
     if count is not None and count != len(names):
         raise UsageError(f"{file}: nc is {count}, but names holds {len(names)} classes")
     return [str(name) for name in names]
+
+
+def _quoted_number(value: Any) -> Any:
+    """A whole number that stands in quotes, as some programs write it, as a number; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 9 else value
 
 
 def _keypoint_fields(file: str, content: Mapping[str, Any]) -> int:
