@@ -182,9 +182,9 @@ def test_classes_of_a_data_yaml_are_checked(tmp_path, text, message):
 
 
 def test_numbers_of_classes_may_stand_in_quotes(tmp_path):
-    yolo_part(tmp_path / "images", tmp_path / "labels", 1)
+    yolo_part(tmp_path / "images", tmp_path / "labels", 6)
     write(tmp_path / "data.yaml", "train: images\nnc: '2'\nnames: {'0': a, '1': b}\n")
-    assert found(tmp_path).classes == ("a", "b")
+    assert read_custom(parse(["custom", f"--data.root={tmp_path}"])).train.classes == ["a", "b"]
 
 
 def test_classes_of_one_name_are_told_and_cannot_be_chosen(tmp_path):
