@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -290,26 +291,29 @@ def shell(line):
     return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
 
 
+def shells(lines):
+    """What became of each line, by its name; together, since each begins with seconds of imports."""
+    with ThreadPoolExecutor(len(lines)) as pool:
+        return dict(zip(lines, pool.map(shell, lines.values()), strict=True))
+
+
 def test_predict_goes_on_without_a_reader(run, photos, tmp_path):
     command = f"{sys.executable} -m scrl_fast.transfer predict --detector={run} --images={photos} --device=cpu --out="
-    for name, end in {
-        "both closed": "out >&- 2>&-",
-        "errors": "out 2> >(exec true)",
-        "result": "out | true; exit ${PIPESTATUS[0]}",
-    }.items():
-        (folder := tmp_path / name.replace(" ", "_")).mkdir()
-        done = shell(command + f"{folder}/{end}")
+    ends = {"closed": ">&- 2>&-", "errors": "2> >(exec true)", "result": "| true; exit ${PIPESTATUS[0]}"}
+    for name, done in shells({name: f"{command}{tmp_path}/{name} {end}" for name, end in ends.items()}).items():
         assert done.returncode == 0 and "rror" not in done.stderr, (name, done)
-        assert len(json.loads((folder / "out" / "images.json").read_text())["images"]) == 4, name
+        assert len(json.loads((tmp_path / name / "images.json").read_text())["images"]) == 4, name
 
 
 def test_exports_and_evaluations_go_on_without_a_reader(encoder_file, tmp_path):
     command = f"{sys.executable} -m scrl_fast.export {encoder_file} --to=safetensors {tmp_path}/"
-    for name, end in {"1": "2>&-", "2": ">&-", "3": "| true; exit ${PIPESTATUS[0]}"}.items():
-        done = shell(f"{command}{name}.safetensors {end}")
-        assert done.returncode == 0 and not done.stderr, (name, done)
-        assert (tmp_path / f"{name}.safetensors").is_file() and (tmp_path / f"{name}.safetensors.json").is_file()
+    ends = {"1": "2>&-", "2": ">&-", "3": "| true; exit ${PIPESTATUS[0]}"}
+    lines = {name: f"{command}{name}.safetensors {end}" for name, end in ends.items()}
     evaluate = f"{sys.executable} -m scrl_fast.evaluate rank --checkpoint={encoder_file} --data.source=demo"
-    done = shell(f"{evaluate} --images=8 --size=32 --json={tmp_path}/result.json 2>&1 | true; exit ${{PIPESTATUS[0]}}")
-    assert done.returncode == 0, done
+    lines["e"] = f"{evaluate} --images=8 --size=32 --json={tmp_path}/result.json 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    done = shells(lines)
+    assert done["e"].returncode == 0, done["e"]
     assert json.loads((tmp_path / "result.json").read_text())["task"] == "rank"
+    for name in ends:
+        assert done[name].returncode == 0 and not done[name].stderr, (name, done[name])
+        assert (tmp_path / f"{name}.safetensors").is_file() and (tmp_path / f"{name}.safetensors.json").is_file()
