@@ -7,15 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import num_threads
 from test_roi_linear import Colours, identity_encoder
 from tiny_data import write_coco, write_imagenet
 from torch import nn
 
+from scrl_fast.data import workers
+from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import batches as module
 from scrl_fast.evaluate.batches import Progress, map_batches
 from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
@@ -132,6 +136,24 @@ def test_batches_of_boxes_are_runs_of_one_size():
     assert pixels.shape == (3, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(pixels[0, :, 5, 7], loaded.pictures[0, 5, 7] / 255 * 4 - 2)
     assert identity_encoder().out_channels == 3
+
+
+def test_an_error_waits_for_what_other_threads_compute():
+    """One left behind in compiled code when Python ends takes the process with it."""
+    begun, ended = threading.Event(), []
+
+    def compute(batch):
+        if batch == 0:
+            begun.wait(60)
+            raise UsageError("no result")
+        begun.set()
+        time.sleep(workers.JOIN_SECONDS + 0.3)
+        ended.append(batch)
+        return (batch,)
+
+    with num_threads(2), pytest.raises(UsageError, match="no result"):
+        list(map_batches(lambda batch: batch, compute, [0, 1], device=CPU))
+    assert ended == [1] and not [t for t in threading.enumerate() if t.name.startswith("scrl_fast-data")]
 
 
 # ---- several processes ----

@@ -112,3 +112,12 @@ def test_the_same_rows_give_the_same_bits():
     one, two = (PairedBootstrap(labels, images, 2).difference(*pair, "accuracy") for _ in range(2))
     assert one == two
     assert PairedBootstrap(labels, images, 2, seed=1).difference(*pair, "accuracy").interval != one.interval
+
+
+@pytest.mark.parametrize("images, seeds", [([0, 0, 0], 1), ([0, 0, 0], 5), ([0, 1], 1)])
+def test_images_that_cannot_tell_an_interval_give_none(images, seeds):
+    """One image; or two whose draws all agree on a difference."""
+    labels, images = np.zeros(len(images), int), np.array(images)
+    none, all_right = [np.zeros(len(images), bool)] * seeds, [np.ones(len(images), bool)] * seeds
+    found = PairedBootstrap(labels, images, seeds).difference(none, all_right, "accuracy")
+    assert found.mean == 1 and found.interval is None and not found.beyond_chance

@@ -14,8 +14,10 @@ from PIL import Image
 from test_compare_leaks import run_folder
 from test_evaluate import evaluate, refused
 
+from scrl_fast.data.sources import shared_images
 from scrl_fast.data.sources.files import image_folder
 from scrl_fast.evaluate import compare as module
+from scrl_fast.evaluate import pretraining
 from scrl_fast.evaluate.compare import StartTimes, training_part
 from scrl_fast.evaluate.config import CompareOptions
 from scrl_fast.evaluate.pretraining import seen_before
@@ -179,6 +181,39 @@ def test_random_and_zoo_names_have_the_backbone_of_the_first_file(capsys, tmp_pa
         "tiny.pth": {"checkpoint": str(tmp_path / "tiny.pth"), "backbone": "resnet10_tiny"},
     }
     assert "random: done in" in said and ", the other 1 about " in said
+
+
+def test_contents_that_are_too_many_to_read_are_told(tmp_path, root, monkeypatch):
+    copies = tmp_path / "copies"
+    shutil.copytree(root / "valid/images", copies)
+    monkeypatch.setattr(shared_images, "MOST_READ", 3)
+    said = seen_before(str(run_folder(tmp_path / "run", copies)), image_folder(str(root / "valid/images")))
+    assert said.startswith("none of 20 test images is among 20 images, compared by path and link; too many agree")
+
+
+def test_no_run_makes_a_data_set_be_loaded(tmp_path, root, monkeypatch):
+    run = run_folder(tmp_path / "run", root)
+    (run / "config.yaml").write_text("data: {source: hf, root: some/dataset}\n")
+    monkeypatch.setattr(pretraining, "make_source", None)
+    assert seen_before(str(run), image_folder(str(root / "valid/images"))) == "not checked: its images are no files"
+
+
+def test_few_test_images_and_classes_without_a_training_box_are_told(capsys, tmp_path, root, starts):
+    small = tmp_path / "small"
+    shutil.copytree(root, small)
+    kept = sorted((small / "valid/images").iterdir())[0]
+    for image in (small / "valid/images").iterdir():
+        if image != kept:
+            image.unlink()
+    labels = small / "valid/labels" / f"{kept.stem}.txt"
+    for part in (small / "train/labels").iterdir():  # no training box of class 0
+        part.write_text("".join(line for line in part.read_text().splitlines(True) if not line.startswith("0 ")))
+    labels.write_text("0 0.5 0.5 0.5 0.5\n1 0.3 0.3 0.3 0.3\n")
+    line, document, _ = evaluate(capsys, tmp_path, *command(small, starts))
+    assert "1 test boxes, of 1 classes without a training box, count as named wrongly." in line
+    assert "1 test images are few" in line and "not known: too few images" in line
+    found = [row["difference"]["accuracy"] for row in document["result"]["table"] if "difference" in row]
+    assert found and all(each["interval"] is None and not each["beyond_chance"] for each in found)
 
 
 def test_test_images_among_those_of_pre_training_are_told(tmp_path, root):

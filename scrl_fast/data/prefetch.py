@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Generic, Protocol, TypeVar
 
-from scrl_fast.data.workers import LoaderStalled, Work, Workers
+from scrl_fast.data.workers import JOIN_SECONDS, LoaderStalled, Work, Workers
 
 
 class Job(Protocol):
@@ -76,13 +76,19 @@ class Prefetcher:
     ahead: groups begun beyond the one that is wanted, unless workers is 0.
     timeout: seconds that may pass without a finished call while a group is waited for.
     name_of: what an item is called in the message of a stall.
-    The threads are daemons: a read that never returns keeps no process alive.
+    patience: as of `Workers`. The threads are daemons: a read that never returns keeps no process alive.
     """
 
     def __init__(
-        self, workers: int, ahead: int, *, timeout: float = math.inf, name_of: Callable[[Any], str] = str
+        self,
+        workers: int,
+        ahead: int,
+        *,
+        timeout: float = math.inf,
+        name_of: Callable[[Any], str] = str,
+        patience: float = JOIN_SECONDS,
     ) -> None:
-        self._workers, self._ahead = Workers(workers), ahead if workers else 0
+        self._workers, self._ahead = Workers(workers, patience=patience), ahead if workers else 0
         self._timeout, self._name_of = timeout, name_of
 
     def map(self, make: Callable[[Item], Made], groups: Iterable[Sequence[Item]]) -> Iterator[list[Made]]:

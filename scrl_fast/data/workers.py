@@ -19,7 +19,8 @@ import torch
 from scrl_fast.data.crash_trace import Trace
 from scrl_fast.data.image_files import printable
 
-_JOIN_SECONDS = 2.0
+JOIN_SECONDS = 2.0
+"""That an end waits for threads that read files."""
 
 
 def worker_count(asked: int | str, on_gpu: bool = False) -> int:
@@ -79,9 +80,11 @@ class Workers:
     """`count` threads working through a queue in order; with count 0 the work is done where it is submitted.
 
     trace: where to note what they are reading, to be named after a crash.
+    patience: seconds that `stop` waits for what the threads are at. One that is left behind in compiled code when
+    Python ends takes the process with it (SIGABRT): for work that always ends, wait for it.
     """
 
-    def __init__(self, count: int, trace: Trace | None = None) -> None:
+    def __init__(self, count: int, trace: Trace | None = None, patience: float = JOIN_SECONDS) -> None:
         self._trace = trace
         self._queue: queue.SimpleQueue[tuple[Work, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[str, float]] = {}
@@ -94,7 +97,7 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
-        self.stop = weakref.finalize(self, _stop, self._queue, self._threads, trace)
+        self.stop = weakref.finalize(self, _stop, self._queue, self._threads, trace, patience)
 
     def submit(self, work: Work) -> None:
         for part in range(work.parts):
@@ -151,9 +154,12 @@ def _idle(reading: dict[int, tuple[str, float]], trace: Trace | None) -> None:
 
 
 def _stop(
-    tasks: queue.SimpleQueue[tuple[Work, int] | None], threads: list[threading.Thread], trace: Trace | None
+    tasks: queue.SimpleQueue[tuple[Work, int] | None],
+    threads: list[threading.Thread],
+    trace: Trace | None,
+    patience: float,
 ) -> None:
-    """End the threads once their present image is done; one that hangs in a read is left behind."""
+    """End the threads once their present image is done; one that takes longer, as in a read that hangs, is left."""
     while True:
         try:
             tasks.get_nowait()
@@ -161,9 +167,9 @@ def _stop(
             break
     for _ in threads:
         tasks.put(None)
-    deadline = time.monotonic() + _JOIN_SECONDS
+    deadline = time.monotonic() + patience
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
     if trace is not None:
         trace.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -73,7 +74,7 @@ def _computed(
             return compute(loaded)
 
     try:
-        with closing(Prefetcher(concurrent, concurrent - 1)) as pool:
+        with closing(Prefetcher(concurrent, concurrent - 1, patience=math.inf)) as pool:
             for (results,) in pool.map(work, ((loaded,) for loaded in prefetched(load, batches, workers))):
                 yield results
     finally:

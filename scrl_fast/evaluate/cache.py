@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scrl_fast import atomic_files
+from scrl_fast.config.backbones import is_code
 from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.weights import checkpoint_files
 
@@ -94,6 +96,7 @@ def _add(digest: Any, part: Any) -> None:
         for name, value in part.state_dict().items():
             digest.update(name.encode())
             _add(digest, value)
+        digest.update(code_of(getattr(part, "name", "")))
     elif isinstance(part, Tensor):
         flat = part.detach().cpu().reshape(-1)  # in order of the axes, however they lie in memory
         _add(digest, flat.view(torch.uint8).numpy())
@@ -107,6 +110,14 @@ def _add(digest: Any, part: Any) -> None:
             _add(digest, item)
     else:
         digest.update(f"{type(part).__name__}={part!r};".encode())
+
+
+def code_of(name: object) -> bytes:
+    """The source of the module that makes a network, ``package.module:function``: the same weights may do otherwise."""
+    module = sys.modules.get(str(name).partition(":")[0]) if is_code(name) else None
+    with suppress(OSError):
+        return Path(str(getattr(module, "__file__", ""))).read_bytes()
+    return b""
 
 
 def content_key(source: Any) -> list[Any]:

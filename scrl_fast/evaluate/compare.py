@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from scrl_fast.errors import UsageError, one_line
 from scrl_fast.evaluate.batches import Progress, Say
 from scrl_fast.evaluate.bootstrap import MEASURES
 from scrl_fast.evaluate.cached_boxes import cached_box_features
-from scrl_fast.evaluate.compare_table import StartResults, markdown, summary_of
+from scrl_fast.evaluate.compare_table import StartResults, markdown, repeats, summary_of
 from scrl_fast.evaluate.config import CompareOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated
@@ -34,34 +34,53 @@ def compare_task(options: CompareOptions, context: TaskContext) -> TaskResult:
     starts = load_starts(options, context.say)
     train, test = labelled_regions(options.data, options.seed, context.say)
     labels = labels_of(options.checkpoints)
+    seen = {} if context.only_helps else _seen(options, labels, test, context.say)
     times = StartTimes(len(starts), min(len(train), STATISTICS_IMAGES) + len(train) + len(test), context.say)
     results: StartResults | None = None
     for number, (label, start) in enumerate(zip(labels, starts, strict=True), start=1):
         times.begin(number, label)
         inner = replace(context, say=times)
         found = cached_box_features(options, start, (train, test), inner)
-        if context.only_helps:
-            continue
-        if results is None:
-            results = StartResults.of(found[1].labels, found[1].images, options)
-        fitting = Progress("fitting", len(results.repeats), "classifiers", times)
-        for share, seed in fitting.over(results.repeats):
-            part = training_part(found[0], len(train), share, seed)
-            result, predicted = classify(part, found[1])
-            results.add(label, share, seed, (predicted == found[1].labels).numpy(), result.train_boxes)
+        if results is None and not context.only_helps:
+            results = StartResults.of(found[0].labels, found[1].labels, found[1].images, options)
+        fitting = Progress("fitting", len(repeats(options)), "classifiers", times)
+        for share, seed in fitting.over(repeats(options)):  # the other processes wait for each, none for all
+            context.world.broadcast_from_rank0(partial(_fit, results, found, len(train), (label, share, seed)))
         times.finish()
     if results is None:
         return NO_RESULT
-    return _result(options, context, results, dict(zip(labels, starts, strict=True)), len(train), test)
+    return _result(options, results, dict(zip(labels, starts, strict=True)), len(train), seen, context.say)
+
+
+def _fit(results: StartResults | None, found: list[BoxFeatures], images: int, row: tuple[str, float, int]) -> None:
+    """Adds the row of one classifier. images: to train on. row: start, share and seed."""
+    assert results is not None  # rank 0 alone gets here
+    _, share, seed = row
+    result, predicted = classify(training_part(found[0], images, share, seed), found[1])
+    results.add(*row, (predicted == found[1].labels).numpy(), result.train_boxes)
+
+
+def _seen(options: CompareOptions, labels: Sequence[str], test: Any, say: Say) -> dict[str, str]:
+    """Whether each start has seen test images, in words; said before the work begins."""
+    if options.data.source == "demo":
+        return {}
+    found = {}
+    for label, name in zip(labels, options.checkpoints, strict=True):
+        try:
+            found[label] = seen_before(name, test.images)
+        except Exception as error:  # a run's folder may hold anything, and no comparison ends for it
+            found[label] = f"not checked: {one_line(error)}"
+        say(f"pre-training of {label}: {found[label]}")
+    return found
 
 
 def _result(
     options: CompareOptions,
-    context: TaskContext,
     results: StartResults,
     starts: dict[str, EvaluatedEncoder],
     train_images: int,
-    test: Any,
+    seen: dict[str, str],
+    say: Say,
 ) -> TaskResult:
     """The table, the picture, and the values for ``--json``."""
     summary = summary_of(results)
@@ -76,15 +95,14 @@ def _result(
     }
     backbones = {start.encoder.name for start in starts.values()}
     notes = [f"The starts are of several backbones: {', '.join(sorted(backbones))}."] if len(backbones) > 1 else []
-    if options.data.source != "demo":
-        seen = {label: seen_before(name, test.images) for label, name in zip(starts, options.checkpoints, strict=True)}
+    if seen:
         values["seen"] = seen
         notes += [f"Pre-training of {label}: {said}." for label, said in seen.items()]
     title = f"RoI linear on {results.boxes} boxes of {results.images} images, {train_images} images to train on"
     if options.plot:
         lines = {label: results.spreads(label, MEASURES[0], scale=100) for label in results.starts}
         picture = partial(draw_shares, lines=lines, ylabel="boxes named rightly, %", title=", ".join(sorted(backbones)))
-        save_plot(options.plot, lambda path: _drawn(path, picture, context.say), context.say)
+        save_plot(options.plot, lambda path: _drawn(path, picture, say), say)
     return TaskResult(markdown(title, results, summary, notes), values)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scrl_fast.evaluate.bootstrap import DRAWS, MEASURES, PairedBootstrap, Right
@@ -15,7 +16,7 @@ from scrl_fast.run.start_tables import chance_note, difference_values, markdown_
 from scrl_fast.run.statistics import CONFIDENCE, Difference, Spread, spread
 
 TITLES = {"accuracy": "top-1", "mean_class_accuracy": "mean over classes"}
-FEW_SEEDS = 5
+FEW_SEEDS, FEW_IMAGES = 5, 20
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,18 @@ class StartResults:
     draws: dict[int, PairedBootstrap]
     images: int
     boxes: int
+    untaught: tuple[int, int]
+    """Test boxes, and their classes, of which no training image has a box."""
     rows: list[Row] = field(default_factory=list)
 
     @classmethod
-    def of(cls, labels: Tensor, images: Tensor, options: CompareOptions) -> StartResults:
-        """None yet. labels, images: ``[n]`` of the test boxes."""
+    def of(cls, taught: Tensor, labels: Tensor, images: Tensor, options: CompareOptions) -> StartResults:
+        """None yet. taught: labels of the training boxes. labels, images: ``[n]`` of the test boxes."""
+        new = labels[~torch.isin(labels, taught)]
         counts = {options.seeds if share < 1 else 1 for share in options.shares}
         draws = {n: PairedBootstrap(labels.numpy(), images.numpy(), n, seed=options.seed) for n in counts}
         seeds = tuple(range(options.seed, options.seed + options.seeds))
-        return cls(options.shares, seeds, draws, len(images.unique()), len(labels))
-
-    @property
-    def repeats(self) -> list[tuple[float, int]]:
-        """Share and seed of each classifier of a start; all images are the same for every seed."""
-        return [(share, seed) for share in self.shares for seed in self.seeds_of(share)]
+        return cls(options.shares, seeds, draws, len(images.unique()), len(labels), (len(new), len(new.unique())))
 
     @property
     def starts(self) -> list[str]:
@@ -90,6 +89,13 @@ class StartResults:
         return self.draws[len(first)].difference(first, other, measure)
 
 
+def repeats(options: CompareOptions) -> list[tuple[float, int]]:
+    """Share and seed of each classifier of a start; all images are the same for every seed."""
+    return [
+        (share, options.seed + seed) for share in options.shares for seed in range(options.seeds if share < 1 else 1)
+    ]
+
+
 def summary_of(results: StartResults) -> list[dict[str, Any]]:
     """A dict for each share and start: mean and deviation of each measure, and the difference to the first start."""
     lines = []
@@ -101,9 +107,15 @@ def summary_of(results: StartResults) -> list[dict[str, Any]]:
             if start != results.starts[0]:
                 found = {measure: results.difference(start, share, measure) for measure in MEASURES}
                 line["difference"] = {measure: difference_values(each) for measure, each in found.items()}
-                line["verdict"] = {m: start_tables.verdict(each, results.starts[0]) for m, each in found.items()}
+                line["verdict"] = {m: _verdict(each, results.starts[0]) for m, each in found.items()}
             lines.append(line)
     return lines
+
+
+def _verdict(difference: Difference, first: str) -> str:
+    if difference.interval is None:
+        return "not known: too few images"
+    return start_tables.verdict(difference, first)
 
 
 def markdown(title: str, results: StartResults, lines: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
@@ -127,7 +139,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
         found = line.get("difference", {}).get(measure)
         scaled = found and {
             "mean": 100 * found["mean"],
-            "interval": [100 * end for end in found["interval"]],
+            "interval": found["interval"] and [100 * end for end in found["interval"]],
         }
         cells += [start_tables.difference_cell(scaled), line.get("verdict", {}).get(measure, "-")]
     return cells
@@ -145,6 +157,11 @@ def _notes(results: StartResults) -> list[str]:
             "paired over starts; beyond chance where it leaves zero out."
         )
         notes += chance_note(others * len(results.shares) * len(MEASURES))
+    if others and results.images < FEW_IMAGES:
+        notes.append(f"{results.images} test images are few: intervals are less sure than they say.")
+    if results.untaught[0]:
+        boxes, classes = results.untaught
+        notes.append(f"{boxes} test boxes, of {classes} classes without a training box, count as named wrongly.")
     if others and several and len(results.seeds) == 1:
         notes.append("One seed: what the choice of training images does is in no interval; give --seeds=5 or more.")
     elif others and several and len(results.seeds) < FEW_SEEDS:

@@ -72,7 +72,8 @@ class Common:
         for name in ("json", "plot"):
             check_writable(name, getattr(self, name, ""))
         data = getattr(self, "data", None)
-        if data is not None and data.source != "demo" and not (data.root or (data.source == "labelled" and data.train)):
+        files = data is not None and data.source == "labelled" and ".json" in data.train  # FILE.json:FOLDER
+        if data is not None and data.source != "demo" and not (data.root or files):
             raise UsageError(f"data.source={data.source} needs --data.root, the folder of the data set")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from scrl_fast.data.sources.shared_images import shared_files
 from scrl_fast.errors import UsageError
 from scrl_fast.weights.checkpoint_files import CheckpointError, load
 
+FILES = ("folder", "imagefolder", "imagenet", "list")
+"""Values of data.source whose images are files of this machine; a run's config.yaml makes nothing else be opened."""
 MAX_ANCESTORS = 4  # runs that started from one another, at most
 OfTransfer = Callable[[dict[str, Any], str], Any]
 
@@ -31,8 +33,13 @@ class Stage:
     why: str = ""
 
 
-def stages_of(init: str, of_transfer: OfTransfer | None = None) -> Iterator[Stage]:
-    """The trainings behind a start, the last one first. of_transfer: reads the images that a detector's run had."""
+def stages_of(
+    init: str, of_transfer: OfTransfer | None = None, *, kinds: Collection[str] | None = None
+) -> Iterator[Stage]:
+    """The trainings behind a start, the last one first.
+
+    of_transfer: reads the images that a detector's run had. kinds: values of data.source that may be opened, else all.
+    """
     for _ in range(MAX_ANCESTORS):
         if init == RANDOM:
             return
@@ -45,7 +52,7 @@ def stages_of(init: str, of_transfer: OfTransfer | None = None) -> Iterator[Stag
         if why:
             yield Stage(name, why=why)
             return
-        yield _stage(name, options, of_transfer)
+        yield _stage(name, options, of_transfer, kinds)
         init = options.get("init") or RANDOM
         if not is_named(init) and not Path(init).exists():
             yield Stage(init, why=f"{name} started from it, and it is not here")
@@ -74,7 +81,7 @@ def _options_of(init: str) -> tuple[dict[str, Any], str, str]:
     return options | {"init": saved.get("init") or options.get("init") or ""}, init, ""
 
 
-def _stage(name: str, options: dict[str, Any], of_transfer: OfTransfer | None) -> Stage:
+def _stage(name: str, options: dict[str, Any], of_transfer: OfTransfer | None, kinds: Collection[str] | None) -> Stage:
     try:
         if "task" in options:
             if of_transfer is None:
@@ -83,6 +90,8 @@ def _stage(name: str, options: dict[str, Any], of_transfer: OfTransfer | None) -
         seen = build(Config, Settings(under_present_names(Config, options) | {"resume": "", "init": ""}, name))
         if seen.data.source == "demo":
             return Stage(name, why="it was trained on drawn scenes")
+        if kinds is not None and seen.data.source not in kinds:
+            return Stage(name, why="its images are no files")
         return Stage(name, make_source(seen))
     except (UsageError, BadImage, OSError) as error:
         return Stage(name, why=f"its images are not here ({' '.join(str(error).split())[:200]})")
@@ -94,16 +103,18 @@ def seen_before(start: str, test: Any) -> str:
     test: images with ``name_of``.
     """
     found: set[str] = set()
-    images, reasons = 0, []
-    for stage in stages_of(start):
+    images, reasons, contents = 0, [], True
+    for stage in stages_of(start, kinds=FILES):
         if stage.why or not hasattr(stage.source, "name_of"):
             reasons.append(stage.why or "its images are no files")
             continue
         images += len(stage.source)
-        found |= shared_files(stage.source, test, content=True)
+        shared, compared = shared_files(stage.source, test, content=True)
+        found, contents = found | shared, contents and compared
     unchecked = f"not checked: {'; '.join(reasons)}" if reasons else ""
     if not images:
         return unchecked or "nothing to check: it has seen no images"
-    count = f"{len(found)} of {len(test)} test images are" if found else f"none of {len(test)} test images is"
+    count = f"{len(found) or 'none'} of {len(test)} test images {'are' if len(found) > 1 else 'is'}"
+    how = "compared as files" if contents else "compared by path and link; too many agree in size to compare contents"
     such = f", such as {printable(min(found))}" if found else ""
-    return "; ".join(filter(None, [f"{count} among {images:,} images, compared as files{such}", unchecked]))
+    return "; ".join(filter(None, [f"{count} among {images:,} images, {how}{such}", unchecked]))

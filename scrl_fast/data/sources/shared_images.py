@@ -13,6 +13,7 @@ from scrl_fast.data.image_files import printable
 
 MOST_READ = 20_000
 """Files that are read to compare their content, of both parts together."""
+NOT_COMPARED = f"more than {MOST_READ:,} files agree in size: images were compared by path and link, not by content"
 SAMPLE = 4096
 """Bytes from the middle of a file that tell most pictures of one size apart before they are compared whole."""
 
@@ -26,27 +27,33 @@ def shared_images(train: Any, val: Any, *, content: bool, trained: str = "the de
     """
     if train is None or not (hasattr(train, "name_of") and hasattr(val, "name_of")):
         return []
-    shared = shared_files(train, val, content=content)
+    shared, compared = shared_files(train, val, content=content)
+    unread = [] if compared or not content else [NOT_COMPARED]
     if not shared:
-        return []
+        return unread
     total = len(val)
     what = f"all {total} images" if len(shared) == total else f"{len(shared)} of {total} images"
     said = f": the result does not tell how {trained} does on other images" if len(shared) == total else ""
-    return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}"]
+    return [f"{what} to measure on are trained on, too, such as {printable(min(shared))}{said}", *unread]
 
 
-def shared_files(train: Any, val: Any, *, content: bool) -> set[str]:
-    """Names of the images of ``val`` that are images of ``train``; both have ``name_of``. content: as above."""
+def shared_files(train: Any, val: Any, *, content: bool) -> tuple[set[str], bool]:
+    """Names of the images of ``val`` that are images of ``train``, and whether contents were compared, too.
+
+    train, val: have ``name_of``. content: as above; more than MOST_READ files of equal sizes are not read.
+    """
+    compared = False
     names = [[source.name_of(index) for index in range(len(source))] for source in (train, val)]
     places = [{os.path.abspath(name) for name in part} for part in names]
     shared = {name for name in names[1] if os.path.abspath(name) in places[0] and os.path.lexists(name)}
     if content:
-        shared |= _same_content(names[0], [name for name in names[1] if name not in shared])
-    return shared
+        found, compared = _same_content(names[0], [name for name in names[1] if name not in shared])
+        shared |= found
+    return shared, compared
 
 
-def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:
-    """Those of ``val`` that are the same file as one of ``train``, or of the same content."""
+def _same_content(train: Sequence[str], val: Sequence[str]) -> tuple[set[str], bool]:
+    """Those of ``val`` that are a file of ``train``, or of the same content, and whether contents were read."""
     known, measured = _statuses(train), _statuses(val)
     files = {(status.st_dev, status.st_ino) for status in known.values()}
     found = {name for name, status in measured.items() if (status.st_dev, status.st_ino) in files}
@@ -55,14 +62,13 @@ def _same_content(train: Sequence[str], val: Sequence[str]) -> set[str]:
     alike = [[n for n, s in measured.items() if n in left and s.st_size in sizes]]
     alike.append([name for name, status in known.items() if status.st_size in sizes])
     if sum(map(len, alike)) > MOST_READ:
-        return found
+        return found, False
     by_sample: dict[str, list[str]] = {}
     for name in alike[1]:
         by_sample.setdefault(_sample_digest(name), []).append(name)
     by_sample.pop("", None)
-    return found | {
-        name for name in alike[0] if any(_equal(name, one) for one in by_sample.get(_sample_digest(name), ()))
-    }
+    equal = {name for name in alike[0] if any(_equal(name, one) for one in by_sample.get(_sample_digest(name), ()))}
+    return found | equal, True
 
 
 def _equal(one: str, other: str) -> bool:
