@@ -57,6 +57,8 @@ RUN_AS_IT_STANDS = {
 """Lines that test_docs_lines.py runs, with small sizes behind them."""
 NOT_RUN_LINES = {
     "train --config=continue --init=timm": "downloads weights; test_weights_zoo.py has stand-ins",
+    "train --config scrl_200ep --data.source=folder --data.root=PICTURES --model.backbone=resnet18": "two minutes; "
+    "test_docs_lines.py runs the line without its sizes",
     "train --train.keep_memory=false": "the whole demo; test_build.py holds what the option does",
     "train --config config/scrl_200ep.yaml --dataset/root": "wants the published files; test_kakaobrain.py",
     "transfer instance --config=small --data.root=SIX": "minutes; results/overfit_instance_cpu.json",
