@@ -248,6 +248,8 @@ def test_curves_of_what_there_is(tmp_path):
     rows = [{"step": step, "loss": 1.0 / step, "rankme": None if step == 2 else 5.0} for step in (1, 2, 3)]
     plots.draw_curves(tmp_path / "curves.png", rows)
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+    plots.draw_curves(tmp_path / "nan.png", [{"step": 1, "rankme": float("nan"), "feature_std": 0.0}])
+    assert Image.open(tmp_path / "nan.png").size[0] > 500
     plots.draw_curves(tmp_path / "none.png", [])
     assert not (tmp_path / "none.png").exists()
 

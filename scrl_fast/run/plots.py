@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from scrl_fast.run.statistics import Spread
 MARGIN = 6
 PAIRS_PER_ROW = 4
 CURVES = ("loss", "lr", "ema_momentum", "feature_std", "rankme", "probe_accuracy", "images_per_s", "data_wait")
+MONITORS = ("feature_std", "rankme")
+MOST_MARKED = 30
+"""A curve of so few points shows each of them."""
 
 
 def draw_boxes(
@@ -91,7 +95,10 @@ def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) ->
     panels = figure.subplots(rows_of_panels, columns, squeeze=False).flat
     for name, axes in zip(present, panels, strict=False):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        axes.plot(*zip(*points, strict=True), linewidth=1.2)
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) <= MOST_MARKED else "")
+        if name in MONITORS:
+            top = max((value for _, value in points if math.isfinite(value)), default=0)
+            axes.set_ylim(0, 1.1 * top or 1)  # a collapse is a fall to 0, not to the panel's floor
         axes.set_title(name, fontsize=9)  # in the middle: on the left matplotlib writes a power of ten
         axes.grid(alpha=0.3)
     for axes in list(figure.axes)[len(present) :]:
