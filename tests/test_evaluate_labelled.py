@@ -104,6 +104,9 @@ def test_refusals_name_the_option(capsys, tmp_path):
     root = write_yolo(tmp_path / "data")
     data = [*LABELLED, f"--data.root={root}"]
     assert "data.source=labelled needs --data.root" in refused(capsys, *LABELLED)
+    coco = ["roi-linear", "--checkpoint=random", "--data.source=coco", "--data.root=x"]
+    assert "data.classes=fish: not with source=coco" in refused(capsys, *coco, "--data.classes=fish")
+    assert "data.layout=yolo: not with source=coco" in refused(capsys, *coco, "--data.layout=yolo")
     assert "data.root='/nowhere' does not exist" in refused(capsys, *LABELLED, "--data.root=/nowhere")
     said = refused(capsys, *data, "--data.test=tset")
     assert "data.test=tset: " in said and "has no part 'tset'; did you mean 'test'" in said

@@ -7,7 +7,7 @@ from typing import Literal
 
 from scrl_fast.config.defaults import DEMO_IMAGES, DEMO_SIZE, DEMO_TEST_IMAGES
 from scrl_fast.config.image_limits import IMAGE_LIMIT_RANGES, ImageLimitOptions
-from scrl_fast.config.validation import SEED_RANGE, at_least, between, check_fields, clean_paths
+from scrl_fast.config.validation import SEED_RANGE, at_least, between, check_fields, clean_paths, option_error
 
 
 @dataclass
@@ -74,6 +74,10 @@ class RegionData(ImageLimitOptions):
     def __post_init__(self) -> None:
         share, seed = between(0, 1), SEED_RANGE
         _check_data(self, short_side=at_least(0), max_images=at_least(0), val_share=share, val_seed=seed)
+        if self.classes and self.source not in ("voc", "labelled"):
+            raise option_error("data.classes", self.classes, f"not with source={self.source}; source=labelled has it")
+        if self.layout != "auto" and self.source != "labelled":
+            raise option_error("data.layout", self.layout, f"not with source={self.source}; source=labelled has it")
 
 
 def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]
