@@ -124,8 +124,7 @@ def _from_yaml(root: str, file: str, content: dict[str, Any]) -> LabelledFolder:
 
 
 def _class_names(file: str, content: Mapping[str, Any]) -> list[str]:
-    names, count = content.get("names"), content.get("nc")
-    count = _quoted_number(count)
+    names, count = content.get("names"), _quoted_number(content.get("nc"))
     if count is not None and (type(count) is not int or not 0 < count <= MOST_CLASSES):
         raise UsageError(f"{file}: nc is {shortened(count)}, expected the number of classes, at most {MOST_CLASSES}")
     if isinstance(names, dict):
