@@ -92,7 +92,7 @@ def environment() -> dict[str, Any]:
     """What made the results, but for the commits, which each stage has."""
     return {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else harness._processor(),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else harness.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -137,9 +137,11 @@ class Work:
         if found is None:
             return False
         seconds = round(time.perf_counter() - started, 1)
+        where = environment()
         document = {"name": stage.name, "command": shown(stage), "commit": harness._commit(), "seconds": seconds}
+        document |= {name: where[name] for name in ("device_name", "threads")}
         self.path(stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(str(self.path(stage.name)), {**document, "threads": torch.get_num_threads(), "result": found})
+        write_json(str(self.path(stage.name)), {**document, "result": found})
         print(f"{time.strftime('%H:%M:%S')} {stage.name} done in {seconds} s", flush=True)
         return True
 
@@ -205,10 +207,12 @@ def run_training(_work: Work, _stage: Stage, words: list[str]) -> dict[str, Any]
     from scrl_fast.config.command_line import parse as parse_options
     from scrl_fast.trainer import SCRLTrainer
 
-    summary = SCRLTrainer(parse_options(words, prog="scrl_fast.train").options()).fit()
+    trainer = SCRLTrainer(parse_options(words, prog="scrl_fast.train").options())
+    summary = trainer.fit()
     if summary["interrupted"]:
         return None
-    return {name: summary.get(name) for name in ("step", "loss", "feature_std", "rankme")}
+    found = {name: summary.get(name) for name in ("step", "loss", "feature_std", "rankme")}
+    return found | {"precision": trainer.precision.chosen}
 
 
 def run_measure(work: Work, stage: Stage, words: list[str]) -> dict[str, Any]:

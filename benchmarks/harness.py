@@ -16,7 +16,6 @@ Providers are named ``package`` or ``package/backend``; ours is ``scrl_fast``. E
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -64,7 +63,7 @@ def environment(name: str, device: str) -> dict[str, Any]:
         "bench": name,
         "case": "environment",
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "commit": _commit(),
@@ -185,12 +184,11 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
-    return platform.processor() or platform.machine()
+def processor() -> str:
+    """The CPU and its cores, as results name it."""
+    from scrl_fast.info import processor as named
+
+    return f"{named()} ({os.cpu_count()} cores)"
 
 
 def _commit() -> str | None:

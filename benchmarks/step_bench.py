@@ -47,6 +47,7 @@ from scrl_fast.run.precision import cpu_bf16
 from scrl_fast.trainer import SCRLTrainer
 
 BACKBONE = ("encoder forward", "target encoder forward", "encoder backward")
+GREYS = {"floor": "0.7", "scrl_fast": "0.55", "torch": "0.4"}
 HEADS = ("heads forward", "target heads forward", "heads backward")
 
 
@@ -268,9 +269,6 @@ def measure(bench: harness.Bench, batch: int, rival: bool) -> None:
 
         rows = bench.case(case, providers, items=batch, check=check)
         if isinstance(timed, PlainProcess):
-            for row in rows:
-                if row["provider"] == "torch":
-                    row["peak_bytes"] = (other.plain if other and "bf16" in row["backend"] else timed).peak_bytes()
             timed.close()
         name_precisions(rows, other.dtypes if other else {"plain step": "float32"} if args.device == "cpu" else {})
         if rows:
@@ -355,8 +353,10 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             below += row["p50_ms"]
         for row in rows:
             if row["case"] == f"step {case}" and row["backend"] != "step":
-                axis.bar(row["backend"], row["p50_ms"], color="0.7" if row["provider"] == "floor" else "0.4")
+                name = row["backend"] if row["provider"] != "scrl_fast" else f"scrl_fast {row['backend'].split()[-1]}"
+                axis.bar(name.replace(" step", "\nstep"), row["p50_ms"], color=GREYS[row["provider"]])
         axis.set(title=case, ylabel="ms a step")
+        axis.tick_params("x", labelsize=7)
     handles, labels = axes[0][0].get_legend_handles_labels()  # the same stages, in the same colours, in every case
     figure.legend(handles[::-1], labels[::-1], fontsize=7, loc="outside right upper")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,8 @@ from scrl_fast.config.command_line import CommandParser
 from scrl_fast.errors import friendly_errors
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "timm", "torchcodec", "simplejpeg")
+CPU_NUMBERS = (("family", "cpu family"), ("model", "model"))
+"""How processor() names a line of Linux's /proc/cpuinfo."""
 NUMERIC_VARIABLES = {
     "SCRL_FAST_BACKEND": "forces one implementation of every operation",
     "SCRL_FAST_JPEG": "forces a JPEG decoder",
@@ -116,7 +118,7 @@ def _device() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "platform": platform.platform(),
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -158,14 +160,15 @@ def _driver() -> str:
     return subprocess.run(asked, capture_output=True, text=True, timeout=2).stdout.split("\n")[0]
 
 
-def _processor() -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU by name, family and model: rented machines of different generations share a name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        found = {name.strip(): value.strip() for name, value in reversed(lines)}  # of the first core
+        numbers = [f"{name} {found[key]}" for name, key in CPU_NUMBERS if key in found]
+        return ", ".join([found["model name"], *numbers])
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
 
 
 def _libraries() -> dict[str, dict[str, Any]]:

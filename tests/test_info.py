@@ -20,6 +20,15 @@ def _own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCRL_FAST_BACKEND", raising=False)
 
 
+def test_a_processor_has_its_generation_in_its_name(tmp_path) -> None:
+    cores = "model name\t: AMD EPYC\ncpu family\t: {}\nmodel\t\t: 17\nbugs :\n\n"
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(cores.format(25) + cores.format(26))
+    assert info.processor(cpuinfo) == "AMD EPYC, family 25, model 17", "of the first core"
+    cpuinfo.write_text("CPU implementer : 0x41\n")
+    assert info.processor(cpuinfo), "of a machine without that line: whatever Python knows"
+
+
 def test_schema() -> None:
     found = info.collect()
     assert set(found) == {
