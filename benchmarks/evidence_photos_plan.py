@@ -53,7 +53,7 @@ class Budget:
     batch_size: int = 64
     view: int = 112
     continued_epochs: int = 5
-    pretraining_seeds: int = 2
+    pretraining_seeds: int = 3
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
