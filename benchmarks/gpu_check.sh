@@ -99,6 +99,7 @@ small=() seconds=15 # a dry run is short
 [ "$device" = cpu ] && small=(--repeats 2) seconds=1
 operations() { # operations NAME LIMIT_S DTYPE: each benchmark by itself, so that one that fails costs only itself
   local bench limit=$(($2 / 4)) dtype=$3 sizes
+  [ "$device" = cpu ] && limit=$((2 * limit)) # two cores take longer to compile the rivals than the rows take
   for bench in roi_align lars_step ema_update normalized_mse_loss; do
     sizes=()
     [ "$device" = cpu ] && case $bench in
