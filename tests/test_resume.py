@@ -224,8 +224,9 @@ def test_resume_with_workers_and_twice(tmp_path, whole):
     assert_same(trainer, whole)
 
 
-def test_resume_with_accumulation_in_mid_epoch(tmp_path):
-    options = {"batch_size": 2, "accumulate": 2, "epochs": 2}
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_with_accumulation_in_mid_epoch(tmp_path, precision):
+    options = {"batch_size": 2, "accumulate": 2, "epochs": 2, "precision": precision}
     whole, _ = run(tmp_path / "whole", **options)
     run(tmp_path / "parts", stop_at=1, **options)
     resumed, _ = run(tmp_path / "parts", resume="auto", **options)
