@@ -63,7 +63,12 @@ def read_image(source: Any, index: int) -> NDArray[np.uint8]:
     try:
         return source.read(index)
     except BadImage as bad:
-        raise UsageError(f"an image that is to be evaluated cannot be read: {bad}") from bad
+        raise UsageError(unreadable(bad)) from bad
+
+
+def unreadable(why: object) -> str:
+    """The message about an image that is to be evaluated. why: its name and the reason."""
+    return f"an image that is to be evaluated cannot be read: {why}"
 
 
 def frozen_copy(encoder: Encoder) -> Encoder:
