@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from scrl_fast.data.image_inputs import ImageInput, rgb_of
 from scrl_fast.data.sources.files import image_folder
 from scrl_fast.distributed.rendezvous import device_of
 from scrl_fast.errors import UsageError, did_you_mean
-from scrl_fast.evaluate.batches import map_batches
+from scrl_fast.evaluate.batches import Progress, map_batches
 from scrl_fast.evaluate.config import RankOptions
 from scrl_fast.evaluate.encoder import load_evaluated
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, pool
@@ -29,6 +30,8 @@ from scrl_fast.models import Encoder
 from scrl_fast.run.log import RowHook
 from scrl_fast.run.metrics_file import read_metrics
 from scrl_fast.trainer import SCRLTrainer
+
+_log = logging.getLogger("scrl_fast")
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def embed(
     weights: a run folder, a checkpoint or any file that ``--init`` takes; what `pretrain` returned; or an encoder.
     dense: the last feature map; else its mean over all places.
     size: images are resized to 8/7 of it and their centre is cut out, as in evaluation; by default the training's.
+    Where it takes more than two seconds, the logger ``scrl_fast`` (level INFO) says how far it is.
     Raises UsageError for an image that cannot be read, naming it, and for weights that cannot be used.
     """
     encoder, views = _encoder(weights, device, size or 0)
@@ -157,7 +161,12 @@ def embed(
 
     batches = loader.batches(range(len(source)))
     found = map_batches(lambda batch: loader.load(source, batch), compute, batches, device=place, workers=workers)
-    return torch.cat([features.cpu().contiguous() for (features,) in found])
+    rows = []
+    with Progress("features", len(source), "images", _log.info) as progress:
+        for (features,) in found:
+            rows.append(features.cpu().contiguous())
+            progress.advance(len(features))
+    return torch.cat(rows)
 
 
 def _encoder(weights: Any, device: str, size: int) -> tuple[Encoder, ViewsConfig]:

@@ -177,12 +177,19 @@ def tell(line: str) -> None:
 
 
 def tell_result(line: str) -> None:
-    """A line on stdout after the work is done and saved: a reader that has ended (``| head``) changes nothing then."""
+    """A line on stdout after the work is done and saved: a reader that has ended (``| head``) changes nothing then.
+
+    Raises OSError where stdout does not take it, such as a file on a full disk; the line is on stderr then.
+    """
     try:
         print(line, flush=True)
     except BrokenPipeError:
         if not _discard_unread():
             raise
+    except OSError as error:
+        tell(line)
+        why = f"done and saved, but the result cannot be printed: {error.strerror}"
+        raise OSError(error.errno, why, "stdout") from error
 
 
 def _discard_unread() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -195,6 +196,14 @@ def test_every_form_of_an_image(result, photos):
         torch.testing.assert_close(scrl_fast.embed(image, **options), expected)
     both = scrl_fast.embed([photos / "01.png", pixels], **options)
     torch.testing.assert_close(both[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_embedding_says_how_far_it_is(result, photos, caplog, monkeypatch):
+    monkeypatch.setattr("scrl_fast.evaluate.batches.Progress.FIRST", 0.0)
+    caplog.set_level(logging.INFO, "scrl_fast")
+    scrl_fast.embed(photos, weights=result, device="cpu", batch_size=6)
+    assert any(re.match(r"features: (0|6) of 12 images", line) for line in caplog.messages)
+    assert caplog.messages[-1].startswith("features: 12 images in ")
 
 
 def test_what_cannot_be_embedded_is_named(result, tmp_path):

@@ -263,6 +263,18 @@ def test_broken_pipe_is_silent():
     assert (result.returncode, result.stderr) == (1, "")
 
 
+def test_a_result_that_stdout_does_not_take_is_on_stderr():
+    """A full disk behind ``> file``: what was asked for is lost there, so the command fails, but nothing else is."""
+    program = (
+        "from scrl_fast.errors import friendly_errors, tell_result\n"
+        "with friendly_errors('x'):\n    tell_result('top-1 12.00%')"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "x: done and saved, but the result cannot be printed: No space left on device: stdout"
+    assert result.returncode == 1 and result.stderr.startswith(f"top-1 12.00%\n{said}")
+
+
 def test_a_broken_pipe_of_another_origin_is_told(capfd):
     with pytest.raises(SystemExit) as stop, friendly_errors("x"):
         raise BrokenPipeError(32, "Broken pipe")

@@ -90,7 +90,7 @@ SECTIONS = {
         ("train.device", "gpu", "cuda or cuda:N"),
         ("train.device", "cuda:x", "cuda or cuda:N"),
         ("train.device", "cpu:0", "cuda or cuda:N"),
-        ("run.log_every", 0, "at least 1"),
+        ("run.log_every", -1, "at least 0"),
         ("run.checkpoint_every", -1, "at least 0"),
         ("run.keep", 1, "at least 2"),
         ("eval.scenes", 0, "at least 1"),

@@ -12,8 +12,12 @@ import torchvision
 from tiny_data import write_coco, write_imagenet, write_voc, write_voc_object
 
 from scrl_fast.config.schema import load_recipe
+from scrl_fast.distributed.world import World
+from scrl_fast.errors import UsageError
 from scrl_fast.evaluate.__main__ import main
+from scrl_fast.evaluate.cache import FeatureCache, content_key
 from scrl_fast.evaluate.config import TASK_OPTIONS
+from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.trainer import SCRLTrainer
 
 TINY = ["--checkpoint=random", "--backbone=resnet10_tiny", "--cache="]
@@ -274,3 +278,30 @@ def test_wrong_annotations_name_the_path(capsys, tmp_path, coco):
     write_voc_object(voc / "Annotations/000500.xml", "unicorn", (1, 1, 9, 9))
     said = refused(capsys, "roi-linear", *TINY, "--data.source=voc", f"--data.root={tmp_path}")
     assert "000500.xml: 'unicorn' is none of the 20 classes" in said
+
+
+def test_an_image_that_vanished_ends_every_process(tmp_path, monkeypatch):
+    """Rank 0 alone looks at the files, while the others wait for what it found in the cache."""
+
+    class Listed:
+        def __len__(self):
+            return 2
+
+        def name_of(self, index):
+            return str(tmp_path / f"{index}.png")
+
+    told = []
+
+    def broadcast(self, decide):
+        try:
+            return decide()
+        except UsageError as error:
+            told.append(error)
+            raise
+
+    (tmp_path / "0.png").touch()
+    monkeypatch.setattr(World, "broadcast_from_rank0", broadcast)
+    cache = FeatureCache(str(tmp_path / "kept"), TaskContext(world=World(0, 2)))
+    with pytest.raises(UsageError, match=r"cannot be read: .*/1\.png: No such file or directory"):
+        cache.get(lambda: content_key(Listed()), dict)
+    assert len(told) == 1

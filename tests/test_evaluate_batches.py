@@ -18,15 +18,35 @@ from test_roi_linear import Colours, identity_encoder
 from tiny_data import write_coco, write_imagenet
 from torch import nn
 
+from scrl_fast.config.schema import BoxesConfig, ModelConfig, ViewsConfig
 from scrl_fast.data import workers
 from scrl_fast.errors import UsageError
 from scrl_fast.evaluate import batches as module
+from scrl_fast.evaluate import region_tasks
 from scrl_fast.evaluate.batches import Progress, map_batches
-from scrl_fast.evaluate.images import frozen_copy, measure_batchnorm
-from scrl_fast.evaluate.regions import BoxLoader
+from scrl_fast.evaluate.config import PcaOptions
+from scrl_fast.evaluate.dense import retrieval_sums
+from scrl_fast.evaluate.encoder import EvaluatedEncoder
+from scrl_fast.evaluate.images import (
+    ImageLoader,
+    frozen_copy,
+    measure_batchnorm,
+    measure_batchnorm_on_images,
+    pooled_features,
+)
+from scrl_fast.evaluate.regions import BoxLoader, box_features
+from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.models import build_encoder
 
 CPU = torch.device("cpu")
+
+
+def until(condition):
+    """Waits for what another thread does."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -64,17 +84,15 @@ def test_progress_speaks_of_slow_stages_only(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     said = []
-    quick = Progress("quick", 3, "images", said.append)
-    for _ in range(3):
-        now[0] += 0.5
-        quick.advance()
-    quick.finish()
+    with Progress("quick", 3, "images", said.append) as quick:
+        for _ in range(3):
+            now[0] += 0.5
+            quick.advance()
     assert not said
-    slow = Progress("features", 50, "images", said.append)
-    for _ in range(50):
-        now[0] += 1
-        slow.advance()
-    slow.finish()
+    with Progress("features", 50, "images", said.append) as slow:
+        for _ in range(50):
+            now[0] += 1
+            slow.advance()
     assert said[0] == "features: 2 of 50 images, 1/s" and said[1] == "features: 12 of 50 images, 1/s"
     assert said[-1] == "features: 50 images in 50.0 s" and len(said) == 6
 
@@ -91,6 +109,61 @@ def test_progress_counts_what_is_iterated_over(monkeypatch):
 
     assert list(Progress("measuring", 5, "images", said.append).over(slow())) == list("abcde")
     assert said == ["measuring: 2 of 5 images, 1/s", "measuring: 5 images in 5.0 s"]
+
+
+def test_progress_speaks_while_the_first_unit_takes_long(monkeypatch):
+    monkeypatch.setattr(Progress, "FIRST", 0.01)
+    monkeypatch.setattr(Progress, "EVERY", 0.02)
+    said = []
+    with Progress("features", 8, "images", said.append) as progress:
+        until(lambda: len(said) > 1)
+        progress.advance(4)
+        until(lambda: "4 of 8" in said[-1])
+        progress.advance(4)
+    assert said[0] == said[1] == "features: 0 of 8 images so far"
+    assert said[-1].startswith("features: 8 images in ")
+    with pytest.raises(UsageError), Progress("box pairs", 8, "images", said.append):
+        until(lambda: said[-1].startswith("box pairs"))
+        raise UsageError("no images")
+    until(lambda: not any(thread.name == "scrl_fast-progress" for thread in threading.enumerate()))
+    assert said[-1] == "box pairs: 0 of 8 images so far"
+
+
+def test_nobody_listens_and_no_thread_begins():
+    with Progress("features", 8, "images"):
+        assert not any(thread.name == "scrl_fast-progress" for thread in threading.enumerate())
+
+
+def test_stages_speak_before_their_first_batch_is_done(monkeypatch):
+    """Batches are large: without this a stage says nothing for a minute."""
+    monkeypatch.setattr(Progress, "FIRST", 0.01)
+    said = []
+    encoder, source = identity_encoder(), Colours(6, seed=0)
+    loader, views = BoxLoader((0.5,) * 3, (0.25,) * 3, batch_size=6), ViewsConfig(recipe="none", size=32)
+
+    class Slow(nn.Module):
+        def forward(self, images):
+            until(lambda: said)
+            return images
+
+    encoder.body.maxpool = Slow()
+    images = ImageLoader(views, batch_size=6, workers=0)
+    recipe = views, BoxesConfig(min_size=4, per_image=2), ModelConfig()
+    options, evaluated = PcaOptions(checkpoint="file", size=32), EvaluatedEncoder(encoder, "file", "")
+    pooling = 1, -1, False
+    stages = {
+        "BatchNorm statistics": lambda: measure_batchnorm_on_images(encoder, source, images, say=said.append),
+        "features of train": lambda: box_features(encoder, source, loader, pooling, name="train", say=said.append),
+        "features": lambda: pooled_features(encoder, source, images, say=said.append),
+        "box pairs": lambda: retrieval_sums(encoder, source, recipe, [range(6)], seed=0, say=said.append),
+        "dense features of file": lambda: region_tasks.pca_task(options, evaluated, TaskContext(said.append)),
+    }
+    monkeypatch.setattr(region_tasks, "make_source", lambda *_, **__: source)
+    monkeypatch.setattr(region_tasks, "save_plot", lambda *_: None)
+    for name, stage in stages.items():
+        said.clear()
+        stage()
+        assert said[0].startswith(f"{name}: 0 of "), name
 
 
 def test_batchnorm_statistics_are_those_of_one_batch_after_the_other():

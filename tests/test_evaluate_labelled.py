@@ -107,6 +107,10 @@ def test_refusals_name_the_option(capsys, tmp_path):
     coco = ["roi-linear", "--checkpoint=random", "--data.source=coco", "--data.root=x"]
     assert "data.classes=fish: not with source=coco" in refused(capsys, *coco, "--data.classes=fish")
     assert "data.layout=yolo: not with source=coco" in refused(capsys, *coco, "--data.layout=yolo")
+    voc = [word.replace("coco", "voc") for word in coco]
+    assert "data.val_share=0.3: not with source=voc; source=labelled" in refused(capsys, *voc, "--data.val_share=0.3")
+    assert "data.val_seed=1: not with source=coco" in refused(capsys, *coco, "--data.val_seed=1")
+    assert "data.year=2012: not with source=coco; source=voc" in refused(capsys, *coco, "--data.year=2012")
     assert "data.root='/nowhere' does not exist" in refused(capsys, *LABELLED, "--data.root=/nowhere")
     said = refused(capsys, *data, "--data.test=tset")
     assert "data.test=tset: " in said and "has no part 'tset'; did you mean 'test'" in said

@@ -24,6 +24,7 @@ from scrl_fast.run import plots
 from scrl_fast.run.folder import prepare_folder
 from scrl_fast.run.log import Clock, RunLog, format_seconds, progress_line
 from scrl_fast.run.metrics_file import read_metrics
+from scrl_fast.run.statistics import spread
 from scrl_fast.run.terminal import is_terminal
 
 ROW = {"epoch": 0.5, "loss": 1.5, "images_per_s": 100.0, "data_wait": 0.25, "feature_std": 0.1, "rankme": 9.0}
@@ -252,6 +253,17 @@ def test_curves_of_what_there_is(tmp_path):
     assert Image.open(tmp_path / "nan.png").size[0] > 500
     plots.draw_curves(tmp_path / "none.png", [])
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "bars", "hollow"), [((5, 1), "5", True), ((3, 5), "3 to 5", False), ((1,), "", True)]
+)
+def test_points_without_a_bar_say_why(tmp_path, counts, bars, hollow):
+    values = {1 / (place + 1): spread(range(count)) for place, count in enumerate(counts)}
+    plots.draw_shares(tmp_path / "compare.svg", {"random": values}, ylabel="AP", title="")
+    text = (tmp_path / "compare.svg").read_text()  # which names each text in a comment
+    assert ("one repeat: no deviation" in text) == hollow
+    assert (f"standard deviation, {bars} repeats" in text) == bool(bars) == ("standard deviation" in text)
 
 
 def test_missing_matplotlib_is_told(tmp_path, hide):

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_trainer import Pictures, make_config
 
 from scrl_fast.build import build_model
+from scrl_fast.config.schema import RunConfig
 from scrl_fast.evaluate import RoILinearResult, demo
 from scrl_fast.metrics import feature_std, rankme
 from scrl_fast.run.metrics_file import read_metrics
@@ -52,6 +53,23 @@ def test_rows_are_means_of_the_steps_and_monitors_of_the_last(watched):
         assert row["pairs_per_image"] == pytest.approx(fmean(step.pairs for step in steps) / 4)
         assert 0 < row["images_per_s"] < 1e6
     assert len({row["loss"] for row in rows}) == len({row["rankme"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "interval"),
+    [(5, 0, 1), (59, 0, 1), (60, 0, 2), (100, 0, 3), (299, 0, 9), (300, 0, 10), (250_000, 0, 10), (30, 10, 10)],
+)
+def test_short_runs_log_more_often(steps, given, interval):
+    assert RunConfig(log_every=given).log_interval(steps) == interval
+    assert given or steps // interval >= min(steps, 30)
+
+
+def test_the_default_logs_each_step_of_a_short_run(tmp_path):
+    config = make_config(tmp_path / "run")
+    config.run.log_every = RunConfig.log_every
+    SCRLTrainer(config, source=Pictures()).fit()
+    steps = [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 3
 
 
 def test_a_checkpoint_is_judged_by_the_probe_since_the_one_before(watched):

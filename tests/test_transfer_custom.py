@@ -146,6 +146,11 @@ def test_parts_by_name_and_what_is_refused(yolo, tmp_path):
         read(yolo, "--data.val=tset")
     with pytest.raises(UsageError, match=r"data.val=train: is what is trained on"):
         read(yolo, "--data.val=train")
+    for task in ("detection", "voc", "cityscapes"):
+        for option in ("val_share=0.3", "val_seed=1", "layout=yolo", "classes=[fish]"):
+            name = option.partition("=")[0]
+            with pytest.raises(UsageError, match=rf"data\.{name}=.*: not with the task {task}; the task custom has it"):
+                parse([task, "--data.root=x", f"--data.{option}"])
     for wrong in ("--data.val_share=0", "--data.val_share=1", "--data.layout=csv"):
         with pytest.raises(UsageError, match="must be"):
             options(yolo, wrong)

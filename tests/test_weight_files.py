@@ -342,6 +342,9 @@ OTHER_KINDS = {
     "Keras": (packed("metadata.json", "config.json", "model.weights.h5"), "Keras archive"),
     "packed": (packed("a/data.pkl"), "its entry 'a/data.pkl' is compressed"),
     "half": (sweep.whole_files()[".pt"][:300], "cut off"),
+    "lengthened": (sweep.whole_files()[".pt"] + bytes(100), "100 bytes stand behind the end of its archive"),
+    "zeros at the end": (sweep.whole_files()[".pt"][:300] + bytes(999), "its last 999 bytes are zeros"),
+    "far": (sweep.whole_files()[".pt"] + bytes(2 << 20), "its last 1048576 or more bytes are zeros"),
 }
 
 

@@ -78,7 +78,8 @@ def test_torch_files(tmp_path, source, name):
 def test_what_is_not_used_is_said(tmp_path, source):
     torch.save(source, tmp_path / "a.pth")
     report = weights.load_into(build_encoder(NAME), tmp_path / "a.pth")
-    assert report.unexpected == ("fc.weight", "fc.bias") and "2 not used (fc.weight, fc.bias)" in str(report)
+    assert report.unexpected == ("fc.weight", "fc.bias")
+    assert "2 more in the file not used (fc.weight, fc.bias)" in str(report)
     torch.save(WRAPPED["detector.pth"](source), tmp_path / "b.pth")
     assert weights.load_into(build_encoder(NAME), tmp_path / "b.pth").unexpected == ("rpn.head.weight",)
 
@@ -122,6 +123,9 @@ def test_timm_feature_extractor(tmp_path):
     report = weights.load_into(encoder, tmp_path / "t.pth")
     assert torch.equal(encoder.body.state_dict()["stem_conv.weight"], whole.state_dict()["stem.conv.weight"])
     assert len(report.matched) == len(encoder.body.state_dict())
+    assert f"{tmp_path / 't.pth'} (timm): " in str(report)
+    with pytest.raises(weights.WeightsError, match=r"t\.pth \(own names\) does not fill the encoder resnet18"):
+        weights.load_into(build_encoder("resnet18"), tmp_path / "t.pth")
 
 
 def test_names_go_both_ways():
@@ -219,7 +223,7 @@ def test_our_checkpoint_into_all_networks(tmp_path):
     for part in ("online", "target", "predictor"):
         ours, theirs = getattr(fresh, part).state_dict(), getattr(trained, part).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert "encoder, projector, target projector, predictor loaded; probe missing or of another size" in str(report)
+    assert "encoder, projector, target projector, predictor loaded; from random weights: probe (missing" in str(report)
     for branch in ("online", "target"):
         encoder = weights.encoder_of(tmp_path / "a.pt", branch=branch)
         assert encoder.name == "resnet10_tiny" and equal(encoder, getattr(trained, branch).encoder.body.state_dict())
@@ -243,7 +247,8 @@ def test_encoder_alone_starts_heads_anew(tmp_path, source):
     report = weights.load_into_scrl(model, tmp_path / "a.pth")
     assert equal(model.online.encoder, source) and equal(model.target.encoder, source)
     assert all(torch.equal(tensor, heads[name]) for name, tensor in model.target.projector.state_dict().items())
-    assert "the file holds nothing else: projector, target projector, predictor start anew" in str(report)
+    said = "from random weights: projector, target projector, predictor (the file is of an encoder, and has none)"
+    assert said in str(report)
 
 
 def test_random_is_left_alone():

@@ -18,8 +18,8 @@ SHOWN_SCORE = 0.5
 """Weaker detections are left out of predictions for people."""
 MAX_RESIZED = 1 << 22
 """Pixels of a resized image that the options in a detector's file may ask for; Cityscapes' are half of it."""
-LOG_EVERY = 10
-"""Steps between logging points: each waits for the GPU."""
+LOG_EVERY, LOG_POINTS = 10, 30
+"""Steps between logging points, each of which waits for the GPU, and how many points a shorter run has at least."""
 DATA_TIMEOUT = 300.0
 """Seconds without a finished image after which a run stops."""
 DEMO_SIZE = 96

@@ -59,6 +59,8 @@ def _training(value: Any) -> bool:
 
 
 def _log_every(steps: Any) -> Any:
+    if steps == 0:  # ours follows the length of the run then
+        raise ValueError("must be at least 1")
     return LOG_EVERY if type(steps) is int and 1 <= steps < LOG_EVERY else steps
 
 

@@ -23,6 +23,7 @@ from scrl_fast.config.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOG_EVERY,
+    LOG_POINTS,
     VIEW_SIZE,
 )
 from scrl_fast.config.files import Settings, build, read_settings, recipe_names
@@ -333,8 +334,8 @@ class RunConfig:
 
     dir: str = ""
     """Run folder; empty: runs/<source>-<method>-<time>."""
-    log_every: int = LOG_EVERY
-    """Steps between logging points."""
+    log_every: int = 0
+    """Steps between logging points; 0: ten, and fewer in a run of less than 300 steps, for at least 30 points."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: once an epoch."""
     keep: int = 2
@@ -345,8 +346,12 @@ class RunConfig:
     """Name of a Weights & Biases project; empty is off."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "run", log_every=at_least(1), checkpoint_every=at_least(0), keep=at_least(2))
+        check_fields(self, "run", log_every=at_least(0), checkpoint_every=at_least(0), keep=at_least(2))
         clean_paths(self, "dir")
+
+    def log_interval(self, steps: int) -> int:
+        """Steps between logging points in a run of so many steps."""
+        return self.log_every or max(1, min(LOG_EVERY, steps // LOG_POINTS))
 
 
 @dataclass

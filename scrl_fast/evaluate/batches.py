@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -85,8 +86,9 @@ def _computed(
 class Progress:
     """How far a stage is: a line after two seconds, then one every ten, and one at its end if any came before.
 
+    A context manager: inside it a thread says the lines that are due while a unit takes long, the first one included.
     stage: what is being done. total: how many units there are. unit: in the plural. say: a function, or an object that
-    is told of the units, too, by its method ``advance``.
+    is told of the units, too, by its method ``advance``; it may be called by that thread.
     """
 
     FIRST, EVERY = 2.0, 10.0
@@ -98,24 +100,44 @@ class Progress:
         self.started = time.monotonic()
         self.next_line = self.started + self.FIRST
         self.spoke = False
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> Progress:
+        if self.say is not silent:
+            threading.Thread(target=self._speak_when_due, name="scrl_fast-progress", daemon=True).start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._lock:  # no line comes after the last one, or after an error
+            self._ended.set()
+            if error is None and self.spoke:
+                self.say(f"{self.stage}: {self.done} {self.unit} in {time.monotonic() - self.started:.1f} s")
 
     def advance(self, count: int = 1) -> None:
+        """So many more units are done."""
         self.done += count
         if self.tell_units is not None:
             self.tell_units(count, self.unit)
-        now = time.monotonic()
-        if now >= self.next_line and self.done < self.total:
-            rate = self.done / (now - self.started)
-            self.say(f"{self.stage}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s")
-            self.next_line, self.spoke = now + self.EVERY, True
+        if self.done < self.total:
+            self._speak()
 
     def over(self, units: Iterable[Unit]) -> Iterator[Unit]:
         """The units, each told of when the next one is asked for."""
-        for unit in units:
-            yield unit
-            self.advance()
-        self.finish()
+        with self:
+            for unit in units:
+                yield unit
+                self.advance()
 
-    def finish(self) -> None:
-        if self.spoke:
-            self.say(f"{self.stage}: {self.done} {self.unit} in {time.monotonic() - self.started:.1f} s")
+    def _speak_when_due(self) -> None:
+        while not self._ended.wait(max(0.01, self.next_line - time.monotonic())):
+            self._speak()
+
+    def _speak(self) -> None:
+        """Says the line that is due, if one is."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self.next_line or self._ended.is_set():
+                return
+            pace = f", {self.done / (now - self.started):.3g}/s" if self.done else " so far"
+            self.say(f"{self.stage}: {self.done} of {self.total} {self.unit}{pace}")
+            self.next_line, self.spoke = now + self.EVERY, True

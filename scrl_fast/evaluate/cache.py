@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from scrl_fast import atomic_files
 from scrl_fast.config.backbones import is_code
+from scrl_fast.data.image_files import printable
+from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.images import unreadable
 from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.weights import checkpoint_files
 
@@ -41,11 +44,15 @@ class FeatureCache:
         """
         if self.folder is None:
             return make()
-        path, found = None, None
-        if self.world.rank == 0:
-            path = self.folder / f"{kind}-{key_of([VERSION, torch.__version__, *parts()])[:32]}.pt"
+        folder, path, found = self.folder, None, None
+
+        def is_kept() -> bool:
+            nonlocal path, found
+            path = folder / f"{kind}-{key_of([VERSION, torch.__version__, *parts()])[:32]}.pt"
             found = self._read(path, kind)
-        if self.world.broadcast_from_rank0(lambda: found is not None):
+            return found is not None
+
+        if self.world.broadcast_from_rank0(is_kept):  # an error of ``parts`` ends every rank: none waits for rank 0
             return found or {}
         made = make()
         if path is not None:
@@ -121,9 +128,19 @@ def code_of(name: object) -> bytes:
 
 
 def content_key(source: Any) -> list[Any]:
-    """What tells one set of images from another: of files names, sizes and times of change; of scenes the pixels."""
+    """What tells one set of images from another: of files names, sizes and times of change; of scenes the pixels.
+
+    Raises UsageError for a file that is not there any more, or cannot be looked at.
+    """
     if isinstance(images := getattr(source, "images", None), np.ndarray):
         return [images]
     names = [source.name_of(index) for index in range(len(source))]
-    found = [os.stat(name) for name in names]
-    return [names, [(status.st_size, status.st_mtime_ns) for status in found]]
+    return [names, [_size_and_time(name) for name in names]]
+
+
+def _size_and_time(name: str) -> tuple[int, int]:
+    try:
+        status = os.stat(name)
+    except OSError as error:
+        raise UsageError(unreadable(f"{printable(name)}: {error.strerror}")) from error
+    return status.st_size, status.st_mtime_ns

@@ -16,7 +16,7 @@ from scrl_fast.errors import UsageError, one_line
 from scrl_fast.evaluate.batches import Progress, Say
 from scrl_fast.evaluate.bootstrap import MEASURES
 from scrl_fast.evaluate.cached_boxes import cached_box_features
-from scrl_fast.evaluate.compare_table import StartResults, markdown, repeats, summary_of
+from scrl_fast.evaluate.compare_table import StartResults, markdown, summary_of
 from scrl_fast.evaluate.config import CompareOptions
 from scrl_fast.evaluate.datasets import labelled_regions
 from scrl_fast.evaluate.encoder import EvaluatedEncoder, load_evaluated
@@ -43,8 +43,9 @@ def compare_task(options: CompareOptions, context: TaskContext) -> TaskResult:
         found = cached_box_features(options, start, (train, test), inner)
         if results is None and not context.only_helps:
             results = StartResults.of(found[0].labels, found[1].labels, found[1].images, options)
-        fitting = Progress("fitting", len(repeats(options)), "classifiers", times)
-        for share, seed in fitting.over(repeats(options)):  # the other processes wait for each, none for all
+        repeats = [(share, seed) for share in options.shares for seed in options.seeds_of(share)]
+        fitting = Progress("fitting", len(repeats), "classifiers", times)
+        for share, seed in fitting.over(repeats):  # the other processes wait for each, none for all
             context.world.broadcast_from_rank0(partial(_fit, results, found, len(train), (label, share, seed)))
         times.finish()
     if results is None:

@@ -39,10 +39,9 @@ class Row:
 
 @dataclass
 class StartResults:
-    """The rows so far. shares, seeds: of the comparison; draws: by the number of seeds."""
+    """The rows so far. seeds: by share; draws: by the number of seeds."""
 
-    shares: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: dict[float, tuple[int, ...]]
     draws: dict[int, PairedBootstrap]
     images: int
     boxes: int
@@ -54,23 +53,24 @@ class StartResults:
     def of(cls, taught: Tensor, labels: Tensor, images: Tensor, options: CompareOptions) -> StartResults:
         """None yet. taught: labels of the training boxes. labels, images: ``[n]`` of the test boxes."""
         new = labels[~torch.isin(labels, taught)]
-        counts = {options.seeds if share < 1 else 1 for share in options.shares}
+        seeds = {share: options.seeds_of(share) for share in options.shares}
+        counts = set(map(len, seeds.values()))
         draws = {n: PairedBootstrap(labels.numpy(), images.numpy(), n, seed=options.seed) for n in counts}
-        seeds = tuple(range(options.seed, options.seed + options.seeds))
-        return cls(options.shares, seeds, draws, len(images.unique()), len(labels), (len(new), len(new.unique())))
+        return cls(seeds, draws, len(images.unique()), len(labels), (len(new), len(new.unique())))
 
     @property
     def starts(self) -> list[str]:
         """The starts, the first one first."""
         return list(dict.fromkeys(row.start for row in self.rows))
 
-    def seeds_of(self, share: float) -> tuple[int, ...]:
-        """The seeds of a share."""
-        return self.seeds if share < 1 else self.seeds[:1]
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the training images, the smallest first."""
+        return tuple(self.seeds)
 
     def add(self, start: str, share: float, seed: int, right: Right, train_boxes: int) -> None:
         """A classifier is finished."""
-        draws = self.draws[len(self.seeds_of(share))]
+        draws = self.draws[len(self.seeds[share])]
         accuracy, over_classes = (draws.means([right], measure)[0] for measure in MEASURES)
         self.rows.append(Row(start, share, seed, accuracy, over_classes, self.boxes, train_boxes, right))
 
@@ -87,13 +87,6 @@ class StartResults:
         """A start's difference to the first one."""
         first, other = ([row.right for row in self.of_start(name, share)] for name in (self.starts[0], start))
         return self.draws[len(first)].difference(first, other, measure)
-
-
-def repeats(options: CompareOptions) -> list[tuple[float, int]]:
-    """Share and seed of each classifier of a start; all images are the same for every seed."""
-    return [
-        (share, options.seed + seed) for share in options.shares for seed in range(options.seeds if share < 1 else 1)
-    ]
 
 
 def summary_of(results: StartResults) -> list[dict[str, Any]]:
@@ -146,7 +139,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
 
 
 def _notes(results: StartResults) -> list[str]:
-    others, several = len(results.starts) - 1, [share for share in results.shares if share < 1]
+    others, drawn = len(results.starts) - 1, [len(seeds) for share, seeds in results.seeds.items() if share < 1]
     notes = [
         "Percent of the test boxes that a linear classifier names rightly from frozen features, and the mean over "
         "classes: mean ± standard deviation over seeds."
@@ -162,12 +155,10 @@ def _notes(results: StartResults) -> list[str]:
     if results.untaught[0]:
         boxes, classes = results.untaught
         notes.append(f"{boxes} test boxes, of {classes} classes without a training box, count as named wrongly.")
-    if others and several and len(results.seeds) == 1:
+    if others and drawn and drawn[0] == 1:
         notes.append("One seed: what the choice of training images does is in no interval; give --seeds=5 or more.")
-    elif others and several and len(results.seeds) < FEW_SEEDS:
-        notes.append(
-            f"{len(results.seeds)} seeds are few: intervals are wide, and less sure than they say; give --seeds=5."
-        )
+    elif others and drawn and drawn[0] < FEW_SEEDS:
+        notes.append(f"{drawn[0]} seeds are few: intervals are wide, and less sure than they say; give --seeds=5.")
     notes.append(
         "Features are compared as they are, not detectors trained from them (python -m scrl_fast.transfer compare)."
     )

@@ -234,6 +234,10 @@ class CompareOptions(RegionOptions):
                 check_distinct(name, values)
         self.shares = tuple(sorted(self.shares))
 
+    def seeds_of(self, share: float) -> tuple[int, ...]:
+        """The seeds of a share: one for all images, which are the same for every seed."""
+        return tuple(range(self.seed, self.seed + (self.seeds if share < 1 else 1)))
+
     def check_ready(self) -> None:
         if self.checkpoint:
             raise option_error("checkpoint", self.checkpoint, "compare takes several: --checkpoints=random,RUN")

@@ -74,10 +74,19 @@ class RegionData(ImageLimitOptions):
     def __post_init__(self) -> None:
         share, seed = between(0, 1), SEED_RANGE
         _check_data(self, short_side=at_least(0), max_images=at_least(0), val_share=share, val_seed=seed)
-        if self.classes and self.source not in ("voc", "labelled"):
-            raise option_error("data.classes", self.classes, f"not with source={self.source}; source=labelled has it")
-        if self.layout != "auto" and self.source != "labelled":
-            raise option_error("data.layout", self.layout, f"not with source={self.source}; source=labelled has it")
+        for name, sources in _OPTIONS_OF_SOURCES.items():
+            if self.source not in sources and (value := getattr(self, name)) != getattr(RegionData, name):
+                raise option_error(f"data.{name}", value, f"not with source={self.source}; source={sources[0]} has it")
+
+
+_OPTIONS_OF_SOURCES = {
+    "classes": ("labelled", "voc"),
+    "layout": ("labelled",),
+    "val_share": ("labelled",),
+    "val_seed": ("labelled",),
+    "year": ("voc",),
+}
+"""Options that other sources do not read: given there, they are refused."""
 
 
 def _check_data(data: ImageData | RegionData, **ranges) -> None:  # type: ignore[no-untyped-def]

@@ -142,7 +142,6 @@ def retrieval_sums(
         return (_scores(left, right, pairs.boxes[0][:, 0].to(device)).cpu(),)
 
     totals = torch.zeros(7, dtype=torch.float64)
-    progress = Progress("box pairs", sum(map(len, batches)), "images", say)
     found = map_batches(
         lambda batch: view_pairs(source, views, boxes, batch, seed=seed),
         compute,
@@ -151,10 +150,10 @@ def retrieval_sums(
         workers=workers,
         world=world,
     )
-    for batch, (sums,) in zip(batches, found, strict=not world.rank):
-        totals += sums
-        progress.advance(len(batch))
-    progress.finish()
+    with Progress("box pairs", sum(map(len, batches)), "images", say) as progress:
+        for batch, (sums,) in zip(batches, found, strict=not world.rank):
+            totals += sums
+            progress.advance(len(batch))
     return totals
 
 

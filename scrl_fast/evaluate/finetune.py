@@ -88,12 +88,12 @@ def finetune(
     for epoch in range(options.epochs):
         network.train()
         losses: list[Tensor] = []
-        progress = Progress(f"epoch {epoch + 1}", steps * options.batch_size, "images", say)
-        for images, labels in _batches(crops, train, epoch, device, world):
-            base = options.lr * options.batch_size / 256
-            solver.param_groups[0]["lr"] = learning_rate(epoch * steps + len(losses), base=base, **plan)
-            losses.append(_update(network, solver, images, labels, options))
-            progress.advance(options.batch_size)
+        with Progress(f"epoch {epoch + 1}", steps * options.batch_size, "images", say) as progress:
+            for images, labels in _batches(crops, train, epoch, device, world):
+                base = options.lr * options.batch_size / 256
+                solver.param_groups[0]["lr"] = learning_rate(epoch * steps + len(losses), base=base, **plan)
+                losses.append(_update(network, solver, images, labels, options))
+                progress.advance(options.batch_size)
         loss = world.all_reduce_(torch.stack(losses).mean().double()).item() / world.size
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss is {loss} in epoch {epoch + 1}: lower --lr={options.lr:g}")
@@ -144,7 +144,6 @@ def top_accuracies(
     classifier.eval()
     device = next(classifier.parameters()).device
     labels = torch.from_numpy(labels_of(test))
-    progress = Progress("test images", len(test), "images", say)
 
     def load(batch: np.ndarray) -> tuple[Tensor, Tensor]:
         return loader.load(test, batch), labels[torch.from_numpy(batch)]
@@ -155,8 +154,8 @@ def top_accuracies(
     hits = torch.zeros(2, dtype=torch.int64)
     batches = loader.batches(range(len(test)))
     found = map_batches(load, compute, batches, device=device, workers=loader.workers, world=world)
-    for batch, (each,) in zip(batches, found, strict=not world.rank):
-        hits += each
-        progress.advance(len(batch))
-    progress.finish()
+    with Progress("test images", len(test), "images", say) as progress:
+        for batch, (each,) in zip(batches, found, strict=not world.rank):
+            hits += each
+            progress.advance(len(batch))
     return world.broadcast_from_rank0(lambda: hits.double() / len(test))

@@ -118,7 +118,6 @@ def _augmented_epochs(encoder: Encoder, train: Any, labels: Tensor, crops: Image
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.random.default_rng([crops.seed, number]).permutation(len(train))
         batches = crops.batches(order[: len(order) // crops.batch_size * crops.batch_size])
-        progress = Progress(f"epoch {number + 1}", len(order), "images", context.say)
         found = map_batches(
             lambda batch: crops.load(train, batch, number),
             lambda images: (pool(encoder, images.to(device)),),
@@ -127,9 +126,10 @@ def _augmented_epochs(encoder: Encoder, train: Any, labels: Tensor, crops: Image
             workers=crops.workers,
             world=context.world,
         )
-        for batch, (rows,) in zip(batches, found, strict=not context.only_helps):
-            yield rows.to(device), labels[torch.from_numpy(batch).to(device)]
-            progress.advance(len(batch))
+        with Progress(f"epoch {number + 1}", len(order), "images", context.say) as progress:
+            for batch, (rows,) in zip(batches, found, strict=not context.only_helps):
+                yield rows.to(device), labels[torch.from_numpy(batch).to(device)]
+                progress.advance(len(batch))
 
     return epoch
 

@@ -63,7 +63,12 @@ def read_image(source: Any, index: int) -> NDArray[np.uint8]:
     try:
         return source.read(index)
     except BadImage as bad:
-        raise UsageError(f"an image that is to be evaluated cannot be read: {bad}") from bad
+        raise UsageError(unreadable(bad)) from bad
+
+
+def unreadable(why: object) -> str:
+    """The message about an image that is to be evaluated. why: its name and the reason."""
+    return f"an image that is to be evaluated cannot be read: {why}"
 
 
 def frozen_copy(encoder: Encoder) -> Encoder:
@@ -90,7 +95,6 @@ def pooled_features(
     """
     device = next(encoder.parameters()).device
     rows = [torch.empty(0, encoder.out_channels, device=device)]
-    progress = Progress(name, len(source), "images", say)
     found = map_batches(
         lambda batch: loader.load(source, batch),
         lambda images: (pool(encoder, images.to(device)),),
@@ -99,10 +103,10 @@ def pooled_features(
         workers=loader.workers,
         world=world,
     )
-    for (features,) in found:
-        rows.append(features)
-        progress.advance(len(features))
-    progress.finish()
+    with Progress(name, len(source), "images", say) as progress:
+        for (features,) in found:
+            rows.append(features)
+            progress.advance(len(features))
     return torch.cat([each.to(device) for each in rows])
 
 
@@ -135,16 +139,15 @@ def measure_batchnorm(
     first = _first_images(batches, STATISTICS_IMAGES)
     device = next(encoder.parameters()).device
     statistics = _BatchStatistics(encoder)
-    progress = Progress("BatchNorm statistics", sum(map(len, first)), "images", say)
     averages: list[Tensor] = []
     found = map_batches(
         load, lambda images: statistics(images.to(device)), first, device=device, workers=workers, world=world
     )
-    for number, (batch, values) in enumerate(zip(first, found, strict=not world.rank)):
-        share = 1 / (number + 1)
-        averages = [(1 - share) * old + share * new for old, new in zip(averages or values, values, strict=True)]
-        progress.advance(len(batch))
-    progress.finish()
+    with Progress("BatchNorm statistics", sum(map(len, first)), "images", say) as progress:
+        for number, (batch, values) in enumerate(zip(first, found, strict=not world.rank)):
+            share = 1 / (number + 1)
+            averages = [(1 - share) * old + share * new for old, new in zip(averages or values, values, strict=True)]
+            progress.advance(len(batch))
     averages = world.broadcast_from_rank0(lambda: averages)
     for norm, mean, var in zip(norms, averages[::2], averages[1::2], strict=True):
         assert norm.running_mean is not None and norm.running_var is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scrl_fast.evaluate.batches import Progress
 from scrl_fast.models import Encoder
 
 COMPONENTS = 3
@@ -31,10 +32,14 @@ class Components:
 
 
 @torch.no_grad()
-def dense_features(encoder: Encoder, views: Tensor, batch_size: int = 16) -> Tensor:
-    """Feature maps of views ``[n, 3, S, S]``, float32 ``[n, h, w, C]`` on the CPU."""
+def dense_features(encoder: Encoder, views: Tensor, batch_size: int = 16, progress: Progress | None = None) -> Tensor:
+    """Feature maps of views ``[n, 3, S, S]``, float32 ``[n, h, w, C]`` on the CPU. progress: counts views."""
     device = next(encoder.parameters()).device
-    maps = [encoder(part.to(device)).float().cpu() for part in views.split(batch_size)]
+    maps = []
+    for part in views.split(batch_size):
+        maps.append(encoder(part.to(device)).float().cpu())
+        if progress is not None:
+            progress.advance(len(part))
     return torch.cat(maps).permute(0, 2, 3, 1)
 
 

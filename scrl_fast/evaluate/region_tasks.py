@@ -15,6 +15,7 @@ from scrl_fast.config.run_folder import folder_of
 from scrl_fast.config.schema import ModelConfig, ViewsConfig
 from scrl_fast.data import Source, make_source
 from scrl_fast.errors import UsageError
+from scrl_fast.evaluate.batches import Progress
 from scrl_fast.evaluate.cached_boxes import cached_box_features
 from scrl_fast.evaluate.config import DenseOptions, PcaOptions, RoiLinearOptions
 from scrl_fast.evaluate.datasets import labelled_regions
@@ -157,10 +158,12 @@ def _components(
         raise UsageError(f"--size={size}: must be at least {encoder.stride}, the stride of {encoder.name}")
     views = ViewsConfig(recipe="none", size=size, mean=evaluated.mean, std=evaluated.std)
     loader = ImageLoader(views, options.batch_size, options.workers, options.seed)
-    if evaluated.measures_batchnorm(options):
-        measure_batchnorm_on_images(encoder, source, loader, say=context.say, world=context.world)
-    seen = loader.load(source, np.asarray(images))
-    return principal_components(dense_features(encoder, seen, min(16, options.batch_size))), seen
+    if evaluated.measures_batchnorm(options):  # by this process: the others ended with the task's first line
+        measure_batchnorm_on_images(encoder, source, loader, say=context.say)
+    with Progress(f"dense features of {_short_name(evaluated)}", len(images), "images", context.say) as progress:
+        seen = loader.load(source, np.asarray(images))
+        maps = dense_features(encoder, seen, min(16, options.batch_size), progress)
+    return principal_components(maps), seen
 
 
 def _short_name(evaluated: EvaluatedEncoder) -> str:

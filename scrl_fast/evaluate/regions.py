@@ -143,14 +143,13 @@ def box_features(
     none = torch.empty(0, encoder.out_channels, size, size), torch.empty(0).long(), torch.empty(0).long()
     parts: list[tuple[Tensor, ...]] = [(none[0].to(device), *none[1:])]
     batches = loader.batches(regions)
-    progress = Progress(f"features of {name}", len(regions), "images", say)
     found = map_batches(
         lambda batch: loader.load(regions, batch), compute, batches, device=device, workers=loader.workers, world=world
     )
-    for batch, rows in zip(batches, found, strict=not world.rank):
-        parts.append((rows[0].to(device), *rows[1:]))
-        progress.advance(len(batch))
-    progress.finish()
+    with Progress(f"features of {name}", len(regions), "images", say) as progress:
+        for batch, rows in zip(batches, found, strict=not world.rank):
+            parts.append((rows[0].to(device), *rows[1:]))
+            progress.advance(len(batch))
     features = BoxFeatures(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     if world.rank == 0 and not len(features.labels):
         raise UsageError(f"{name} holds no boxes in its {len(regions)} images")
@@ -238,13 +237,12 @@ def classify(train: BoxFeatures, test: BoxFeatures, *, say: Say = silent) -> tup
     validation = (train.images % VALIDATION_FOLD == 0).to(rows.device)
     chooses = bool(validation.any() and not validation.all())
     fits = len(PENALTIES) + 1 if chooses else 1
-    progress = Progress("classifier", fits * softmax_regression.LBFGS_STEPS, "iterations at most", say)
     penalty = PENALTIES[len(PENALTIES) // 2]
-    if chooses:
-        fitted = fit(rows[~validation], labels[~validation], classes, PENALTIES, progress)
-        scores = [accuracy(weight, rows[validation], labels[validation]) for weight in fitted]
-        penalty = PENALTIES[scores.index(max(scores))]
-    (weight,) = fit(rows, labels, classes, [penalty], progress)
-    progress.finish()
+    with Progress("classifier", fits * softmax_regression.LBFGS_STEPS, "iterations at most", say) as progress:
+        if chooses:
+            fitted = fit(rows[~validation], labels[~validation], classes, PENALTIES, progress)
+            scores = [accuracy(weight, rows[validation], labels[validation]) for weight in fitted]
+            penalty = PENALTIES[scores.index(max(scores))]
+        (weight,) = fit(rows, labels, classes, [penalty], progress)
     result = RoILinearResult(accuracy(weight, test_rows, test_labels), len(test_labels), len(labels), classes, penalty)
     return result, predict(weight, test_rows).cpu()

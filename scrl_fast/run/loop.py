@@ -97,6 +97,7 @@ class TrainingLoop(Generic[T]):
         """The steps that are left."""
         task, run = self.task, self.task.config.run
         save_every = run.checkpoint_every or task.steps_per_epoch
+        log_every = run.log_interval(task.last_step)
         self.clock.read()
         with closing(task.batches()) as stream, self.log.slow_start(self.step + 1) as started:
             for batch, weight in self.synchronized_batches(stream):
@@ -107,7 +108,7 @@ class TrainingLoop(Generic[T]):
                 self.log.tick()
                 if note := task.step_note():
                     self.log.say(note)
-                if self.step % run.log_every == 0 or self.step in (1, task.last_step):
+                if self.step % log_every == 0 or self.step in (1, task.last_step):
                     self.log_step()
                 if self.step % save_every == 0 or self.step == task.last_step:
                     self.save()

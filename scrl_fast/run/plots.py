@@ -22,6 +22,8 @@ CURVES = ("loss", "lr", "ema_momentum", "feature_std", "rankme", "probe_accuracy
 MONITORS = ("feature_std", "rankme")
 MOST_MARKED = 30
 """A curve of so few points shows each of them."""
+HOLLOW: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
+"""How a value without a deviation is drawn."""
 
 
 def draw_boxes(
@@ -115,7 +117,8 @@ def draw_shares(
 ) -> None:
     """Writes a picture of values against the share of the labels, a line a start, bars of one standard deviation.
 
-    lines: of each start the value by share. Raises what the import of matplotlib raises.
+    lines: of each start the value by share. A value of a single repeat has no deviation: its marker is hollow, and the
+    legend says why. Raises what the import of matplotlib raises.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -127,21 +130,36 @@ def draw_shares(
     for place, (label, points) in enumerate(lines.items()):
         # side by side where bars would hide one another
         apart = 1 + 0.02 * (place - (len(lines) - 1) / 2)
-        axes.errorbar(
-            [share * apart for share in points],
-            [point.mean for point in points.values()],
-            yerr=[point.deviation or 0.0 for point in points.values()],
-            marker="o",
-            capsize=3,
-            linewidth=1.4,
-            label=label,
-        )
+        places, means = [share * apart for share in points], [point.mean for point in points.values()]
+        (line,) = axes.plot(places, means, marker="o", linewidth=1.4, label=label)
+        for x, point in zip(places, points.values(), strict=True):
+            if point.deviation is None:
+                axes.plot(x, point.mean, **HOLLOW, color=line.get_color())
+            else:
+                axes.errorbar(x, point.mean, yerr=point.deviation, capsize=3, color=line.get_color())
     axes.set_xscale("log")
     axes.set_xticks(shares, [percent(share) for share in shares])
     axes.minorticks_off()
+    if len(shares) == 1:
+        axes.set_xlim(shares[0] / 1.2, shares[0] * 1.2)
     axes.set(xlabel="share of the labels", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], *_keys_of_bars(lines)], fontsize=8)
     temporary, kind = Path(path).with_suffix(".tmp"), Path(path).suffix.lower()[1:]
     figure.savefig(temporary, format=kind if kind in ("pdf", "svg") else "png", dpi=110)
     os.replace(temporary, path)
+
+
+def _keys_of_bars(lines: Mapping[str, Mapping[float, Spread]]) -> list[Any]:
+    """Entries of the legend of `draw_shares` about the bars that there are, and the points without."""
+    from matplotlib.lines import Line2D
+
+    counts = {point.count for points in lines.values() for point in points.values()}
+    keys = []
+    if several := sorted(count for count in counts if count > 1):
+        repeats = str(several[0]) if len(several) == 1 else f"{several[0]} to {several[-1]}"
+        label = f"standard deviation, {repeats} repeats"
+        keys.append(Line2D([], [], color="grey", marker="|", linestyle="none", label=label))
+    if 1 in counts:
+        keys.append(Line2D([], [], color="grey", **HOLLOW, label="one repeat: no deviation"))
+    return keys

@@ -19,6 +19,7 @@ from scrl_fast.config.validation import (
     TIMEOUT_RANGE,
     above,
     at_least,
+    between,
     check_device,
     check_fields,
     check_writable,
@@ -75,15 +76,11 @@ class TransferDataConfig(ImageLimitOptions):
     """Stop when a batch is waited for and no image was finished for so many seconds."""
 
     def __post_init__(self) -> None:
-        share = within(0, 1)
         counts = {"workers": at_least(1), "prefetch": at_least(1)}
         counts |= {"subset_seed": SEED_RANGE, "val_seed": SEED_RANGE}
-        shares = {"flip": share, "subset": share, "val_share": from_below(0, 1)}
+        shares = {"flip": within(0, 1), "subset": from_above(0, 1), "val_share": between(0, 1)}
         check_fields(self, "data", timeout=TIMEOUT_RANGE, **shares, **counts, **IMAGE_LIMIT_RANGES)
         clean_paths(self, "root")
-        for name in ("subset", "val_share"):
-            if getattr(self, name) == 0:
-                raise option_error(f"data.{name}", getattr(self, name), "must be above 0")
 
 
 @dataclass
@@ -331,6 +328,9 @@ class TransferConfig:
     def __post_init__(self) -> None:
         check_fields(self, "")
         clean_paths(self, "init", "resume", "json")
+        for name in ("layout", "classes", "val_share", "val_seed"):
+            if self.task != "custom" and (value := getattr(self.data, name)) != getattr(TransferDataConfig, name):
+                raise option_error(f"data.{name}", value, f"not with the task {self.task}; the task custom has it")
         needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
         if needs and self.model.detector != needs:
             raise option_error("model.detector", self.model.detector, f"the task {self.task} needs {needs}")

@@ -197,9 +197,12 @@ class _Progress:
         self.lines = Progress("images", total, "images", self.terminal.write)
 
     def __enter__(self) -> _Progress:
+        if self.terminal.bar is None:
+            self.lines.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
+        self.lines.__exit__(*raised)
         self.terminal.end_progress()
 
     @property

@@ -32,6 +32,9 @@ PUBLISHED_PARTS = {
 }
 _CONTAINERS = ("state_dict", "model", "backbone", "model_state_dict", "teacher", "student", "network", "encoder")
 _BODY = "encoder.body."
+_RESNET_NAME = "layer1.0.conv1.weight"
+OWN_NAMES = "own names"
+"""The layout of a file whose names are those of a network that is no ResNet: timm's, or the user's own."""
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Weights:
 
     path: str
     layout: str
-    """scrl_fast, scrl-reference, detectron2, mmdet, onnx, or torchvision (which timm and most others share)."""
+    """scrl_fast, scrl-reference, detectron2, mmdet, onnx, torchvision (its ResNets, whose names timm and most others
+    share), or `OWN_NAMES`."""
     parts: dict[str, State]
     """State dicts of online, target, predictor and probe; networks that the file lacks are left out."""
     other: tuple[str, ...] = ()
@@ -81,12 +85,14 @@ def read(path: str | os.PathLike[str]) -> Weights:
         raise WeightsError(f"{name} holds no tensors under names (it holds {held:.200})")
     if has_own_names(metadata.get("backbone")):  # exported by us: no layout to tell, and none to mistake them for
         own = {_BODY + key: tensor for key, tensor in state.items()}
-        return Weights(name, "own names", {"online": own}, metadata=metadata)
+        return Weights(name, OWN_NAMES, {"online": own}, metadata=metadata)
     if any(key.endswith("stem.conv1.weight") for key in state):
         return _backbone_weights(name, "detectron2", state, from_detectron2, "stem.conv1.weight", metadata)
     if any(re.search(r"(^|\.)encoder\.4\.0\.conv1\.weight$", key) for key in state):
         return _backbone_weights(name, "scrl-reference", state, from_published, "encoder.0.weight", metadata)
-    layout = "mmdet" if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state) else "torchvision"
+    layout = "torchvision" if any(key.endswith(_RESNET_NAME) for key in state) else OWN_NAMES
+    if "meta" in wrapped and any(key.startswith("backbone.conv1") for key in state):
+        layout = "mmdet"
     if isinstance(wrapped.get("meta"), dict) and "scrl_fast" in wrapped["meta"]:
         texts = {key: value for key, value in plain(wrapped["meta"]).items() if isinstance(value, str)}
         metadata = _metadata(unflattened(texts))

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.config.backbones import RANDOM, is_code
+from scrl_fast.config.backbones import RANDOM, TIMM_PREFIX, is_code
 from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
-from scrl_fast.weights.layouts import BATCH_COUNTER, State, Weights, cast_like, read
+from scrl_fast.weights.layouts import BATCH_COUNTER, OWN_NAMES, State, Weights, cast_like, read
 from scrl_fast.weights.tensor_values import check_values
 
 Source = str | os.PathLike[str] | Weights
@@ -41,7 +41,7 @@ class LoadReport:
         if self.missing:  # anything else that is missing is refused
             text += f", {len(self.missing)} missing ({_shortened(self.missing, 1)}: counters that nothing reads)"
         if self.unexpected:
-            text += f", {len(self.unexpected)} not used ({_shortened(self.unexpected)})"
+            text += f", {len(self.unexpected)} more in the file not used ({_shortened(self.unexpected)})"
         return "; ".join([text, *self.notes])
 
 
@@ -70,7 +70,8 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     used = [key for key in own if key in state]
     missing = tuple(key for key in own if key not in state)
     unexpected = tuple(key for key in state if key not in own) + weights.other
-    return LoadReport(weights.path, weights.layout, tuple(used), missing, unexpected)
+    layout = "timm" if weights.layout == OWN_NAMES and name.startswith(TIMM_PREFIX) else weights.layout
+    return LoadReport(weights.path, layout, tuple(used), missing, unexpected)
 
 
 def _best_names(state: State, own: Mapping[str, Tensor]) -> State:
@@ -132,7 +133,7 @@ def load_into_scrl(model: SCRL, source: Source) -> LoadReport:
 
     Without a target network in the file, the target becomes a copy of the online network; where the file has no
     projector either, both projectors stay as they were. The report's notes name the parts that were loaded and those
-    that start anew.
+    that start from random weights.
     """
     if source == RANDOM:
         return LoadReport(RANDOM, RANDOM)
@@ -158,9 +159,9 @@ def load_into_scrl(model: SCRL, source: Source) -> LoadReport:
     if not own_target:
         report.notes.append("the target encoder is a copy of the online one")
     if fresh and not any(state for _, _, state in heads):
-        report.notes.append(f"as usual for an encoder, the file holds nothing else: {', '.join(fresh)} start anew")
+        report.notes.append(f"from random weights: {', '.join(fresh)} (the file is of an encoder, and has none)")
     elif fresh:
-        report.notes.append(f"{', '.join(fresh)} missing or of another size, so starting anew")
+        report.notes.append(f"from random weights: {', '.join(fresh)} (missing in the file, or of another size)")
     return report
 
 

@@ -22,6 +22,7 @@ _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"),
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 1
 _BLOCK = 1 << 20
+_SEARCHED = 1 << 20  # bytes at the end of a file that does not end as an archive does
 
 
 class ArchiveError(ValueError):
@@ -77,7 +78,7 @@ class ZipArchive:
         end = self.size - _END.size
         magic, disk, start_disk, here, count, length, offset, comment = _END.unpack(self._at(max(end, 0), _END.size))
         if magic != b"PK\5\6" or comment:
-            raise ArchiveError("it is cut off: the end of the zip archive is missing")
+            raise ArchiveError(self._why_no_end())
         if end >= _LOCATOR.size and self._at(end - _LOCATOR.size, 4) == b"PK\6\7":
             _, _, end64, _ = _LOCATOR.unpack(self._at(end - _LOCATOR.size, _LOCATOR.size))
             record = _END64.unpack(self._at(end64, _END64.size))
@@ -90,6 +91,20 @@ class ZipArchive:
         if count > MAX_ENTRIES:
             raise ArchiveError(f"it has {count} entries, more than {MAX_ENTRIES}")
         return offset, length, count
+
+    def _why_no_end(self) -> str:
+        """Why the file does not end as an archive does: cut off, lengthened, or not written to its end."""
+        searched = min(_SEARCHED, self.size)
+        tail = self._at(self.size - searched, searched)
+        place = tail.rfind(b"PK\5\6")
+        behind = searched - place - _END.size
+        if place >= 0 and behind >= 0:
+            return f"{behind} bytes stand behind the end of its archive" if behind else "its end has a comment"
+        zeros = searched - len(tail.rstrip(b"\0"))
+        if zeros >= _END.size:
+            more = " or more" if zeros == searched else ""
+            return f"its last {zeros}{more} bytes are zeros: it was lengthened, or not written to its end"
+        return "it is cut off: the end of the zip archive is missing"
 
     def _directory(self) -> dict[str, Entry]:
         start, length, count = self._bounds()

@@ -130,16 +130,14 @@ class LeakCheck:
         return Sharing(name, len(prints.indices), prints.unread)
 
     def _read(self, source: Any, indices: range, name: str) -> Fingerprints:
-        progress = Progress(f"comparing images: {name}", len(indices), "images", self.say)
+        with Progress(f"comparing images: {name}", len(indices), "images", self.say) as progress:
 
-        def tick() -> None:
-            self.tick()
-            progress.advance()
+            def tick() -> None:
+                self.tick()
+                progress.advance()
 
-        looks = self.options.leaks == "all"
-        result = fingerprints(source, indices, looks=looks, workers=self.workers, tick=tick)
-        progress.finish()
-        return result
+            looks = self.options.leaks == "all"
+            return fingerprints(source, indices, looks=looks, workers=self.workers, tick=tick)
 
     def key(self) -> dict[str, Any]:
         """What the outcome depends on beside the set that is compared."""

@@ -15,4 +15,4 @@ def draw_comparison(path: str | os.PathLike[str], results: Results, title: str) 
     for label in results.labels:
         found = {share: list(results.by_seed(label, share, "AP").values()) for share in results.shares}
         lines[label] = {share: spread(values) for share, values in found.items() if values}
-    draw_shares(path, lines, ylabel="AP, mean and standard deviation over seeds", title=title)
+    draw_shares(path, lines, ylabel="AP, mean over seeds", title=title)
