@@ -8,7 +8,7 @@
 # also when it is cut off by SIGTERM. The last line says what failed, and so does the exit code.
 #
 # Needs an NVIDIA GPU, a CUDA build of PyTorch, nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest
-# hypothesis scikit-image beside torch; for the trainer jsonargparse docstring_parser typeshed_client, too. Without a
+# hypothesis scikit-image beside torch; for the trainer jsonargparse docstring_parser typeshed_client tqdm, too. Without a
 # network, what is missing may lie as wheels in $WHEELS. pytest-xdist, where it is there, runs the tests on $JOBS (8)
 # processes. SCRL_FAST_COMMIT names the commit in every row where the tree travels without its .git.
 # DEVICE=cpu is a dry run of the same steps on small sizes, to see that each call works within its limits.
@@ -131,10 +131,12 @@ case $call in
     operations bench 100 float32
     ;;
   2)
-    has jsonargparse || { echo "jsonargparse is missing: nothing of training can run"; failed="$failed no_jsonargparse"; }
+    for package in jsonargparse tqdm; do
+      has $package || { echo "$package is missing: nothing of training can run"; failed="$failed no_$package"; }
+    done
     train_step bench_step 150
     export CUBLAS_WORKSPACE_CONFIG=:4096:8
-    tests tests_of_training 120 tests/test_{trainer_gpu,data_gpu,data_transfer}.py
+    tests tests_of_training 120 tests/test_{trainer_gpu,data_gpu,data_to_device}.py
     unset CUBLAS_WORKSPACE_CONFIG
     rm -rf "$out/demo" # the whole path from pictures to a checkpoint, then on from there
     step train_demo 60 "$python" -m scrl_fast.train --config demo --train.device="$device" --train.max_steps=8 \

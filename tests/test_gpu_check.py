@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,3 +112,12 @@ def test_cut_off_from_outside_it_still_packs(checked: Checked) -> None:
     process.send_signal(signal.SIGTERM)  # what calls the script need not know of its steps
     process.communicate(timeout=20)  # the step itself would take 30 s
     assert {"roi_align_cpu_bfloat16.json", "lars_step_cpu_bfloat16.json"} <= set(checked.packed(1))
+
+
+def test_every_file_it_names_is_there():
+    """pytest ends without a single test where one of its files is missing."""
+    lines = re.findall(r"(?:tests|benchmarks)/[\w{},*]+\.(?:py|sh)", (ROOT / "benchmarks/gpu_check.sh").read_text())
+    assert len(lines) > 5
+    expanded = subprocess.run(["bash", "-c", f"echo {' '.join(lines)}"], cwd=ROOT, capture_output=True, text=True)
+    missing = [name for name in expanded.stdout.split() if not (ROOT / name).exists()]
+    assert not missing
