@@ -21,8 +21,6 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "Aquarium AP, 100 %": ("value", {"measure": "ap", "data": "aquarium", "share": 1.0}),
 }
 """Which field of which rows."""
-FIRST_DEVICE = "AMD EPYC (Zen 3, 2 cores)"
-"""Of kept stages that do not name theirs."""
 
 
 def report(
@@ -134,8 +132,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += [f"| {NAMES[start]} | {setting} | {' | '.join(texts)} |" for start, setting, texts in settings]
     where = document["environment"]
     commits = ", ".join(dict.fromkeys(stage["commit"] or "unknown" for stage in document["stages"]))
-    stages = (stage.get("device_name") or FIRST_DEVICE for stage in document["stages"])
-    devices = ", ".join(dict.fromkeys(stages)) or where["device_name"]
+    processors = [stage.get("device_name") or where["device_name"] for stage in document["stages"]]
+    devices = ", ".join(dict.fromkeys(processors)) or where["device_name"]
     said = f"{devices}, torch {where['torch']}, commits {commits}; `{document['command']}`."
     return "\n".join([*lines, "", f"Percent; several values as mean ± deviation (number). {missing(document)}. {said}"])
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import timing
@@ -14,7 +11,6 @@ from scrl_fast.run.precision import cpu_bf16
 from scrl_fast.trainer import SCRLTrainer
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-ACCURACY = Path(__file__).parent / "results" / "precision_cpu.json"
 
 
 class OtherPrecision:
@@ -30,7 +26,7 @@ class OtherPrecision:
         self.dtypes = {f"step {self.name}": dtype, "plain step bf16": "bfloat16", "plain step": "float32"}
 
     def shares(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """How the precisions compare: times, memory an image, and the accuracy that is known of the demo."""
+        """How the precisions compare: times, and memory an image. `precision_bench.py` compares what they learn."""
         times = {row["backend"]: row["p50_ms"] for row in rows}
         found: dict[str, Any] = {f"activation_bytes_per_image_{self.name}": self.kept}
         ours, slower = times.get("step"), times.get(f"step {self.name}")
@@ -38,7 +34,7 @@ class OtherPrecision:
             found[f"{self.name}_over_ours"] = slower / ours
         if ours and "plain step bf16" in times:
             found["plain_bf16_over_ours"] = times["plain step bf16"] / ours
-        return found | {f"demo_roi_linear_{precision}": value for precision, value in demo_accuracy().items()}
+        return found
 
     def close(self) -> None:
         """Ends the process of the plain step and the threads that make views."""
@@ -52,12 +48,3 @@ def name_precisions(rows: list[dict[str, Any]], dtypes: dict[str, str]) -> None:
         row["dtype"] = dtypes.get(row["backend"], row["dtype"])
         if row["device"] == "cpu" and row["dtype"] == "bfloat16" and not cpu_bf16().native:
             row["dtype"] = "bfloat16 (emulated)"
-
-
-def demo_accuracy() -> dict[str, float]:
-    """Mean RoI linear accuracy of the demo by precision, as `precision_bench.py` has measured it; empty before that."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for row in json.loads(ACCURACY.read_text()) if ACCURACY.exists() else []:
-        if "trained" in row:
-            found[row["precision"]].append(row["trained"])
-    return {precision: sum(each) / len(each) for precision, each in found.items()}

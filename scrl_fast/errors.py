@@ -177,7 +177,7 @@ def tell(line: str) -> None:
 
 
 def tell_result(line: str) -> None:
-    """A line on stdout after the work is done and saved: a reader that has ended (``| head``) changes nothing then.
+    """A line on stdout after the work is done: a reader that has ended (``| head``) changes nothing then.
 
     Raises OSError where stdout does not take it, such as a file on a full disk; the line is on stderr then.
     """
@@ -188,7 +188,7 @@ def tell_result(line: str) -> None:
             raise
     except OSError as error:
         tell(line)
-        why = f"done and saved, but the result cannot be printed: {error.strerror}"
+        why = f"the work is done, but its result cannot be printed: {error.strerror}"
         raise OSError(error.errno, why, "stdout") from error
 
 

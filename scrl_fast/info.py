@@ -163,7 +163,7 @@ def _driver() -> str:
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The CPU by name, family and model: rented machines of different generations share a name."""
     try:
-        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        lines = [line.split(":", 1) for line in cpuinfo.read_text(errors="replace").splitlines() if ":" in line]
         found = {name.strip(): value.strip() for name, value in reversed(lines)}  # of the first core
         numbers = [f"{name} {found[key]}" for name, key in CPU_NUMBERS if key in found]
         return ", ".join([found["model name"], *numbers])

@@ -54,8 +54,6 @@ def test_stages_shares_and_picture(tmp_path):
 def test_both_precisions_run_in_turns_and_say_what_is_emulated(monkeypatch, tmp_path):
     emulates = CpuBf16(False, "for the test")
     monkeypatch.setattr(step_precisions, "cpu_bf16", lambda: emulates)
-    (tmp_path / "accuracy.json").write_text('[{"precision": "bf16", "trained": 0.5}, {"case": "environment"}]')
-    monkeypatch.setattr(step_precisions, "ACCURACY", tmp_path / "accuracy.json")
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--both-precisions"])
     assert step_bench.main() == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -63,7 +61,7 @@ def test_both_precisions_run_in_turns_and_say_what_is_emulated(monkeypatch, tmp_
     emulated = dict.fromkeys(("step bf16", "plain step bf16"), "bfloat16 (emulated)")
     assert dtypes == {**dict.fromkeys(("step", "encoders", "plain step"), "float32"), **emulated}
     (shares,) = [row for row in rows if row["case"].startswith("shares ")]
-    assert shares["bf16_over_ours"] > 0 and shares["plain_bf16_over_ours"] > 0 and shares["demo_roi_linear_bf16"] == 0.5
+    assert shares["bf16_over_ours"] > 0 and shares["plain_bf16_over_ours"] > 0
     memory = [shares[f"activation_bytes_per_image{name}"] for name in ("_bf16", "")]
     assert 0.4 < memory[0] / memory[1] < 1
     step_precisions.name_precisions(row := [{"backend": "step", "device": "cpu", "dtype": "bfloat16"}], {})

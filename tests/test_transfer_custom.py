@@ -151,6 +151,7 @@ def test_parts_by_name_and_what_is_refused(yolo, tmp_path):
             name = option.partition("=")[0]
             with pytest.raises(UsageError, match=rf"data\.{name}=.*: not with the task {task}; the task custom has it"):
                 parse([task, "--data.root=x", f"--data.{option}"])
+            parse([task, "--data.root=x", f"--data.{option}", "--resume=x.pt"])  # as a run of an earlier release has it
     for wrong in ("--data.val_share=0", "--data.val_share=1", "--data.layout=csv"):
         with pytest.raises(UsageError, match="must be"):
             options(yolo, wrong)

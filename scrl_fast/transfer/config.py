@@ -328,15 +328,18 @@ class TransferConfig:
     def __post_init__(self) -> None:
         check_fields(self, "")
         clean_paths(self, "init", "resume", "json")
-        for name in ("layout", "classes", "val_share", "val_seed"):
-            if self.task != "custom" and (value := getattr(self.data, name)) != getattr(TransferDataConfig, name):
-                raise option_error(f"data.{name}", value, f"not with the task {self.task}; the task custom has it")
         needs = {"instance": "mask_rcnn", "cityscapes": "mask_rcnn", "keypoints": "keypoint_rcnn"}.get(self.task)
         if needs and self.model.detector != needs:
             raise option_error("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
 
     def check_ready(self) -> None:
-        """Raise UsageError when what a task leaves to the user is missing."""
+        """Raise UsageError when what a task leaves to the user is missing, or an option is given that it does not read.
+
+        A run that goes on may hold such an option: earlier releases did not refuse it.
+        """
+        for name in ("layout", "classes", "val_share", "val_seed") if self.task != "custom" and not self.resume else ():
+            if (value := getattr(self.data, name)) != getattr(TransferDataConfig, name):
+                raise option_error(f"data.{name}", value, f"not with the task {self.task}; the task custom has it")
         if not self.data.root and not (self.task == "custom" and self.data.train):
             raise UsageError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
         check_writable("json", self.json)
