@@ -127,7 +127,7 @@ case $call in
     operations bench 120 bfloat16
     tests tests_of_operations 180 -k "$([ "$device" = cuda ] && echo 'not cpu-' || echo 'cpu-native and bits')" \
       tests/test_{roi_align,normalized_mse_loss,ema_update,lars_step}*.py \
-      tests/test_{augment_views_triton,backends,optim,cuda_graphs}.py
+      tests/test_{augment_views_triton,sync_batch_norm_triton,backends,optim,cuda_graphs}.py
     operations bench 100 float32
     ;;
   2)

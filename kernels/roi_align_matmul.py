@@ -15,32 +15,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scrl_fast.kernels.roi_align import BOXES, _Weights, group_by_image
+from scrl_fast.kernels.roi_align_boxes import BOXES, BoxWeights, boxes_of_images, strip_length
 
-CELLS, PAIRS, CHANNELS = 64, 16, 128  # of a product: cells of the map, pairs of a box and a bin, channels
+# Of a product: cells of the map, pairs of a box and a bin, channels. `pool` takes 93 registers for an H100, with 128
+# channels 183, with 32 pairs 181.
+CELLS, PAIRS, CHANNELS = 64, 16, 64
+
+
+@triton.jit
+def _cell_weights(strips_ptr, bins_ptr, k, bins, bin, size, cell, mask):
+    """Of rows of boxes k and their bins: weights [rows, cells] of an axis, 0 beyond the cells that a bin reads."""
+    made = bins_ptr + (k * (bins + 1) + bin) * 3
+    first = tl.load(made, mask, other=0)[:, None]
+    last = tl.load(made + 1, mask, other=0)[:, None]
+    at = (k * strip_length(size, bins) + tl.load(made + 2, mask, other=0))[:, None] + cell[None, :]
+    return tl.load(strips_ptr + at, (cell[None, :] >= first) & (cell[None, :] < last), other=0.0)
 
 
 @triton.jit
 def dense_weights(
-    y_ptr, x_ptr, out_ptr, rows, height, width, pooled_height, pooled_width, CELLS: tl.constexpr, ROWS: tl.constexpr
-):
-    """y [K, pooled_height, height], x [K, pooled_width, width] -> out [2, rows, CELLS], high and low halves of the
-    products; rows: of boxes and bins."""
+    y_ptr, x_ptr, y_bins_ptr, x_bins_ptr, out_ptr, rows, height, width, pooled_height, pooled_width,
+    CELLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Strips and bins of `box_weights` -> out [2, rows, CELLS], high and low halves of the products of both axes; rows:
+    of boxes and bins."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cell = tl.arange(0, CELLS)
     bins = pooled_height * pooled_width
-    k = row // bins
-    p = row % bins // pooled_width
-    q = row % pooled_width
-    mask = (row < rows)[:, None] & (cell < height * width)[None, :]
-    y = tl.load(y_ptr + ((k * pooled_height + p) * height)[:, None] + (cell // width)[None, :], mask, other=0.0)
-    x = tl.load(x_ptr + ((k * pooled_width + q) * width)[:, None] + (cell % width)[None, :], mask, other=0.0)
+    k = row.to(tl.int64) // bins
+    known = row < rows
+    y = _cell_weights(y_ptr, y_bins_ptr, k, pooled_height, row % bins // pooled_width, height, cell // width, known)
+    x = _cell_weights(x_ptr, x_bins_ptr, k, pooled_width, row % pooled_width, width, cell % width, known)
     weight = y * x
     high = weight.to(out_ptr.dtype.element_ty)
     out = out_ptr + row.to(tl.int64)[:, None] * CELLS + cell[None, :]
-    tl.store(out, high, (row < rows)[:, None])
+    tl.store(out, high, known[:, None])
     low = (weight - high.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out + tl.cast(rows, tl.int64) * CELLS, low, (row < rows)[:, None])
+    tl.store(out + tl.cast(rows, tl.int64) * CELLS, low, known[:, None])
 
 
 @triton.jit
@@ -160,23 +171,24 @@ def pool_backward(
 
 
 class _Boxes:
-    """Dense weights of boxes ``[K, 5]`` in the dtype of a map, and the boxes of each image."""
+    """Dense weights of boxes ``[K, 5]`` in the dtype of a map, and the boxes of each image.
+
+    It allocates 256 bytes a bin, as much as the result of 128 channels, beside what `BoxWeights` does.
+    """
 
     def __init__(
         self, boxes: Tensor, dtype: torch.dtype, size: tuple[int, ...], bins: tuple[int, int], options: tuple[Any, ...]
     ) -> None:
         images, _, height, width = size
-        axes = _Weights(boxes, images, (height, width), bins, options)
+        axes = BoxWeights(boxes, images, (height, width), bins, options)
         self.fine, count = axes.fine, len(boxes)
         rows = count * bins[0] * bins[1]
         self.weights = boxes.new_empty((2, rows, CELLS), dtype=dtype)
-        self.order = boxes.new_empty(count, dtype=torch.int32)
-        self.first = boxes.new_empty(images + 1, dtype=torch.int32)
+        self.order, self.first = boxes_of_images(axes.boxes, images)
         if rows:
             dense_weights[(triton.cdiv(rows, PAIRS),)](
-                axes.y, axes.x, self.weights, rows, height, width, *bins, CELLS=CELLS, ROWS=PAIRS, num_warps=4
+                *axes.tensors(), self.weights, rows, height, width, *bins, CELLS=CELLS, ROWS=PAIRS, num_warps=4
             )
-        group_by_image[(images + 1,)](axes.boxes, self.order, self.first, count, images, BOXES=BOXES, num_warps=4)
 
 
 def failure(map: Tensor) -> str:

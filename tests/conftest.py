@@ -58,6 +58,12 @@ def implementations(operation: str) -> list[Any]:
     ]
 
 
+def triton_devices() -> list[Any]:
+    """Devices on which Triton's kernels run here, a CPU under the interpreter, for tests of kernels that no backend
+    names."""
+    return [pytest.param(device, id=f"{device}-triton") for device in DEVICES if not backends.triton_failure(device)]
+
+
 # ---- memory ----
 
 

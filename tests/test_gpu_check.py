@@ -87,6 +87,16 @@ def test_what_is_worth_most_comes_first(checked: Checked) -> None:
     assert places == sorted(places), "built, the operations in bfloat16, their tests, then float32"
 
 
+def test_tests_of_every_kernel_run_there(checked: Checked) -> None:
+    """Those that ask for the interpreter alone would be skipped on a GPU; they take `conftest.triton_devices`."""
+    checked.start(1).communicate()
+    named = " ".join(checked.steps())
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)}
+    files = [name for name, text in texts.items() if "triton_devices()" in text]
+    assert "test_roi_align_matmul.py" in files
+    assert [name for name in files if f"tests/{name}" not in named] == []
+
+
 def test_a_step_that_fails_costs_only_itself(checked: Checked) -> None:
     process = checked.start(1, PLAY="fails")
     _, errors = process.communicate()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from aot import GPUS, Kernel, compile_for_gpus, needs_compiler
+from conftest import triton_devices
 from torch import nn
 
 from scrl_fast.distributed import sync_batch_norm
 from scrl_fast.distributed.sync_batch_norm import SyncBatchNorm
-from scrl_fast.ops.backends import triton_failure
 
-interpreted = pytest.mark.skipif(bool(triton_failure("cpu")), reason=triton_failure("cpu"))
+on_triton = pytest.mark.parametrize("device", triton_devices())
 EPS = 1e-5
 
 
 class PlayedGpu:
-    """What the form for a GPU asks of PyTorch, on the CPU, for a process among others that are played."""
+    """What the form for a GPU asks of PyTorch, on any device, for a process among others that are played."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, others: list[torch.Tensor]) -> None:
         self.others, self.collectives = others, 0
@@ -32,8 +32,8 @@ class PlayedGpu:
 
     def row(self, input: torch.Tensor) -> torch.Tensor:
         if not input.numel():
-            return torch.zeros(2 * input.shape[1] + 1, dtype=input.dtype)
-        return torch.cat([*self.stats(input, EPS), torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype)])
+            return input.new_zeros(2 * input.shape[1] + 1)
+        return torch.cat([*self.stats(input, EPS), input.new_tensor([input.numel() / input.shape[1]])])
 
     def gathered(self, own: torch.Tensor, group: object) -> torch.Tensor:
         self.collectives += 1
@@ -46,16 +46,19 @@ class PlayedGpu:
         return (input - mean.view(shape)) * (invstd * weight).view(shape) + bias.view(shape)
 
 
-@interpreted
+@on_triton
 @pytest.mark.parametrize("counts", [(4, 3, 2), (0, 3, 2), (2, 0, 0), (0, 0, 0)], ids=str)
-def test_as_batch_norm_over_all_processes(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_batch_norm_over_all_processes(
+    device: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Channels beyond one program; a mean far from 0; processes without rows, in any place; none with rows."""
     channels = 150
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, channels, 2, 3, generator=generator, dtype=torch.float64) + 100 for n in counts]
+    parts = [part.to(device) for part in parts]
     gpu = PlayedGpu(monkeypatch, [parts[0], parts[2]])
-    norm = SyncBatchNorm(channels, eps=EPS).double()
-    plain = nn.BatchNorm2d(channels, eps=EPS).double()
+    norm = SyncBatchNorm(channels, eps=EPS).double().to(device)
+    plain = nn.BatchNorm2d(channels, eps=EPS).double().to(device)
     for each in (norm, plain):
         nn.init.uniform_(each.weight, 1, 2)
         each.bias.data.fill_(0.5)
@@ -70,24 +73,26 @@ def test_as_batch_norm_over_all_processes(counts: tuple[int, ...], monkeypatch: 
         torch.testing.assert_close(dict(norm.named_buffers())[name], buffer, rtol=1e-9, atol=1e-9)
 
 
-@interpreted
-def test_float32_statistics_are_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
+@on_triton
+def test_float32_statistics_are_accurate(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.randn(n, 8, 4, 4, generator=torch.Generator().manual_seed(n)) * 3 + 50 for n in (5, 2, 7)]
+    parts = [part.to(device) for part in parts]
     PlayedGpu(monkeypatch, [parts[0], parts[2]])
-    norm = SyncBatchNorm(8, eps=EPS)
+    norm = SyncBatchNorm(8, eps=EPS).to(device)
     norm(parts[1])
     var, mean = torch.var_mean(torch.cat(parts).double(), (0, 2, 3))
     torch.testing.assert_close(norm.running_mean.double(), 0.1 * mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * var, rtol=1e-5, atol=0)
 
 
-@interpreted
+@on_triton
 @pytest.mark.parametrize("channel", [0, 1])
-def test_infinity_stays_in_its_channel(channel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinity_stays_in_its_channel(device: str, channel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     parts[0][0, channel] = float("inf")
+    parts = [part.to(device) for part in parts]
     PlayedGpu(monkeypatch, [parts[0], parts[2]])
-    norm = SyncBatchNorm(3, eps=EPS)
+    norm = SyncBatchNorm(3, eps=EPS).to(device)
     norm(parts[1])
     assert norm.running_mean.isfinite().tolist() == [n != channel for n in range(3)]
     assert norm.num_batches_tracked.item() == 1
