@@ -96,15 +96,22 @@ def curves(rows: list[Row]) -> dict[str, dict[str, list[tuple[float, Row]]]]:
     return {key: lines for key, lines in longest.items() if lines}
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    """Latency and GB/s against every number that changes between cases; bars of latency where none does."""
+def pyplot(file: Path) -> Any:
+    """matplotlib's, to draw a file without a display; None where it is not installed, which is told."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
     except ImportError:
         print(f"{file} not drawn: matplotlib is not installed", file=sys.stderr)
+        return None
+    return matplotlib.pyplot
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Latency and GB/s against every number that changes between cases; bars of latency where none does."""
+    if (plt := pyplot(file)) is None:
         return
     rows = [row for row in rows if "p50_ms" in row]
     drawn = curves(rows)

@@ -25,6 +25,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import report
 import timing
 import torch
 from memory_bench import kept_bytes
@@ -334,11 +335,8 @@ def tell(
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """One bar a case: our stages stacked, the floor and the rival beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    if (plt := report.pyplot(file)) is None:
+        return
     cases = [
         row["case"].removeprefix("step ")
         for row in rows

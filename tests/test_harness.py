@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness
 import report
+import step_bench
 import summary
 import timing
 
@@ -179,6 +180,15 @@ def test_table_shows_ratio_to_ours():
     rows = [row | {"provider": "rival", "p50_ms": 6.0}, row | {"provider": "scrl_fast", "p50_ms": 2.0}]
     text = report.table("c", rows, copy_gb_per_s=10.0)
     assert "3.00x" in text and "50%" in text
+
+
+def test_without_matplotlib_no_picture_is_drawn_and_nothing_else_is_lost(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = dict.fromkeys(KEYS) | {"provider": "scrl_fast", "backend": "step", "case": "step x batch=2", "p50_ms": 2.0}
+    for draw in (report.plot, step_bench.draw):
+        draw([row], tmp_path / "x.png")
+        assert "x.png not drawn: matplotlib is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot_from_rows_alone(tmp_path):
