@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -34,9 +35,11 @@ from scrl_fast.evaluate.images import (
     measure_batchnorm_on_images,
     pooled_features,
 )
+from scrl_fast.evaluate.linear import fit_heads
 from scrl_fast.evaluate.regions import BoxLoader, box_features
 from scrl_fast.evaluate.result import TaskContext
 from scrl_fast.models import build_encoder
+from scrl_fast.run.terminal import Terminal
 
 CPU = torch.device("cpu")
 
@@ -47,6 +50,11 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def speaking():
+    """Whether a thread may say lines of progress."""
+    return any(thread.name == "scrl_fast-progress" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -107,7 +115,8 @@ def test_progress_counts_what_is_iterated_over(monkeypatch):
             now[0] += 1
             yield image
 
-    assert list(Progress("measuring", 5, "images", said.append).over(slow())) == list("abcde")
+    with Progress("measuring", 5, "images", said.append) as progress:
+        assert list(progress.over(slow())) == list("abcde")
     assert said == ["measuring: 2 of 5 images, 1/s", "measuring: 5 images in 5.0 s"]
 
 
@@ -125,13 +134,100 @@ def test_progress_speaks_while_the_first_unit_takes_long(monkeypatch):
     with pytest.raises(UsageError), Progress("box pairs", 8, "images", said.append):
         until(lambda: said[-1].startswith("box pairs"))
         raise UsageError("no images")
-    until(lambda: not any(thread.name == "scrl_fast-progress" for thread in threading.enumerate()))
+    assert not speaking()
     assert said[-1] == "box pairs: 0 of 8 images so far"
+
+
+def test_progress_is_silent_after_an_error_in_what_uses_the_units():
+    """Also where something, a traceback for one, refers to the generator of the units still."""
+
+    def held():
+        with Progress("epoch 1", 8, "images", [].append):
+            yield torch.zeros(2, 9), torch.zeros(2).long()  # other features than those of the test
+
+    kept = held()
+    plan = {"epochs": 1, "steps_per_epoch": 1, "batch_size": 2, "classes": 2}
+    with pytest.raises(RuntimeError):
+        fit_heads(lambda _: kept, (torch.zeros(2, 3), torch.zeros(2).long()), lrs=[1.0], **plan)
+    assert not speaking()
+    with pytest.raises(UsageError), Progress("fitting", 8, "classifiers", [].append) as progress:
+        kept = progress.over(range(8))
+        for _ in kept:
+            raise UsageError("one class")
+    assert kept and not speaking()
+
+
+def test_a_line_that_cannot_be_said_ends_the_stage(monkeypatch, capfd):
+    """A full disk below log.txt: the caller gets the error, not stderr."""
+    monkeypatch.setattr(Progress, "FIRST", 0.01)
+    calls = []
+
+    def full(line):
+        calls.append(line)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), Progress("features", 8, "images", full) as progress:
+        until(lambda: calls and not speaking())
+        with pytest.raises(OSError, match="No space"):
+            progress.advance()
+        raise OSError("No space, as the caller was told")
+    with pytest.raises(OSError, match="No space"), Progress("features", 8, "images", full):
+        until(lambda: len(calls) > 1 and not speaking())
+    with pytest.raises(UsageError), Progress("features", 8, "images", full):  # an error on its way goes first
+        until(lambda: len(calls) > 2 and not speaking())
+        raise UsageError("no images")
+    assert len(calls) == 3 and not capfd.readouterr().err
+
+
+def test_no_line_is_due_once_all_units_are_done(monkeypatch):
+    monkeypatch.setattr(Progress, "FIRST", 0.01)
+    monkeypatch.setattr(Progress, "EVERY", 0.01)
+    said = []
+    with Progress("features", 4, "images", said.append) as progress:
+        progress.advance(4)
+        time.sleep(0.05)
+    assert not said
+
+
+def test_a_total_that_is_a_bound_is_called_one(monkeypatch):
+    monkeypatch.setattr(Progress, "FIRST", 0.01)
+    said = []
+    with Progress("classifier", 700, "iterations", said.append, at_most=True) as progress:
+        until(lambda: said)
+        progress.advance(312)
+    assert said[0] == "classifier: 0 of at most 700 iterations so far"
+    assert said[-1].startswith("classifier: 312 iterations in ")
+
+
+def test_a_bar_ends_after_the_line_that_another_thread_writes():
+    class Ends(Terminal):
+        """Another thread ends the bar while a line is written."""
+
+        def _try(self, action):
+            if self.bar is not None and not enders:
+                enders.append(threading.Thread(target=self.end_progress))
+                enders[0].start()
+                enders[0].join(0.05)
+            return super()._try(action)
+
+    class Bar:
+        def write(self, line, file):
+            written.append(line)
+
+        def close(self):
+            written.append("closed")
+
+    written, enders = [], []
+    terminal = Ends(io.StringIO(), total=3, done=0)
+    terminal.bar = Bar()
+    terminal.write("features: 1 of 3 images")
+    enders[0].join()
+    assert written == ["features: 1 of 3 images", "closed"] and terminal.bar is None
 
 
 def test_nobody_listens_and_no_thread_begins():
     with Progress("features", 8, "images"):
-        assert not any(thread.name == "scrl_fast-progress" for thread in threading.enumerate())
+        assert not speaking()
 
 
 def test_stages_speak_before_their_first_batch_is_done(monkeypatch):

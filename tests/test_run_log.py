@@ -13,6 +13,7 @@ import stat
 import struct
 import sys
 import termios
+import threading
 import types
 
 import pytest
@@ -272,3 +273,21 @@ def test_missing_matplotlib_is_told(tmp_path, hide):
     with open_log(tmp_path) as log:
         log.optional("curves.png", "matplotlib", lambda: plots.draw_curves(tmp_path / "curves.png", rows))
     assert "matplotlib is not installed: no curves.png (pip install" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_slow_start_on_a_full_disk_leaves_no_traceback_of_a_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr("scrl_fast.run.log.SLOW_START", 0.0)
+    said, escaped = threading.Event(), []
+
+    def full(message):
+        said.set()
+        raise OSError(28, "No space left on device")
+
+    with open_log(tmp_path, stream=io.StringIO()) as log:
+        monkeypatch.setattr(log, "say", full)
+        monkeypatch.setattr(threading, "excepthook", lambda failed: escaped.append(failed.exc_value))
+        with log.slow_start(1):
+            assert said.wait(30)
+            for timer in [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]:
+                timer.join()
+    assert not escaped

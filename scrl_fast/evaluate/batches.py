@@ -88,56 +88,73 @@ class Progress:
 
     A context manager: inside it a thread says the lines that are due while a unit takes long, the first one included.
     stage: what is being done. total: how many units there are. unit: in the plural. say: a function, or an object that
-    is told of the units, too, by its method ``advance``; it may be called by that thread.
+    is told of the units, too, by its method ``advance``; it may be called by that thread. What it raises there is
+    raised by the next `advance`, or at the end of the block. at_most: the stage may end before ``total``.
+    What iterates over a generator that holds the block open must close it, else the thread speaks on after an error.
     """
 
     FIRST, EVERY = 2.0, 10.0
 
-    def __init__(self, stage: str, total: int, unit: str, say: Say = silent) -> None:
+    def __init__(self, stage: str, total: int, unit: str, say: Say = silent, *, at_most: bool = False) -> None:
         self.stage, self.total, self.unit, self.say = stage, total, unit, say
+        self.of = f"of at most {total}" if at_most else f"of {total}"
         self.tell_units: Callable[[int, str], None] | None = getattr(say, "advance", None)
         self.done = 0
         self.started = time.monotonic()
         self.next_line = self.started + self.FIRST
         self.spoke = False
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     def __enter__(self) -> Progress:
         if self.say is not silent:
-            threading.Thread(target=self._speak_when_due, name="scrl_fast-progress", daemon=True).start()
+            self._thread = threading.Thread(target=self._speak_when_due, name="scrl_fast-progress", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._lock:  # no line comes after the last one, or after an error
-            self._ended.set()
-            if error is None and self.spoke:
-                self.say(f"{self.stage}: {self.done} {self.unit} in {time.monotonic() - self.started:.1f} s")
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()  # no line comes after the last one, or after an error
+        if error is not None:
+            return
+        self._raise_failure()
+        if self.spoke:
+            self.say(f"{self.stage}: {self.done} {self.unit} in {time.monotonic() - self.started:.1f} s")
 
     def advance(self, count: int = 1) -> None:
         """So many more units are done."""
         self.done += count
         if self.tell_units is not None:
             self.tell_units(count, self.unit)
-        if self.done < self.total:
-            self._speak()
+        self._raise_failure()
+        self._speak()
 
     def over(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """The units, each told of when the next one is asked for."""
-        with self:
-            for unit in units:
-                yield unit
-                self.advance()
+        """The units, each told of when the next one is asked for; to be used inside the block."""
+        for unit in units:
+            yield unit
+            self.advance()
 
     def _speak_when_due(self) -> None:
-        while not self._ended.wait(max(0.01, self.next_line - time.monotonic())):
-            self._speak()
+        try:
+            while not self._ended.wait(max(0.01, self.next_line - time.monotonic())):
+                self._speak()
+        except Exception as error:
+            self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _speak(self) -> None:
         """Says the line that is due, if one is."""
         with self._lock:
-            now = time.monotonic()
-            if now < self.next_line or self._ended.is_set():
+            now, done = time.monotonic(), self.done
+            if now < self.next_line or done >= self.total or self._ended.is_set():
                 return
-            pace = f", {self.done / (now - self.started):.3g}/s" if self.done else " so far"
-            self.say(f"{self.stage}: {self.done} of {self.total} {self.unit}{pace}")
+            pace = f", {done / (now - self.started):.3g}/s" if done else " so far"
+            self.say(f"{self.stage}: {done} {self.of} {self.unit}{pace}")
             self.next_line, self.spoke = now + self.EVERY, True

@@ -44,9 +44,9 @@ def compare_task(options: CompareOptions, context: TaskContext) -> TaskResult:
         if results is None and not context.only_helps:
             results = StartResults.of(found[0].labels, found[1].labels, found[1].images, options)
         repeats = [(share, seed) for share in options.shares for seed in options.seeds_of(share)]
-        fitting = Progress("fitting", len(repeats), "classifiers", times)
-        for share, seed in fitting.over(repeats):  # the other processes wait for each, none for all
-            context.world.broadcast_from_rank0(partial(_fit, results, found, len(train), (label, share, seed)))
+        with Progress("fitting", len(repeats), "classifiers", times) as fitting:
+            for share, seed in fitting.over(repeats):  # the other processes wait for each, none for all
+                context.world.broadcast_from_rank0(partial(_fit, results, found, len(train), (label, share, seed)))
         times.finish()
     if results is None:
         return NO_RESULT

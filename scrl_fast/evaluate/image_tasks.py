@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from scrl_fast.evaluate.encoder import EvaluatedEncoder, probe_of
 from scrl_fast.evaluate.finetune import Classifier, finetune
 from scrl_fast.evaluate.images import ImageLoader, frozen_copy, measure_batchnorm_on_images, pool, pooled_features
 from scrl_fast.evaluate.knn import knn
-from scrl_fast.evaluate.linear import Epoch, HeadResult, accuracies, feature_epochs, fit_heads
+from scrl_fast.evaluate.linear import Batches, Epoch, HeadResult, accuracies, feature_epochs, fit_heads
 from scrl_fast.evaluate.plots import draw_spectrum
 from scrl_fast.evaluate.rank import rank
 from scrl_fast.evaluate.result import NO_RESULT, TaskContext, TaskResult, save_plot
@@ -49,8 +49,9 @@ def linear_task(options: LinearOptions, evaluated: EvaluatedEncoder, context: Ta
     epoch = _epochs(options, encoder, train, loader, cache, context)
     if context.only_helps:
         for number in range(options.epochs if options.augment == "crop" else 0):
-            for _ in epoch(number):
-                pass
+            with closing(epoch(number)) as batches:
+                for _ in batches:
+                    pass
         return NO_RESULT
     lrs = list(dict.fromkeys([*options.lrs, options.fixed_lr]))
     heads = fit_heads(
@@ -115,7 +116,7 @@ def _augmented_epochs(encoder: Encoder, train: Any, labels: Tensor, crops: Image
     """Epochs over new random crops of all images in a new order; a last batch that is short is left out."""
     device = next(encoder.parameters()).device
 
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(number: int) -> Batches:
         order = np.random.default_rng([crops.seed, number]).permutation(len(train))
         batches = crops.batches(order[: len(order) // crops.batch_size * crops.batch_size])
         found = map_batches(

@@ -7,7 +7,8 @@ implementation scales the gradients of weight and bias by LARS first, which ``op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +22,10 @@ MOMENTUM = 0.9
 TRUST_COEFFICIENT, LARS_EPS = 1e-3, 1e-8
 TEST_ROWS = 4096
 
-Epoch = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-"""From the epoch's number to its batches: features ``[b, D]`` and labels ``[b]``."""
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+Epoch = Callable[[int], Batches]
+"""From the epoch's number to its batches: features ``[b, D]`` and labels ``[b]``. Close them: a thread may serve them.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,21 +98,22 @@ def fit_heads(
     history: list[Tensor] = []
     step = 0
     for epoch in range(epochs):
-        for rows, truth in train(epoch):
-            for group in solver.param_groups:
-                group["lr"] = learning_rate(
-                    step,
-                    base=group["peak_lr"],
-                    steps_per_epoch=steps_per_epoch,
-                    epochs=epochs,
-                    warmup_epochs=min(warmup_epochs, epochs / 2),
-                )
-            solver.zero_grad(set_to_none=True)
-            classification(heads(rows), truth)[0].sum().backward()  # of each head's loss only its own weights know
-            if optim == "lars":
-                scale_by_lars(heads.parameters())
-            solver.step()
-            step += 1
+        with closing(train(epoch)) as batches:
+            for rows, truth in batches:
+                for group in solver.param_groups:
+                    group["lr"] = learning_rate(
+                        step,
+                        base=group["peak_lr"],
+                        steps_per_epoch=steps_per_epoch,
+                        epochs=epochs,
+                        warmup_epochs=min(warmup_epochs, epochs / 2),
+                    )
+                solver.zero_grad(set_to_none=True)
+                classification(heads(rows), truth)[0].sum().backward()  # of each head's loss only its own weights know
+                if optim == "lars":
+                    scale_by_lars(heads.parameters())
+                solver.step()
+                step += 1
         history.append(accuracies(heads, features, labels))
         progress(f"epoch {epoch + 1}/{epochs}: top-1 {', '.join(f'{v:.2%}' for v in history[-1][:, 0].tolist())}")
     return [_result(lr, torch.stack(history)[:, i]) for i, lr in enumerate(lrs)]
@@ -157,7 +161,7 @@ def feature_epochs(features: Tensor, labels: Tensor, batch_size: int, seed: int 
     """Epochs over features that were extracted once: a new order each, the last batch left out if it is short."""
     size = min(batch_size, len(features))
 
-    def epoch(number: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def epoch(number: int) -> Batches:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for first in range(0, len(features) - size + 1, size):

@@ -238,7 +238,8 @@ def classify(train: BoxFeatures, test: BoxFeatures, *, say: Say = silent) -> tup
     chooses = bool(validation.any() and not validation.all())
     fits = len(PENALTIES) + 1 if chooses else 1
     penalty = PENALTIES[len(PENALTIES) // 2]
-    with Progress("classifier", fits * softmax_regression.LBFGS_STEPS, "iterations at most", say) as progress:
+    steps = fits * softmax_regression.LBFGS_STEPS
+    with Progress("classifier", steps, "iterations", say, at_most=True) as progress:
         if chooses:
             fitted = fit(rows[~validation], labels[~validation], classes, PENALTIES, progress)
             scores = [accuracy(weight, rows[validation], labels[validation]) for weight in fitted]

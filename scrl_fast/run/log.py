@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -172,9 +172,8 @@ class RunLog:
             LOGGER.info("%s", message, extra={"noted": True})
             return
         self.terminal.write(message)
-        if self.terminal.lost:
-            self.note(f"nothing reads stderr any more ({self.terminal.lost}): what is said stands here alone")
-            self.terminal.lost = ""
+        if lost := self.terminal.take_lost():
+            self.note(f"nothing reads stderr any more ({lost}): what is said stands here alone")
 
     def note(self, message: str) -> None:
         """One message to log.txt alone."""
@@ -214,7 +213,12 @@ class RunLog:
         Before it nothing else tells a slow start from a run that hangs.
         """
         words = f"step {step} of {self.total_steps} is being made: the first one takes longest"
-        timer = threading.Timer(SLOW_START, self.say, [words])
+
+        def tell() -> None:
+            with suppress(OSError, ValueError):  # a full disk, which the row of this step will meet, or a closed log
+                self.say(words)
+
+        timer = threading.Timer(SLOW_START, tell)
         timer.daemon = True
         timer.start()
         try:

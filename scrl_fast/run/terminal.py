@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -15,7 +16,7 @@ class Terminal:
 
     A stream that goes away (a lost session, a pipe whose reader has ended) ends nothing: log.txt holds the same lines.
     stream: None where the process has none. total, done: steps of the bar. unit: what a step is called there.
-    notebook: the bar is one of a notebook.
+    notebook: the bar is one of a notebook. Any thread may call the methods.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class Terminal:
     ) -> None:
         self.stream, self.unit = stream, unit
         self.bar: Any = None
+        self._lock = threading.RLock()  # a signal may come, and say a line, while its own thread writes
         self.lost = ""
         """Why nothing is written any more."""
         if stream is not None and notebook:
@@ -41,26 +43,36 @@ class Terminal:
 
     def write(self, line: str) -> None:
         """One line, above the bar."""
-        if self.bar is not None:
-            self._try(lambda: self.bar.write(line, file=self.stream))
-        elif self.stream is not None:
-            self._try(lambda: print(line, file=self.stream, flush=True))
+        with self._lock:
+            if self.bar is not None:
+                self._try(lambda: self.bar.write(line, file=self.stream))
+            elif self.stream is not None:
+                self._try(lambda: print(line, file=self.stream, flush=True))
 
     def advance(self, steps: int = 1) -> None:
         """So many steps are done."""
-        if self.bar is not None:
-            self._try(lambda: self.bar.update(steps))
+        with self._lock:
+            if self.bar is not None:
+                self._try(lambda: self.bar.update(steps))
 
     def show(self, numbers: str) -> None:
         """Numbers behind the bar."""
-        if self.bar is not None:
-            self._try(lambda: self.bar.set_postfix_str(numbers))
+        with self._lock:
+            if self.bar is not None:
+                self._try(lambda: self.bar.set_postfix_str(numbers))
 
     def end_progress(self) -> None:
         """Ends the bar: lines from here on come below it."""
-        if self.bar is not None:
-            self._try(self.bar.close)
-            self.bar = None
+        with self._lock:
+            if self.bar is not None:
+                self._try(self.bar.close)
+                self.bar = None
+
+    def take_lost(self) -> str:
+        """`lost`, which is told to one caller alone."""
+        with self._lock:
+            lost, self.lost = self.lost, ""
+        return lost
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:

@@ -202,8 +202,10 @@ class _Progress:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self.lines.__exit__(*raised)
-        self.terminal.end_progress()
+        try:
+            self.lines.__exit__(*raised)
+        finally:
+            self.terminal.end_progress()
 
     @property
     def say(self) -> Callable[[str], None]:

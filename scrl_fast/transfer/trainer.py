@@ -251,8 +251,12 @@ class Transfer(TrainingTask[list[Example]]):
         if not self.loop.stop:
             self.loop.log.say(f"measuring on {count} images of {self.data.val_name} ...")
         mine = range(self.world.rank, count, self.world.size)
-        progress = Progress("measuring", len(mine), "images", self.loop.log.say)
-        result = self.loop.measure(lambda: list(progress.over(self.detect(mine))), self.average_precision)
+
+        def detections() -> list[Detections]:
+            with Progress("measuring", len(mine), "images", self.loop.log.say) as progress:
+                return list(progress.over(self.detect(mine)))
+
+        result = self.loop.measure(detections, self.average_precision)
         if result is None:
             return {}
         self.loop.log.amend({self.config.task: result})
