@@ -69,6 +69,7 @@ def test_bits_of_a_plain_loop(bins: tuple[int, int], ratio: int, aligned: bool |
     boxes[4, 1:] = torch.tensor([2.0, 30, 5, 41])  # below the map
     boxes[5, 1:] = boxes[5, [3, 4, 1, 2]]
     boxes[6, 0], boxes[7, 0], boxes[8, 3] = 3, NONE, math.inf
+    boxes[9] = torch.tensor([0, -1.0, 3, -0.5, 9])  # reads the first column alone
     if aligned is None:
         boxes, aligned = boxes[:0], False
     grad = torch.randn(len(boxes), size[1], *bins, generator=torch.Generator().manual_seed(2))
@@ -86,6 +87,7 @@ def test_a_strip_lists_the_boxes_that_reach_it(device: str) -> None:
     images, height, width, block = 3, 64, 20, 16
     boxes = boxes_on(images, height, width, 45)
     boxes[:, 4] = boxes[:, 2] + (boxes[:, 4] - boxes[:, 2]) / 8  # an eighth as high
+    boxes[0] = torch.tensor([1, 2.0, 11.5, 9, 12.5])  # reads row 12 alone, with which the second strip begins
     weights = form.BoxWeights(boxes.to(device), images, (height, width), (1, 1), (1.0, 1, False))
     order, first = form.boxes_of_images(weights.boxes, images)
     lists, ends, blocks = form.boxes_of_strips(weights, order, first, (height, width), block)
