@@ -365,3 +365,14 @@ def test_three_processes_give_the_numbers_of_one(tmp_path, task):
     assert shared == line and line.count("\n") == 1  # one process prints
     if task == "roi-linear":  # now from the cache, which the first process alone reads
         assert run([task, *tiny, *data], tmp_path / "again.json", 2)[0]["result"] == several["result"]
+
+
+def test_after_its_last_unit_a_stage_waits_without_work(monkeypatch):
+    looks = []
+    speak = Progress._speak
+    monkeypatch.setattr(Progress, "FIRST", 0.0)
+    monkeypatch.setattr(Progress, "_speak", lambda self: (looks.append(self.done), speak(self)))
+    with Progress("x", 2, "images", lambda line: None) as progress:
+        progress.advance(2)
+        time.sleep(0.2)
+    assert len(looks) <= 4

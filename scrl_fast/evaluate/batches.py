@@ -153,8 +153,10 @@ class Progress:
         """Says the line that is due, if one is."""
         with self._lock:
             now, done = time.monotonic(), self.done
-            if now < self.next_line or done >= self.total or self._ended.is_set():
+            if now < self.next_line or self._ended.is_set():
                 return
-            pace = f", {done / (now - self.started):.3g}/s" if done else " so far"
-            self.say(f"{self.stage}: {done} {self.of} {self.unit}{pace}")
-            self.next_line, self.spoke = now + self.EVERY, True
+            self.next_line = now + self.EVERY
+            if done < self.total:
+                pace = f", {done / (now - self.started):.3g}/s" if done else " so far"
+                self.say(f"{self.stage}: {done} {self.of} {self.unit}{pace}")
+                self.spoke = True
