@@ -333,10 +333,9 @@ class TransferConfig:
             raise option_error("model.detector", self.model.detector, f"the task {self.task} needs {needs}")
 
     def check_ready(self) -> None:
-        """Raise UsageError when what a task leaves to the user is missing, or an option is given that it does not read."""
-        own = self.task == "custom" or self.resume  # a run of an earlier release may hold what its task does not read
-        for name in () if own else ("layout", "classes", "val_share", "val_seed"):
-            if (value := getattr(self.data, name)) != getattr(TransferDataConfig, name):
+        """Raise UsageError when what a task leaves to the user is missing, or an option is given that it ignores."""
+        for name in () if self.task == "custom" or self.resume else ("layout", "classes", "val_share", "val_seed"):
+            if (value := getattr(self.data, name)) != getattr(TransferDataConfig, name):  # old runs may hold one
                 raise option_error(f"data.{name}", value, f"not with the task {self.task}; the task custom has it")
         if not self.data.root and not (self.task == "custom" and self.data.train):
             raise UsageError(f"the task {self.task} needs --data.root, the folder of the data set in its own layout")
