@@ -196,7 +196,7 @@ def report(
         "settings": settings | ({} if args.tune else {"lr": args.rates, "ema": args.momenta}),
         "environment": {
             "device": args.device,
-            "device_name": torch.cuda.get_device_name() if args.device == "cuda" else harness.processor(),
+            "device_name": harness.device_name(args.device),
             "threads": max(1, (os.cpu_count() or 1) // args.jobs),
             "torch": torch.__version__,
             "commit": harness._commit(),

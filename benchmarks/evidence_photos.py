@@ -90,9 +90,10 @@ def _open(args: argparse.Namespace, work: Work) -> Iterator[Stage]:
 
 def environment() -> dict[str, Any]:
     """What made the results, but for the commits, which each stage has."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else harness.processor(),
+        "device": device,
+        "device_name": harness.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

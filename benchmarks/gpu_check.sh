@@ -8,8 +8,8 @@
 # also when it is cut off by SIGTERM. The last line says what failed, and so does the exit code.
 #
 # Needs an NVIDIA GPU, a CUDA build of PyTorch, nvcc, a C++ compiler, and setuptools>=77 ninja pybind11 numpy pytest
-# hypothesis scikit-image scikit-learn beside torch; for the trainer jsonargparse docstring_parser typeshed_client tqdm, too. Without a
-# network, what is missing may lie as wheels in $WHEELS. pytest-xdist, where it is there, runs the tests on $JOBS (8)
+# hypothesis scikit-image scikit-learn beside torch; for the trainer jsonargparse docstring_parser typeshed_client tqdm,
+# too. Without a network, what is missing may lie as wheels in $WHEELS. pytest-xdist, where it is there, runs the tests on $JOBS (8)
 # processes. SCRL_FAST_COMMIT names the commit in every row where the tree travels without its .git.
 # DEVICE=cpu is a dry run of the same steps on small sizes, to see that each call works within its limits.
 # That all fits into the limits on a GPU is an estimate: it has not been run on one yet.

@@ -63,7 +63,7 @@ def environment(name: str, device: str) -> dict[str, Any]:
         "bench": name,
         "case": "environment",
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "commit": _commit(),
@@ -184,11 +184,11 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def processor() -> str:
-    """The CPU and its cores, as results name it."""
-    from scrl_fast.info import processor as named
+def device_name(device: str) -> str:
+    """The GPU, or the CPU and its cores, as results name it."""
+    from scrl_fast.info import processor
 
-    return f"{named()} ({os.cpu_count()} cores)"
+    return torch.cuda.get_device_name() if device == "cuda" else f"{processor()} ({os.cpu_count()} cores)"
 
 
 def _commit() -> str | None:

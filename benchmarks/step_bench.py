@@ -48,8 +48,9 @@ from scrl_fast.run.precision import cpu_bf16
 from scrl_fast.trainer import SCRLTrainer
 
 BACKBONE = ("encoder forward", "target encoder forward", "encoder backward")
-GREYS = {"floor": "0.7", "scrl_fast": "0.55", "torch": "0.4"}
 HEADS = ("heads forward", "target heads forward", "heads backward")
+GREYS = {"floor": "0.7", "scrl_fast": "0.55", "torch": "0.4"}
+"""Of bars that are not stages, by provider."""
 
 
 class Images:
