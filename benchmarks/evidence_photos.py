@@ -150,6 +150,11 @@ class Work:
         """The word with the folders that WORK and DATA stand for."""
         return word.replace("WORK/", f"{self.folder}/").replace("DATA/", f"{self.photos}/")
 
+    def anywhere(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The values with WORK and DATA again in place of folders of this machine."""
+        text = json.dumps(found).replace(f"{self.folder}/", "WORK/").replace(f"{self.photos}/", "DATA/")
+        return json.loads(text)  # type: ignore[no-any-return]
+
     # ---- what the commands read ----
 
     def prepare(self) -> None:
@@ -229,9 +234,9 @@ def run_comparison(work: Work, stage: Stage, words: list[str]) -> dict[str, Any]
     if document["open"]:
         return None
     for row in document["rows"]:
-        row.pop("command")  # with paths of this machine; the stage's own command says it
+        row.pop("command")  # the stage's own command says it
         row["init"] = row["start"]
-    return {name: document[name] for name in ("rows", "table", "seen")}
+    return work.anywhere({name: document[name] for name in ("rows", "table", "seen")})
 
 
 def _document(work: Work, stage: Stage, command: Callable[[list[str]], int], words: list[str]) -> Mapping[str, Any]:

@@ -27,7 +27,13 @@ class Group:
     views: tuple[str, ...]
     """The normalisation of its images."""
     starts: tuple[str, ...]
-    """In the order of the table; the first is what the others are compared with."""
+    """In the order of the table."""
+    epochs: str = "epochs"
+    """The field of `Budget` that holds the length of pre-training."""
+    seeds: str = "pretraining_seeds"
+    """The field of `Budget` that holds how often pre-training is repeated."""
+    tuned: bool = True
+    """Whether the grid chooses the setting of each method."""
 
 
 _HALF = "[0.5,0.5,0.5]"
@@ -37,9 +43,14 @@ CONTINUED = Group(
     "timm:tf_efficientnet_lite0",
     (f"--views.mean={_HALF}", f"--views.std={_HALF}"),
     ("supervised", *METHODS),
+    epochs="continued_epochs",
+    seeds="continued_seeds",
+    tuned=False,
 )
-SHORT = replace(SCRATCH, name="short", starts=METHODS)
+SHORT = replace(SCRATCH, name="short", starts=METHODS, epochs="short_epochs")
 """As from scratch, with every setting of the grid, for a shorter time: what the setting is chosen by."""
+CELLS = replace(SCRATCH, name="cells", backbone="evidence_encoder:resnet10_quarter_stride16", seeds="cells_seeds")
+"""As from scratch, with 7 x 7 cells in a view in place of 4 x 4: do the cells limit what SCRL learns?"""
 GROUPS = (SCRATCH, CONTINUED)
 """Those that detectors are trained from."""
 
@@ -54,6 +65,8 @@ class Budget:
     view: int = 112
     continued_epochs: int = 5
     pretraining_seeds: int = 3
+    continued_seeds: int = 1
+    cells_seeds: int = 1
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
@@ -97,30 +110,21 @@ def planned(budget: Budget, results: Mapping[str, Any]) -> list[Stage]:
     """Every stage in its order. results: of finished stages, by name; settings are chosen by those of tuning."""
     stages = [*measures(SCRATCH, "random", 0, budget)]
     stages.append(_stage("supervised", ("supervised",), group="continued", start="supervised", measure="weights"))
-    stages += measures(CONTINUED, "supervised", 0, budget)
-    stages += tuning(budget)
-    stages += [*trained(CONTINUED, "scrl", 0, budget, results), *_detectors_of_first_seed(budget, budget.shares[:1])]
-    stages += [*trained(CONTINUED, "byol", 0, budget, results), *measures(CONTINUED, "random", 0, budget)]
-    for method in ("scrl", "byol"):
-        stages += trained(SCRATCH, method, 0, budget, results)
-    stages += _detectors_of_first_seed(budget, budget.shares)
-    for share, seed in itertools.product(budget.shares, range(1, budget.detector_seeds)):
-        stages += itertools.chain.from_iterable(detectors(group, share, seed, budget) for group in GROUPS)
-    for seed in range(1, budget.pretraining_seeds):
-        stages += measures(SCRATCH, "random", seed, budget)
-        for group, method in itertools.product(GROUPS, ("scrl", "byol")):
-            stages += trained(group, method, seed, budget, results)
-    stages += [comparison(group, data, budget) for group in GROUPS for data in DATA_SETS]
+    stages += [*measures(CONTINUED, "supervised", 0, budget), *tuning(budget)]
+    for group in (SCRATCH, CONTINUED, CELLS):
+        for seed in range(getattr(budget, group.seeds)):
+            stages += measures(group, "random", seed, budget)
+            for method in ("scrl", "byol"):
+                stages += trained(group, method, seed, budget, results)
+    for share, data, seed in itertools.product(budget.shares, DATA_SETS, range(budget.detector_seeds)):
+        for group in GROUPS:
+            stages += detectors(group, data, share, seed, budget)
     return [_when_ready(stage, results) for stage in {stage.name: stage for stage in stages}.values()]
 
 
 def _when_ready(stage: Stage, results: Mapping[str, Any]) -> Stage:
     """The stage, without its command as long as what the command reads is not there."""
     return stage if all(name in results for name in stage.needs) else replace(stage, words=())
-
-
-def _detectors_of_first_seed(budget: Budget, shares: tuple[float, ...]) -> list[Stage]:
-    return [stage for share in shares for group in GROUPS for stage in detectors(group, share, 0, budget)]
 
 
 def _stage(name: str, words: tuple[str, ...], needs: tuple[str, ...] = (), **facts: Any) -> Stage:
@@ -157,10 +161,10 @@ def chosen(method: str, budget: Budget, results: Mapping[str, Any]) -> tuple[flo
 def trained(group: Group, method: str, seed: int, budget: Budget, results: Mapping[str, Any]) -> list[Stage]:
     """Pre-training of a start and its measures."""
     run = run_of(group, method, seed)
-    epochs = budget.epochs if group is SCRATCH else budget.continued_epochs
+    epochs = getattr(budget, group.epochs)
     words = _pretraining(group, method, seed, epochs, budget, run)
     facts: dict[str, Any] = {"group": group.name, "start": method, "seed": seed, "epochs": epochs}
-    if group is SCRATCH:
+    if group.tuned:
         setting = chosen(method, budget, results)
         lr, ema = setting or (None, None)
         words = (*words, f"--optim.lr={lr:g}", f"--optim.ema_momentum={ema:g}") if setting else ()
@@ -250,28 +254,22 @@ def _roi_linear(group: Group, weights: str, seed: int, budget: Budget, split: tu
 # ---- detection ----
 
 
-def detectors(group: Group, share: float, seed: int, budget: Budget) -> list[Stage]:
-    """A row of each start and data set: one share of the labels, one seed of fine-tuning."""
+def detectors(group: Group, data: str, share: float, seed: int, budget: Budget) -> list[Stage]:
+    """A row of each start: one data set, one share of the labels, one seed of fine-tuning.
+
+    Each seed has the encoder of a pre-training of its own, as far as there are as many.
+    """
     stages = []
-    for data, start in itertools.product(DATA_SETS, group.starts):
-        row = (f"--inits={run_of(group, start, 0)}", f"--shares={share:g}", f"--train.seed={seed}", "--seeds=1")
-        words = (*_comparing(group, data, budget), *row, "--compare.leaks=off")
-        facts = {"measure": "ap", "data": data, "share": share, "fine_tuning_seed": seed}
-        name, needs = f"detectors/{group.name}-{data}/{start}-{share:g}-{seed}", _needs(group, start, 0)
-        stages.append(_stage(name, words, needs, group=group.name, start=start, seed=0, **facts))
+    for start in group.starts:
+        pretraining = seed % getattr(budget, group.seeds)
+        name = f"detectors/{group.name}-{data}/{start}-{share:g}-{seed}"
+        row = (f"--inits={run_of(group, start, pretraining)}", f"--shares={share:g}", f"--train.seed={seed}")
+        row = (*row, "--seeds=1", *(("--compare.leaks=off",) if seed else ()))  # the first seed looks for them
+        words = (*_comparing(group, data, budget), f"--compare.dir=WORK/{name}", *row)
+        facts = {"measure": "ap", "data": data, "share": share, "pretraining_seed": pretraining}
+        needs = _needs(group, start, pretraining)
+        stages.append(_stage(name, words, needs, group=group.name, start=start, seed=seed, **facts))
     return stages
-
-
-def comparison(group: Group, data: str, budget: Budget) -> Stage:
-    """All rows of a group and data set as one table with differences, intervals and images that were seen before."""
-    inits = ",".join(run_of(group, start, 0) for start in group.starts)
-    shares = ",".join(f"{share:g}" for share in budget.shares)
-    words = (f"--inits={inits}", f"--shares={shares}", "--train.seed=0", f"--seeds={budget.detector_seeds}")
-    folder, seeds = f"detectors/{group.name}-{data}", range(budget.detector_seeds)
-    rows = itertools.product(group.starts, budget.shares, seeds)
-    needs = tuple(f"{folder}/{start}-{share:g}-{seed}" for start, share, seed in rows)
-    facts = {"group": group.name, "measure": "comparison", "data": data}
-    return _stage(f"{folder}/comparison", (*_comparing(group, data, budget), *words), needs, **facts)
 
 
 def _comparing(group: Group, data: str, budget: Budget) -> tuple[str, ...]:
@@ -279,7 +277,7 @@ def _comparing(group: Group, data: str, budget: Budget) -> tuple[str, ...]:
     side, steps = budget.detector_side, budget.detector_steps[GROUPS.index(group)]
     return (
         *("scrl_fast.transfer", "compare", "custom", f"--data.root={root}", f"--data.val={measured_on}"),
-        *(f"--compare.dir=WORK/detectors/{group.name}-{data}", "--compare.keep_detectors=false"),
+        "--compare.keep_detectors=false",
         *(f"--model.backbone={group.backbone}", *(word.replace("views", "model") for word in group.views)),
         *(f"--model.short_side=[{side},{side + 32}]", f"--model.test_short_side={side}"),
         *("--model.fpn_channels=32", "--model.head_channels=128", "--model.anchor_scale=4"),

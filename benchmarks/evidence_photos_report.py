@@ -6,10 +6,24 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence_photos_plan import BUDGETS, CONTINUED, METHODS, SCRATCH, SHORT, Stage
+from evidence_photos_plan import BUDGETS, CELLS, CONTINUED, METHODS, SCRATCH, SHORT, Stage
+
+from scrl_fast.run.start_tables import difference_cell, difference_values
+from scrl_fast.run.statistics import paired_difference
 
 NAMES = {"random": "random", "byol": "BYOL", "scrl": "SCRL", "supervised": "supervised"}
-HEADS = {"scratch": "from scratch", "short": "from scratch", "continued": "ImageNet weights"}
+HEADS = {
+    "scratch": "from scratch",
+    "short": "from scratch",
+    "cells": "from scratch, 7 x 7 cells",
+    "continued": "ImageNet weights",
+}
+PAIRS = {
+    "scratch": (("byol", "random"), ("scrl", "random"), ("scrl", "byol")),
+    "cells": (("scrl", "byol"),),
+    "continued": (("byol", "supervised"), ("scrl", "supervised")),
+}
+"""The differences that are shown."""
 VALUES = {"held": "accuracy", "roi": "accuracy", "dense": "retrieval"}
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "RoI linear": ("value", {"measure": "roi"}),
@@ -28,11 +42,13 @@ def report(
 ) -> dict[str, Any]:
     """What is saved. results: of each stage by its name, None where it is open."""
     finished = [stage for stage in stages if results[stage.name]]
+    rows = [row for stage in finished if (row := row_of(stage, results[stage.name]))]
     return {
         "data": "voc",
         "budget": budget,
         "environment": dict(environment),
-        "rows": [row for stage in finished if (row := row_of(stage, results[stage.name]))],
+        "rows": rows,
+        "differences": differences(rows),
         "open": [stage.name for stage in stages if not results[stage.name]],
         "stages": [results[stage.name] for stage in finished],
     }
@@ -55,18 +71,32 @@ def row_of(stage: Stage, result: Mapping[str, Any]) -> dict[str, Any] | None:
     return facts
 
 
-def cell(
+def by_seed(
     rows: Sequence[Mapping[str, Any]], group: str, start: str, column: tuple[str, Mapping[str, Any]]
-) -> list[float]:
-    """The values of a start in a column, one a seed."""
+) -> dict[int, float]:
+    """The values of a start in a column."""
     field, wanted = column[0], {"group": group, "start": start, **column[1]}
-    return [row[field] for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+    found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+    return {row.get("seed", 0): row[field] for row in found}
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each pair of starts and column: mean and interval of the difference, paired over the seeds of both."""
+    found = []
+    for group, pairs in PAIRS.items():
+        for start, other in pairs:
+            for name, column in COLUMNS.items():
+                each = [by_seed(rows, group, of, column) for of in (other, start)]
+                if difference := paired_difference(*each):
+                    facts = {"group": group, "start": start, "minus": other, "column": name}
+                    found.append(facts | difference_values(difference))
+    return found
 
 
 def named(document: Mapping[str, Any], group: str, start: str) -> str:
     """A start with its passes over the photographs."""
-    budget = BUDGETS[document["budget"]]
-    epochs = {"scratch": budget.epochs, "short": budget.short_epochs, "continued": budget.continued_epochs}[group]
+    lengths = {each.name: each.epochs for each in (SCRATCH, SHORT, CELLS, CONTINUED)}
+    epochs = getattr(BUDGETS[document["budget"]], lengths[group])
     return NAMES[start] + f", {epochs} epochs" * (start in METHODS)
 
 
@@ -75,11 +105,11 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]
     shown = [row for row in rows if row["group"] != SHORT.name]
     shown += [row for row in rows if row["group"] == SHORT.name and _setting(row) == best(rows).get(row["start"])]
     lines = []
-    for group in (SCRATCH, SHORT, CONTINUED):
+    for group in (SCRATCH, SHORT, CELLS, CONTINUED):
         starts = dict.fromkeys((*(row["start"] for row in shown if row["group"] == group.name), *group.starts))
         for start in sorted(starts, key=("random", "supervised", "byol", "scrl").index):
-            found = [cell(shown, group.name, start, column) for column in COLUMNS.values()]
-            lines.append((group.name, start, [_shown(values) for values in found]))
+            found = [by_seed(shown, group.name, start, column) for column in COLUMNS.values()]
+            lines.append((group.name, start, [_shown(list(values.values())) for values in found]))
     return lines
 
 
@@ -110,6 +140,8 @@ def table(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{HEADS[group] + ', ' + named(document, group, start):36}" + "".join(f"{text:>20}" for text in texts)
         )
+    lines += ["", f"{'difference':36}" + "".join(f"{name:>20}" for name in COLUMNS)]
+    lines += [f"{head:36}" + "".join(f"{t:>20}" for t in texts) for head, texts in differing(document)]
     lines += ["", f"{'settings':36}{'RoI linear, held':>20}{'RoI linear':>20}{'dense retrieval':>20}{'RankMe':>20}"]
     lines += [
         f"{NAMES[start] + ', ' + setting:30}" + "".join(f"{t:>20}" for t in texts)
@@ -123,6 +155,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [f"| | | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for group, start, texts in cells(document["rows"]):
         lines.append(f"| {HEADS[group]} | {named(document, group, start)} | {' | '.join(texts)} |")
+    if found := differing(document):
+        lines += ["", f"| difference | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [f"| {head} | {' | '.join(texts)} |" for head, texts in found]
     if settings := tuned(document):
         lines += [
             "",
@@ -135,7 +170,19 @@ def markdown(document: Mapping[str, Any]) -> str:
     processors = [stage.get("device_name") or where["device_name"] for stage in document["stages"]]
     devices = ", ".join(dict.fromkeys(processors)) or where["device_name"]
     said = f"{devices}, torch {where['torch']}, commits {commits}; `{document['command']}`."
-    return "\n".join([*lines, "", f"Percent; several values as mean ± deviation (number). {missing(document)}. {said}"])
+    how = (
+        "several values as mean ± deviation (number), differences with a 95 % interval, paired over seeds (Student's t)"
+    )
+    return "\n".join([*lines, "", f"Percent; {how}. {missing(document)}. {said}"])
+
+
+def differing(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """A line of each pair of starts with anything to compare."""
+    lines: dict[str, dict[str, str]] = {}
+    for found in differences(document["rows"]):
+        head = f"{HEADS[found['group']]}: {NAMES[found['start']]} - {NAMES[found['minus']]}"
+        lines.setdefault(head, {})[found["column"]] = difference_cell(found, 1)
+    return [(head, [texts.get(name, "-") for name in COLUMNS]) for head, texts in lines.items()]
 
 
 def tuned(document: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:

@@ -17,7 +17,7 @@ import evidence_photos
 import evidence_photos_plan as plan
 from evidence_photos import Work
 from evidence_photos_plan import BUDGETS, CONTINUED, METHODS, SCRATCH
-from evidence_photos_report import markdown, report, table
+from evidence_photos_report import differences, markdown, report, table
 from labelled_folders import voc_part, write, yolo_part
 
 from scrl_fast import weights
@@ -70,6 +70,8 @@ def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys)
     rest = ["scratch/scrl-0/pretrain", "detectors/scratch-voc/scrl-0.25-0"]
     assert set(done) == {"scratch/random-0/roi", *short, *rest}
     values = [(row["group"], row["start"], row["measure"]) for row in document["rows"]]
+    detector = document["stages"][done.index("detectors/scratch-voc/scrl-0.25-0")]
+    assert detector["result"]["seen"]["scrl-0"]["images"] == 9, "images of pre-training were looked at"
     assert values[:3] == [("scratch", "random", "roi"), ("short", "scrl", "rankme"), ("short", "scrl", "held")]
     assert ("scratch", "scrl", "ap") in values
     assert f"{len(done)} of {len(done) + len(document['open'])} stages are finished; - is not measured yet" in said
@@ -144,10 +146,35 @@ def test_the_best_setting_of_the_held_photographs_is_taken_once_all_are_measured
 def test_stages_wait_for_what_they_read():
     every = {stage.name: stage.words for stage in stages()}
     assert not every["scratch/scrl-0/roi"] and every["scratch/random-0/roi"]
-    assert not every["detectors/continued-voc/supervised-0.25-0"] and not every["detectors/scratch-voc/comparison"]
+    assert not every["detectors/continued-voc/supervised-0.25-0"] and not every["cells/scrl-0/pretrain"]
     done = {stage.name: stage.words for stage in stages(["supervised", "scratch/scrl-0/pretrain"])}
     assert done["scratch/scrl-0/roi"] and done["detectors/scratch-aquarium/scrl-1-0"]
     assert done["continued/byol-0/pretrain"] and not done["detectors/scratch-voc/byol-1-0"]
+
+
+def test_a_seed_of_fine_tuning_has_a_pre_training_of_its_own_where_there_are_as_many():
+    budget = replace(BUDGETS["standard"], pretraining_seeds=3, continued_seeds=1, detector_seeds=3)
+    done = {stage.name: {"result": {"accuracy": 0.5}} for stage in plan.planned(budget, {})}
+    every = {stage.name: stage for stage in plan.planned(budget, done)}
+    for seed in range(3):
+        words = every[f"detectors/scratch-voc/scrl-0.1-{seed}"].words
+        assert {f"--inits=WORK/scratch/scrl-{seed}", f"--train.seed={seed}", "--shares=0.1"} <= set(words)
+        assert "--inits=WORK/continued/scrl-0" in every[f"detectors/continued-voc/scrl-0.1-{seed}"].words
+        assert ("--compare.leaks=off" in words) == (seed > 0), "images seen before are looked for once"
+    folders = [w for stage in every.values() for w in stage.words if w.startswith("--compare.dir")]
+    assert len(set(folders)) == len(folders), "stages may run side by side"
+
+
+def test_fewer_pixels_to_a_cell_change_the_encoder_alone():
+    budget = BUDGETS["standard"]
+    done = {stage.name: {"result": {"accuracy": 0.5}} for stage in plan.planned(budget, {})}
+    every = {stage.name: stage for stage in plan.planned(budget, done)}
+    for measure in ("pretrain", "roi", "dense"):
+        fine, usual = every[f"cells/scrl-0/{measure}"].words, every[f"scratch/scrl-0/{measure}"].words
+        assert [word.replace("_stride16", "").replace("cells", "scratch") for word in fine] == list(usual)
+    usual, fine = (build_encoder(f"evidence_encoder:resnet10_quarter{name}") for name in ("", "_stride16"))
+    assert (usual.stride, fine.stride) == (32, 16)
+    assert [tuple(p.shape) for p in usual.parameters()] == [tuple(p.shape) for p in fine.parameters()]
 
 
 def test_supervised_weights_get_timms_names_and_their_own_normalisation(photos):
@@ -192,7 +219,7 @@ def test_the_table_has_each_methods_best_setting():
         for lr, held, roi in ((8.0, 30.0, 50.0), (16.0, 40.0, 45.0))
         for measure, value in (("held", held), ("roi", roi), ("rankme", 9.0))
     ]
-    document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
+    document = {"rows": rows, "differences": [], "budget": "smoke", "stages": [], "open": []}
     line = next(line for line in table(document) if "from scratch, BYOL, 1 epochs" in line)
     assert line.split()[5:] == ["45.0", "7.0", *["-"] * 5]
     assert [line.split()[1:] for line in table(document) if line.startswith("BYOL, ")] == [
@@ -218,8 +245,28 @@ def test_the_table_of_a_part():
     assert line.split()[7:] == ["6.0", "±", "1.4", "(2)", *["-"] * 5]
     text = markdown(document)
     assert "| from scratch | random | 30.0 ± 7.1 (2) | 6.0 ± 1.4 (2) | - | - | - | - | - |" in text
+    assert "| difference |" not in text, "nothing to compare"
     assert f"2 of {len(every)} stages are finished; - is not measured yet" in text and "commits abc" in text
-    starts = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| from scratch")]
+    starts = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| from scratch |")]
     assert starts == ["random", "BYOL, 2 epochs", "SCRL, 2 epochs", "BYOL, 1 epochs", "SCRL, 1 epochs"] and set(
         SCRATCH.starts
     ) == {"random", *METHODS}
+
+
+def test_differences_are_paired_over_seeds():
+    values = {"random": (10.0, 30.0, 20.0), "byol": (12.0, 33.0), "scrl": (14.0, 35.0, 23.0)}
+    rows = [
+        {"group": "scratch", "start": start, "seed": seed, "measure": "dense", "value": value}
+        for start, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    found = {(each["start"], each["minus"]): each for each in differences(rows)}
+    assert set(found) == {("byol", "random"), ("scrl", "random"), ("scrl", "byol")}
+    assert found["scrl", "byol"]["mean"] == 2.0 and found["scrl", "byol"]["pairs"] == 2
+    mean, low, high = (found["scrl", "random"]["mean"], *found["scrl", "random"]["interval"])
+    assert (mean, round(low, 3), round(high, 3)) == (4.0, 1.516, 6.484)  # 4.3027 x 1 / sqrt(3)
+    document = {"rows": rows, "differences": differences(rows), "budget": "smoke", "stages": [], "open": []}
+    document |= {"command": "c", "environment": {"device_name": "d", "torch": "2"}}
+    line = "| from scratch: SCRL - random | - | - | +4.0 (+1.5 to +6.5) | - | - | - | - |"
+    assert line in markdown(document)
+    assert "+4.0 (+1.5 to +6.5)" in "\n".join(table(document))

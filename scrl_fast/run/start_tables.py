@@ -43,12 +43,13 @@ def mean_cell(mean: float, deviation: float | None) -> str:
     return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
-def difference_cell(found: Mapping[str, Any] | None) -> str:
+def difference_cell(found: Mapping[str, Any] | None, digits: int = 2) -> str:
     """A difference with its interval. found: a `Difference` as a dict."""
     if found is None:
         return "-"
     interval = found["interval"]
-    return f"{found['mean']:+.2f}" + ("" if interval is None else f" ({interval[0]:+.2f} to {interval[1]:+.2f})")
+    mean, *ends = (f"{value:+.{digits}f}" for value in (found["mean"], *(interval or ())))
+    return mean + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def difference_values(difference: Difference) -> dict[str, Any]:
