@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny_transfer import SMALL
 
+from scrl_fast.errors import UsageError
 from scrl_fast.models import build_encoder
 from scrl_fast.run import precision
 from scrl_fast.run.start_tables import labels_of
-from scrl_fast.transfer.__main__ import main, parse_command
+from scrl_fast.transfer.__main__ import main, parse, parse_command
 from scrl_fast.transfer.compare.comparison import Comparison
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.compare.rows import RowFiles, rows_of
@@ -23,6 +24,7 @@ from scrl_fast.transfer.compare.timed import Deadline, TimedTransfer
 from scrl_fast.transfer.config import TASK_SUMMARIES
 from scrl_fast.transfer.trainer import Transfer
 from scrl_fast.weights import Weights, WeightsError
+from scrl_fast.weights.formats import write_safetensors_state
 
 STEPS = 3
 
@@ -141,16 +143,54 @@ def test_starts_that_were_normalised_otherwise_are_told_before_the_first_row(mon
         return Weights(init, "torchvision", {"online": {}}, metadata={"mean": [0.5] * 3, "std": [0.2] * 3})
 
     monkeypatch.setattr("scrl_fast.weights.read_initial", read)
+    monkeypatch.setattr("scrl_fast.weights.check_fit", lambda *_: None)
     said, inits = [], ["random", "a", "gone", "done"]
     comparison = SimpleNamespace(say=said.append)
     model = SimpleNamespace(backbone="resnet50", mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
     comparison.config = SimpleNamespace(model=model, inits=inits)
     comparison.results = SimpleNamespace(labels=inits, open=[SimpleNamespace(init=init) for init in inits[:3]])
-    Comparison.check_normalization(comparison)
+    Comparison.check_starts(comparison)
     assert said == [
         "a: it was trained on images normalised otherwise than here: --model.mean=[0.5,0.5,0.5]",
         "gone: its rows will fail: there is no file gone",
     ]
+
+
+def test_a_start_of_another_network_is_refused_before_the_first_row(data_root, tmp_path, weights, monkeypatch, capsys):
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": build_encoder("resnet18").body.state_dict()}, other)
+    monkeypatch.setattr(Transfer, "fit", lambda self: pytest.fail("no row may begin"))
+    with pytest.raises(SystemExit, match="2"):
+        compare(words(data_root, tmp_path / "c", weights, f"--inits=random,{weights},{other}"))
+    said = capsys.readouterr().err
+    assert "inits: weights of another network than model.backbone=resnet10_tiny: other.pth: " in said
+    assert "scrl.pth: " not in said
+
+
+def test_the_backbone_is_that_of_the_weights_where_none_is_named(data_root, tmp_path, weights, capsys):
+    """weights state none, as torchvision's files; a run's do."""
+    runs = {}
+    for name in ("resnet10_tiny", "resnet18"):
+        runs[name] = tmp_path / f"{name}.safetensors"
+        state = build_encoder(name).body.state_dict()
+        write_safetensors_state(runs[name], state, {"backbone": name})
+    base = ["voc", f"--data.root={data_root}"]
+    assert options(*base, f"--inits=random,{weights}").model.backbone == "resnet50"
+    assert options(*base, f"--inits=random,{weights},{runs['resnet10_tiny']}").model.backbone == "resnet10_tiny"
+    capsys.readouterr()
+    assert parse([*base, f"--init={runs['resnet18']}"]).model.backbone == "resnet18"
+    assert f"model.backbone=resnet18, as {runs['resnet18']} states" in capsys.readouterr().err
+    named = "--model.backbone=resnet34"
+    assert parse([*base, f"--init={runs['resnet18']}", named]).model.backbone == "resnet34"
+    assert "states" not in capsys.readouterr().err
+    with pytest.raises(UsageError, match="is of resnet18; a comparison has one backbone"):
+        options(*base, "--inits=" + ",".join(map(str, runs.values())))
+
+
+def test_no_file_of_weights_chooses_code_as_the_backbone(data_root, tmp_path):
+    file = tmp_path / "code.safetensors"
+    write_safetensors_state(file, build_encoder("resnet18").body.state_dict(), {"backbone": "os:getcwd"})
+    assert parse(["voc", f"--data.root={data_root}", f"--init={file}"]).model.backbone == "resnet50"
 
 
 def test_a_finished_comparison_trains_nothing_again_and_takes_more_seeds(whole, data_root, weights, monkeypatch):

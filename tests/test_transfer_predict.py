@@ -275,6 +275,11 @@ def _check_results(out, document, detector, photos):
             np.testing.assert_allclose(points, found.keypoints.reshape(len(rows), -1), atol=1e-3)
 
 
+def test_no_object_above_the_score_is_said(runs, photos, tmp_path, capsys):
+    assert main(command(runs["detection"].folder, photos, tmp_path / "out", "--score=1")) == 0
+    assert "0 objects in 3 images, 1 images could not be read, none scores above --score=1" in capsys.readouterr().out
+
+
 def test_ids_are_the_numbers_in_names(runs, images, tmp_path):
     """So COCO's results go to COCO's own annotations as they are."""
     for name in ("000000000139.jpg", "000000000285.jpg"):
@@ -306,7 +311,9 @@ def test_folders_that_do_not_fit_are_refused(folder, out, message, runs, photos,
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(SystemExit) as ended:
         main(command(runs["detection"].folder, tmp_path / folder, tmp_path / out))
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert ("detector: " in said) == (folder in ("empty", "broken")), "the detector is read after the folders are right"
 
 
 def test_links_lead_neither_out_of_the_folder_nor_over_an_image(runs, photos, tmp_path, capsys):

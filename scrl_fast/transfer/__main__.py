@@ -17,11 +17,12 @@ from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.config.run_folder import LOG
-from scrl_fast.errors import UsageError, friendly_errors
+from scrl_fast.errors import UsageError, friendly_errors, tell
 from scrl_fast.transfer.commands import COMMANDS, LESS_MEMORY, LESS_MEMORY_TRAINING, PROG, SUMMARIES
 from scrl_fast.transfer.compare.config import CompareConfig, with_lists
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 from scrl_fast.transfer.recipes import RECIPES
+from scrl_fast.transfer.start_backbone import backbone_of_starts
 
 USAGE = " TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
 COMPARE_USAGE = (
@@ -65,7 +66,8 @@ def compare(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> TransferConfig:
-    """Options of a task: its own defaults, the detector's, then files, then the command line. Raises UsageError."""
+    """Options of a task: its own defaults, the detector's, the backbone that the weights state, then files, then the
+    command line. Raises UsageError."""
     return parse_command(argv, TransferConfig, PROG, {**TASK_SUMMARIES, **SUMMARIES}, USAGE)
 
 
@@ -85,6 +87,10 @@ def parse_command(argv: list[str], cls: type[Options], prog: str, summaries: Map
     if defaults := DETECTOR_DEFAULTS.get(request.config.model.detector):
         settings.append(Settings(defaults, f"the defaults of {request.config.model.detector}"))
         request = parse_as(cls, argv, base=settings, **command)
+    if stated := backbone_of_starts(getattr(request.config, "inits", (request.config.init,))):
+        named, request = request.config.model, parse_as(cls, argv, base=[*settings, stated], **command)
+        if request.config.model.backbone != named.backbone:  # where it is named, that holds
+            tell(f"model.backbone={request.config.model.backbone}, as {stated.origin} states")
     config = request.options()
     if config.task != task:
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")

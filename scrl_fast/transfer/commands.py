@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from scrl_fast.config.command_line import CommandParser
@@ -50,10 +51,11 @@ def predict(argv: Sequence[str]) -> None:
     with ending_cleanly("scrl_fast.transfer", kept):
         from scrl_fast.data.image_files import ImageLimits
         from scrl_fast.run.numerics import keep_memory
-        from scrl_fast.transfer.predict_folder import predict_folder
+        from scrl_fast.transfer.predict_folder import check_folders, predict_folder
         from scrl_fast.transfer.trained import load_detector
 
         keep_memory()
+        check_folders(Path(args.images), Path(args.out), args.overwrite)  # before a detector is read
         loading: dict[str, Any] = {"device": args.device, "backbone": args.backbone, "max_pixels": args.max_resized}
         detector = load_detector(args.detector, **loading)
         tell(f"detector: {detector.path}")
@@ -61,7 +63,8 @@ def predict(argv: Sequence[str]) -> None:
         options["limits"] = ImageLimits.of(limits)
         done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
-    tell_result(f"{done['objects']} objects in {done['images']} images{left_out}: {args.out}")
+    weaker = "" if done["objects"] else f", none scores above --score={args.score:g}: a lower one keeps weaker ones"
+    tell_result(f"{done['objects']} objects in {done['images']} images{left_out}{weaker}: {args.out}")
 
 
 def export(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from scrl_fast.weights.layouts import Weights, read
 from scrl_fast.weights.load import (
     RANDOM,
     LoadReport,
+    check_fit,
     encoder_of,
     guess_backbone,
     load_encoder,
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "Weights",
     "WeightsError",
+    "check_fit",
     "encoder_of",
     "guess_backbone",
     "load_encoder",

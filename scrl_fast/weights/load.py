@@ -198,12 +198,18 @@ def _check_stated_backbone(weights: Weights, branch: Branch) -> None:
     """Raises WeightsError where the backbone that a file states is unknown or not its own, before memory is taken."""
     stated = _stated_backbone(weights)
     try:
-        with torch.device("meta"):
-            encoder = build_encoder(stated)
+        check_fit(weights, stated, branch)
+    except WeightsError:
+        raise
     except ValueError as error:
         raise WeightsError(f"{weights.path} ({weights.layout}) states that it is of {stated!r:.80}: {error}") from error
-    own = encoder.body.state_dict()
-    _refuse_misfits(_best_names(weights.encoder(branch), own), own, weights, stated)
+
+
+def check_fit(weights: Weights, backbone: str, branch: Branch = "online") -> None:
+    """Raises WeightsError where the weights do not fill an encoder of that name, without memory for its tensors."""
+    with torch.device("meta"):
+        own = build_encoder(backbone).body.state_dict()
+    _refuse_misfits(_best_names(weights.encoder(branch), own), own, weights, backbone)
 
 
 def load_encoder(source: Source, *, backbone: str = "", branch: Branch = "online") -> nn.Module:

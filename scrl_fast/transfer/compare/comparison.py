@@ -114,7 +114,7 @@ class Comparison:
             with closing(LogFile(self.folder)) as self.log:
                 with SignalHandler() as stop:
                     self.say_plan()
-                    self.check_normalization()
+                    self.check_starts()
                     if self.look_for_leaks(stop):
                         self.run_rows(stop)
                 self.write()
@@ -250,23 +250,30 @@ class Comparison:
             first = f"first all starts with {percent(row.share)} of the labels and seed {row.seed}"
             self.say(f"{first}; how long the whole takes is said after {TIMED_STEPS} steps of the first row")
 
-    def check_normalization(self) -> None:
+    def check_starts(self) -> None:
         """Says before the first row which starts were trained on images normalised otherwise, or cannot be read.
 
-        After the first row the options cannot change any more.
+        After the first row the options cannot change any more. Raises UsageError for weights of another network.
         """
-        model = self.config.model
+        model, misfits = self.config.model, []
         for init, label in zip(self.config.inits, self.results.labels, strict=True):
             if init == weights.RANDOM or not any(row.init == init for row in self.results.open):
                 continue
             try:
-                notes = weights.normalization_notes(
-                    weights.read_initial(init, model.backbone), {"mean": model.mean, "std": model.std}, "model"
-                )
+                source = weights.read_initial(init, model.backbone)
             except UsageError as error:
-                notes = [f"its rows will fail: {error}"]
-            for note in notes:
+                self.say(f"{label}: its rows will fail: {error}")
+                continue
+            try:
+                weights.check_fit(source, model.backbone)
+            except UsageError as error:
+                misfits.append(f"{label}: {error}")
+            for note in weights.normalization_notes(source, {"mean": model.mean, "std": model.std}, "model"):
                 self.say(f"{label}: {note}")
+        if misfits:
+            raise UsageError(
+                f"inits: weights of another network than model.backbone={model.backbone}: {'; '.join(misfits)}"
+            )
 
     def progress(self) -> str:
         return f"{len(self.results.values)} of {len(self.rows)} rows are finished"
