@@ -70,7 +70,7 @@ class Budget:
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
-    detector_steps: tuple[int, int] = (1000, 400)
+    detector_steps: tuple[int, int] = (2000, 800)
     """From scratch, and from ImageNet weights: these know more, and a step of their network takes longer."""
     detector_batch: int = 8
     detector_side: int = 128
@@ -197,7 +197,8 @@ def _pretraining(group: Group, method: str, seed: int, epochs: int, budget: Budg
     recipe: tuple[str, ...] = ("--config=demo", f"--optim.warmup_epochs={max(0.5, epochs / 20):g}")
     if group is CONTINUED:  # its optimizer, rate and moving average, made for trained weights
         recipe = ("--config=continue", f"--init={SUPERVISED}", "--optim.lr=4e-4")
-        recipe = (*recipe, f"--optim.warmup_epochs={epochs / 10:g}")
+        # bf16 takes longer there: the backward of depthwise convolutions
+        recipe = (*recipe, f"--optim.warmup_epochs={epochs / 10:g}", "--train.precision=fp32")
     return (
         *("scrl_fast.train", *recipe, "--data.source=list", "--data.root=WORK/trainval.txt"),
         *(f"--model.method={method}", f"--model.backbone={group.backbone}"),
@@ -282,7 +283,7 @@ def _comparing(group: Group, data: str, budget: Budget) -> tuple[str, ...]:
         *(f"--model.short_side=[{side},{side + 32}]", f"--model.test_short_side={side}"),
         *("--model.fpn_channels=32", "--model.head_channels=128", "--model.anchor_scale=4"),
         *("--model.proposals_before_nms=[200,100]", "--model.proposals=[100,50]", "--model.rois_per_image=32"),
-        *(f"--train.steps={steps}", f"--train.batch_size={budget.detector_batch}"),
+        *(f"--train.steps={steps}", f"--train.batch_size={budget.detector_batch}", "--train.precision=fp32"),
         *("--optim.lr=0.04", "--optim.clip_norm=5", f"--eval.images={budget.detector_images}", "--eval.batch_size=8"),
         *(
             "--data.workers=1",
