@@ -70,6 +70,8 @@ class Budget:
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
+    label_seeds: int = 5
+    """How often a share of the labels is drawn for RoI linear."""
     detector_steps: tuple[int, int] = (2000, 800)
     """From scratch, and from ImageNet weights: these know more, and a step of their network takes longer."""
     detector_batch: int = 8
@@ -86,7 +88,7 @@ BUDGETS = {
     "standard": Budget(),
     "smoke": Budget(
         epochs=2, short_epochs=1, continued_epochs=1, pretraining_seeds=1, detector_seeds=1,
-        batch_size=4, view=64, images=8, dense_images=4,
+        batch_size=4, view=64, images=8, dense_images=4, label_seeds=2,
         detector_steps=(1, 1), detector_batch=2, detector_side=64, detector_images=2,
         grid=((8.0, 0.99), (16.0, 0.97)),
     ),  # does it run?
@@ -116,6 +118,9 @@ def planned(budget: Budget, results: Mapping[str, Any]) -> list[Stage]:
             stages += measures(group, "random", seed, budget)
             for method in ("scrl", "byol"):
                 stages += trained(group, method, seed, budget, results)
+    for seed in range(budget.pretraining_seeds):
+        for start in SCRATCH.starts:
+            stages += few_labels(SCRATCH, start, seed, budget)
     for share, data, seed in itertools.product(budget.shares, DATA_SETS, range(budget.detector_seeds)):
         for group in GROUPS:
             stages += detectors(group, data, share, seed, budget)
@@ -250,6 +255,23 @@ def _roi_linear(group: Group, weights: str, seed: int, budget: Budget, split: tu
         *("--data.source=voc", *split, f"--data.max_images={budget.images}"),
         *("--cache=", f"--seed={seed}", "--workers=1"),
     )
+
+
+def few_labels(group: Group, start: str, seed: int, budget: Budget) -> list[Stage]:
+    """RoI linear with a share of the labels, drawn several times alike for every start, on both sets of photographs."""
+    stages = []
+    for data, share in itertools.product(DATA_SETS, budget.shares):
+        if data == "voc" and share == 1:
+            continue  # `measures` has it
+        words = (
+            *("scrl_fast.evaluate", "compare", f"--data.root={DATA_SETS[data][0]}", f"--backbone={group.backbone}"),
+            *(f"--checkpoints={run_of(group, start, seed)}", f"--shares={share:g}", f"--seeds={budget.label_seeds}"),
+            *(f"--seed={seed}", "--cache=WORK/features", "--workers=1"),
+        )
+        facts = {"group": group.name, "start": start, "seed": seed, "measure": "few", "data": data, "share": share}
+        name = f"{_place(group, start, seed)}/few-{data}-{share:g}"
+        stages.append(_stage(name, words, _needs(group, start, seed), **facts))
+    return stages
 
 
 # ---- detection ----

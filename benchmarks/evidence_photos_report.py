@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from evidence_photos_plan import BUDGETS, CELLS, CONTINUED, METHODS, SCRATCH, SHORT, Stage
+from evidence_photos_plan import BUDGETS, CELLS, CONTINUED, METHODS, SCRATCH, SHORT, Group, Stage
 
 from scrl_fast.run.start_tables import difference_cell, difference_values
 from scrl_fast.run.statistics import paired_difference
@@ -25,7 +26,8 @@ PAIRS = {
 }
 """The differences that are shown."""
 VALUES = {"held": "accuracy", "roi": "accuracy", "dense": "retrieval"}
-COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
+Column = tuple[str, Mapping[str, Any]]
+COLUMNS: dict[str, Column] = {
     "RoI linear": ("value", {"measure": "roi"}),
     "mean over classes": ("mean_class", {"measure": "roi"}),
     "dense retrieval": ("value", {"measure": "dense"}),
@@ -35,6 +37,12 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "Aquarium AP, 100 %": ("value", {"measure": "ap", "data": "aquarium", "share": 1.0}),
 }
 """Which field of which rows."""
+FEW_LABELS: dict[str, Column] = {
+    f"{name} {share:.0%}, {said}".replace("%", " %"): (field, {"measure": "few", "data": data, "share": share})
+    for name, data, share in (("VOC", "voc", 0.1), ("Aquarium", "aquarium", 0.1), ("Aquarium", "aquarium", 1.0))
+    for said, field in (("top-1", "value"), ("mean over classes", "mean_class"))
+}
+"""The same of RoI linear with a share of the labels."""
 
 
 def report(
@@ -48,7 +56,7 @@ def report(
         "budget": budget,
         "environment": dict(environment),
         "rows": rows,
-        "differences": differences(rows),
+        "differences": differences(rows, {**COLUMNS, **FEW_LABELS}),
         "open": [stage.name for stage in stages if not results[stage.name]],
         "stages": [results[stage.name] for stage in finished],
     }
@@ -63,6 +71,9 @@ def row_of(stage: Stage, result: Mapping[str, Any]) -> dict[str, Any] | None:
             facts["mean_class"] = 100 * result["result"]["mean_class_accuracy"]
     elif facts["measure"] == "pretrain" and facts["group"] == SHORT.name:
         facts |= {"measure": "rankme", "value": result["result"]["rankme"]}
+    elif facts["measure"] == "few":
+        (line,) = result["result"]["table"]
+        facts |= {"value": 100 * line["accuracy"]["mean"], "mean_class": 100 * line["mean_class_accuracy"]["mean"]}
     elif facts["measure"] == "ap":
         row = result["result"]["rows"][0]
         facts |= {"value": row["AP"], "AP50": row["AP50"]}
@@ -71,21 +82,19 @@ def row_of(stage: Stage, result: Mapping[str, Any]) -> dict[str, Any] | None:
     return facts
 
 
-def by_seed(
-    rows: Sequence[Mapping[str, Any]], group: str, start: str, column: tuple[str, Mapping[str, Any]]
-) -> dict[int, float]:
+def by_seed(rows: Sequence[Mapping[str, Any]], group: str, start: str, column: Column) -> dict[int, float]:
     """The values of a start in a column."""
     field, wanted = column[0], {"group": group, "start": start, **column[1]}
     found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
     return {row.get("seed", 0): row[field] for row in found}
 
 
-def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def differences(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> list[dict[str, Any]]:
     """Of each pair of starts and column: mean and interval of the difference, paired over the seeds of both."""
     found = []
     for group, pairs in PAIRS.items():
         for start, other in pairs:
-            for name, column in COLUMNS.items():
+            for name, column in columns.items():
                 each = [by_seed(rows, group, of, column) for of in (other, start)]
                 if difference := paired_difference(*each):
                     facts = {"group": group, "start": start, "minus": other, "column": name}
@@ -100,17 +109,56 @@ def named(document: Mapping[str, Any], group: str, start: str) -> str:
     return NAMES[start] + f", {epochs} epochs" * (start in METHODS)
 
 
-def cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
-    """Group, start and the text of every column. Of the grid's settings, the one that held photographs choose."""
+@dataclass(frozen=True)
+class Table:
+    """head: names of the first cells of a line; two of them are one in the terminal. lines: those cells, the others."""
+
+    head: tuple[str, ...]
+    columns: Sequence[str]
+    lines: Sequence[tuple[tuple[str, ...], Sequence[str]]]
+
+
+def tables(document: Mapping[str, Any]) -> list[Table]:
+    """Starts, differences, the same with few labels, and the settings that were tried; none without lines."""
+    rows = document["rows"]
+    settings = ("RoI linear, held", "RoI linear", "dense retrieval", "RankMe")
+    few = [(head, texts) for head, texts in _starts(document, (SCRATCH,), FEW_LABELS) if set(texts) != {"-"}]
+    found = [
+        Table(("", ""), list(COLUMNS), _starts(document, (SCRATCH, SHORT, CELLS, CONTINUED), COLUMNS)),
+        Table(("difference",), list(COLUMNS), _differing(rows, COLUMNS)),
+        Table(("RoI linear with few labels", ""), list(FEW_LABELS), few),
+        Table(("difference",), list(FEW_LABELS), _differing(rows, FEW_LABELS)),
+        Table(("settings", "lr, EMA"), settings, [((start, setting), texts) for start, setting, texts in tuned(rows)]),
+    ]
+    return [each for each in found if each.lines]
+
+
+def _starts(
+    document: Mapping[str, Any], groups: Sequence[Group], columns: Mapping[str, Column]
+) -> list[tuple[tuple[str, ...], list[str]]]:
+    """A line of each start. Of the grid's settings, the one that held photographs choose."""
+    rows = document["rows"]
     shown = [row for row in rows if row["group"] != SHORT.name]
     shown += [row for row in rows if row["group"] == SHORT.name and _setting(row) == best(rows).get(row["start"])]
     lines = []
-    for group in (SCRATCH, SHORT, CELLS, CONTINUED):
+    for group in groups:
         starts = dict.fromkeys((*(row["start"] for row in shown if row["group"] == group.name), *group.starts))
         for start in sorted(starts, key=("random", "supervised", "byol", "scrl").index):
-            found = [by_seed(shown, group.name, start, column) for column in COLUMNS.values()]
-            lines.append((group.name, start, [_shown(list(values.values())) for values in found]))
+            found = [by_seed(shown, group.name, start, column) for column in columns.values()]
+            head = (HEADS[group.name], named(document, group.name, start))
+            lines.append((head, [_shown(list(values.values())) for values in found]))
     return lines
+
+
+def _differing(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]
+) -> list[tuple[tuple[str, ...], list[str]]]:
+    """A line of each pair of starts with anything to compare."""
+    lines: dict[str, dict[str, str]] = {}
+    for found in differences(rows, columns):
+        head = f"{HEADS[found['group']]}: {NAMES[found['start']]} - {NAMES[found['minus']]}"
+        lines.setdefault(head, {})[found["column"]] = difference_cell(found, 1)
+    return [((head,), [texts.get(name, "-") for name in columns]) for head, texts in lines.items()]
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -135,36 +183,23 @@ def missing(document: Mapping[str, Any]) -> str:
 
 def table(document: Mapping[str, Any]) -> list[str]:
     """For the terminal."""
-    lines = [f"{'percent':36}" + "".join(f"{name:>20}" for name in COLUMNS)]
-    for group, start, texts in cells(document["rows"]):
-        lines.append(
-            f"{HEADS[group] + ', ' + named(document, group, start):36}" + "".join(f"{text:>20}" for text in texts)
-        )
-    lines += ["", f"{'difference':36}" + "".join(f"{name:>20}" for name in COLUMNS)]
-    lines += [f"{head:36}" + "".join(f"{t:>20}" for t in texts) for head, texts in differing(document)]
-    lines += ["", f"{'settings':36}{'RoI linear, held':>20}{'RoI linear':>20}{'dense retrieval':>20}{'RankMe':>20}"]
-    lines += [
-        f"{NAMES[start] + ', ' + setting:30}" + "".join(f"{t:>20}" for t in texts)
-        for start, setting, texts in tuned(document)
-    ]
+    lines = []
+    for each in tables(document):
+        for head, texts in ((each.head, each.columns), *each.lines):
+            width = 2 + max(map(len, texts)) if each.columns is texts else 20
+            lines.append(f"{', '.join(filter(None, head)):48}" + "".join(f"{text:>{max(20, width)}}" for text in texts))
+        lines.append("")
     return [*lines, missing(document)]
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """For docs/evidence.md: both tables and what they are made of."""
-    lines = [f"| | | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for group, start, texts in cells(document["rows"]):
-        lines.append(f"| {HEADS[group]} | {named(document, group, start)} | {' | '.join(texts)} |")
-    if found := differing(document):
-        lines += ["", f"| difference | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-        lines += [f"| {head} | {' | '.join(texts)} |" for head, texts in found]
-    if settings := tuned(document):
-        lines += [
-            "",
-            "| settings | lr, EMA | RoI linear, held | RoI linear | dense retrieval | RankMe |",
-            "|---" * 6 + "|",
-        ]
-        lines += [f"| {NAMES[start]} | {setting} | {' | '.join(texts)} |" for start, setting, texts in settings]
+    """For docs/evidence.md: the tables and what they are made of."""
+    lines = []
+    for each in tables(document):
+        head, *rest = ([*head, *texts] for head, texts in ((each.head, each.columns), *each.lines))
+        lines += ["|" + "|".join(f" {text} " if text else " " for text in head) + "|", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rest]
+        lines.append("")
     where = document["environment"]
     commits = ", ".join(dict.fromkeys(stage["commit"] or "unknown" for stage in document["stages"]))
     processors = [stage.get("device_name") or where["device_name"] for stage in document["stages"]]
@@ -173,27 +208,18 @@ def markdown(document: Mapping[str, Any]) -> str:
     how = (
         "several values as mean ± deviation (number), differences with a 95 % interval, paired over seeds (Student's t)"
     )
-    return "\n".join([*lines, "", f"Percent; {how}. {missing(document)}. {said}"])
+    return "\n".join([*lines, f"Percent; {how}. {missing(document)}. {said}"])
 
 
-def differing(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """A line of each pair of starts with anything to compare."""
-    lines: dict[str, dict[str, str]] = {}
-    for found in differences(document["rows"]):
-        head = f"{HEADS[found['group']]}: {NAMES[found['start']]} - {NAMES[found['minus']]}"
-        lines.setdefault(head, {})[found["column"]] = difference_cell(found, 1)
-    return [(head, [texts.get(name, "-") for name in COLUMNS]) for head, texts in lines.items()]
-
-
-def tuned(document: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def tuned(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
     """Method, setting, and its measures on held and on test photographs, and RankMe of its projections at the end."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in document["rows"]:
+    for row in rows:
         if row["group"] == SHORT.name:
             found.setdefault((row["start"], _setting(row)), {})[row["measure"]] = row["value"]
     names = ("held", "roi", "dense", "rankme")
     texts = {key: [f"{each[name]:.1f}" if name in each else "-" for name in names] for key, each in found.items()}
-    return [(start, setting, texts[start, setting]) for start, setting in sorted(texts)]
+    return [(NAMES[start], setting, texts[start, setting]) for start, setting in sorted(texts)]
 
 
 def _setting(row: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import evidence_photos
 import evidence_photos_plan as plan
 from evidence_photos import Work
 from evidence_photos_plan import BUDGETS, CONTINUED, METHODS, SCRATCH
-from evidence_photos_report import differences, markdown, report, table
+from evidence_photos_report import COLUMNS, differences, markdown, report, row_of, table
 from labelled_folders import voc_part, write, yolo_part
 
 from scrl_fast import weights
@@ -61,6 +61,7 @@ def stages(results=()):
 
 def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys):
     asked = ["scratch/random-0/roi", "short/scrl-*", "scratch/scrl-0/pretrain", "detectors/scratch-voc/s*-0.25-*"]
+    asked += ["scratch/scrl-0/few-voc-*"]
     asked = ["--only", *asked]
     assert evidence.main(options(photos, *asked)) == 0
     said = capsys.readouterr().out
@@ -68,6 +69,7 @@ def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys)
     done = [stage["name"] for stage in document["stages"]]
     short = [f"short/scrl-lr16-ema0.97/{each}" for each in ("pretrain", "held", "roi", "dense")]
     rest = ["scratch/scrl-0/pretrain", "detectors/scratch-voc/scrl-0.25-0"]
+    rest += ["scratch/scrl-0/few-voc-0.25"]
     assert set(done) == {"scratch/random-0/roi", *short, *rest}
     values = [(row["group"], row["start"], row["measure"]) for row in document["rows"]]
     detector = document["stages"][done.index("detectors/scratch-voc/scrl-0.25-0")]
@@ -219,7 +221,7 @@ def test_the_table_has_each_methods_best_setting():
         for lr, held, roi in ((8.0, 30.0, 50.0), (16.0, 40.0, 45.0))
         for measure, value in (("held", held), ("roi", roi), ("rankme", 9.0))
     ]
-    document = {"rows": rows, "differences": [], "budget": "smoke", "stages": [], "open": []}
+    document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
     line = next(line for line in table(document) if "from scratch, BYOL, 1 epochs" in line)
     assert line.split()[5:] == ["45.0", "7.0", *["-"] * 5]
     assert [line.split()[1:] for line in table(document) if line.startswith("BYOL, ")] == [
@@ -260,13 +262,29 @@ def test_differences_are_paired_over_seeds():
         for start, each in values.items()
         for seed, value in enumerate(each)
     ]
-    found = {(each["start"], each["minus"]): each for each in differences(rows)}
+    found = {(each["start"], each["minus"]): each for each in differences(rows, COLUMNS)}
     assert set(found) == {("byol", "random"), ("scrl", "random"), ("scrl", "byol")}
     assert found["scrl", "byol"]["mean"] == 2.0 and found["scrl", "byol"]["pairs"] == 2
     mean, low, high = (found["scrl", "random"]["mean"], *found["scrl", "random"]["interval"])
     assert (mean, round(low, 3), round(high, 3)) == (4.0, 1.516, 6.484)  # 4.3027 x 1 / sqrt(3)
-    document = {"rows": rows, "differences": differences(rows), "budget": "smoke", "stages": [], "open": []}
+    document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
     document |= {"command": "c", "environment": {"device_name": "d", "torch": "2"}}
     line = "| from scratch: SCRL - random | - | - | +4.0 (+1.5 to +6.5) | - | - | - | - |"
     assert line in markdown(document)
     assert "+4.0 (+1.5 to +6.5)" in "\n".join(table(document))
+
+
+def test_few_labels_are_a_table_of_their_own():
+    result = {"table": [{"share": 0.1, "accuracy": {"mean": 0.5}, "mean_class_accuracy": {"mean": 0.25}}]}
+    every = stages(["scratch/scrl-0/pretrain"])
+    assert [stage.name for stage in every if stage.name.startswith("scratch/scrl-0/few")] == [
+        f"scratch/scrl-0/few-{each}" for each in ("voc-0.25", "aquarium-0.25", "aquarium-1")
+    ]
+    stage = next(stage for stage in every if stage.name == "scratch/scrl-0/few-aquarium-1")
+    assert {"--shares=1", "--seeds=2", "--seed=0", "--data.root=DATA/aquarium"} <= set(stage.words)
+    rows = [row_of(stage, {"result": result})]
+    document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
+    document |= {"command": "c", "environment": {"device_name": "d", "torch": "2"}}
+    text = markdown(document)
+    assert "| Aquarium 100 %, top-1 | Aquarium 100 %, mean over classes |\n" in text
+    assert "| from scratch | SCRL, 2 epochs | - | - | - | - | 50.0 | 25.0 |" in text
