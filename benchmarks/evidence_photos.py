@@ -224,7 +224,7 @@ def run_training(_work: Work, _stage: Stage, words: list[str]) -> dict[str, Any]
 def run_measure(work: Work, stage: Stage, words: list[str]) -> dict[str, Any]:
     from scrl_fast.evaluate.__main__ import main as evaluate
 
-    return dict(_document(work, stage, evaluate, words)["result"])
+    return work.anywhere(_document(work, stage, evaluate, words)["result"])
 
 
 def run_comparison(work: Work, stage: Stage, words: list[str]) -> dict[str, Any] | None:
