@@ -64,7 +64,7 @@ class Budget:
     batch_size: int = 64
     view: int = 112
     continued_epochs: int = 5
-    pretraining_seeds: int = 3
+    pretraining_seeds: int = 5
     continued_seeds: int = 1
     cells_seeds: int = 1
     images: int = 0

@@ -142,6 +142,8 @@ def _starts(
     shown += [row for row in rows if row["group"] == SHORT.name and _setting(row) == best(rows).get(row["start"])]
     lines = []
     for group in groups:
+        if group is CELLS and not any(row["group"] == group.name for row in rows):
+            continue  # an experiment beside the comparison: no line before it has begun
         starts = dict.fromkeys((*(row["start"] for row in shown if row["group"] == group.name), *group.starts))
         for start in sorted(starts, key=("random", "supervised", "byol", "scrl").index):
             found = [by_seed(shown, group.name, start, column) for column in columns.values()]
