@@ -18,7 +18,7 @@ from scrl_fast.run import precision
 from scrl_fast.run.start_tables import labels_of
 from scrl_fast.transfer.__main__ import main, parse, parse_command
 from scrl_fast.transfer.compare.comparison import Comparison
-from scrl_fast.transfer.compare.config import CompareConfig, with_lists
+from scrl_fast.transfer.compare.config import CompareConfig
 from scrl_fast.transfer.compare.rows import RowFiles, rows_of
 from scrl_fast.transfer.compare.timed import Deadline, TimedTransfer
 from scrl_fast.transfer.config import TASK_SUMMARIES
@@ -48,7 +48,7 @@ def compare(argv):
 
 
 def options(*argv):
-    return parse_command(with_lists(argv), CompareConfig, "compare", TASK_SUMMARIES, "")
+    return parse_command(list(argv), CompareConfig, "compare", TASK_SUMMARIES, "")
 
 
 def outcome(folder):
@@ -353,10 +353,18 @@ def test_the_command_of_a_row_repeats_what_no_file_may_ask_for(tmp_path):
     ]
 
 
-def test_lists_are_taken_with_commas_or_in_brackets():
-    assert with_lists(["voc", "--inits=a,b c", "--shares", "0.1,1"]) == [
-        "voc",
-        '--inits=["a", "b c"]',
-        "--shares=[0.1,1]",
-    ]
-    assert with_lists(["--inits=[a,b]", "--shares=1"]) == ["--inits=[a,b]", "--shares=[1]"]
+def test_lists_are_taken_with_commas_or_in_brackets(data_root):
+    base = ["voc", f"--data.root={data_root}"]
+    for words in (["--inits=random,timm", "--shares", "0.1,1"], ["--inits=[random, timm]", "--shares=[0.1,1]"]):
+        found = options(*base, *words)
+        assert (found.inits, found.shares) == (("random", "timm"), (0.1, 1.0))
+    found = options(*base, "--inits=random", "--shares=1", "--model.mean=0.5,0.5,0.5", "--optim.lr_steps=[7,9]")
+    assert (found.inits, found.shares, found.optim.lr_steps) == (("random",), (1.0,), (7, 9))
+    assert found.model.mean == (0.5, 0.5, 0.5)
+    for wrong, said in (
+        ("--model.mean=0.5", "model.mean"),
+        ("--model.mean=0.5,x,1", "model.mean"),
+        ("--shares=,", "shares"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            options(*base, wrong)

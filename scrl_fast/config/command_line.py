@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast, get_args, get_origin
 
 from scrl_fast.config import kakaobrain
 from scrl_fast.config.files import (
@@ -145,22 +145,24 @@ def take_task(argv: list[str], tasks: Mapping[str, str], usage: str) -> str:
     return task
 
 
-def lists_from_commas(argv: Sequence[str], *, texts: Sequence[str], numbers: Sequence[str]) -> list[str]:
-    """The arguments with ``--inits=a,b`` and ``--shares=0.1,1`` as the lists that the parser takes.
+def lists_from_commas(tokens: Sequence[str], cls: type) -> list[str]:
+    """The arguments with values like ``--shares=0.1,1`` as the lists that the parser takes.
 
-    texts, numbers: the flags of lists. Square brackets are taken as well.
+    cls: the options. A single value is a list where the option takes any number of them. Square brackets are taken as
+    well; where an option is a text or a list, they alone make a list.
     """
+    lists = {f"--{name}": get_args(kind) for name, kind in option_kinds(cls).items() if get_origin(kind) is tuple}
     result: list[str] = []
-    rest = iter(argv)
+    rest = iter(tokens)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in (*texts, *numbers):
+        if flag not in lists:
             result.append(word)
             continue
-        value = value if equals else next(rest, "")
-        parts = [part.strip() for part in value.split(",")]
-        if value and not value.startswith("["):
-            value = json.dumps(parts) if flag in texts else f"[{','.join(parts)}]"
+        value = (value if equals else next(rest, "")).strip()
+        if value and not value.startswith("[") and ("," in value or lists[flag][-1] is Ellipsis):
+            parts = [part.strip() for part in value.split(",")]
+            value = json.dumps(parts, ensure_ascii=False) if lists[flag][0] is str else f"[{','.join(parts)}]"
         result.append(f"{flag}={value}" if value else flag)
     return result
 
@@ -322,7 +324,7 @@ def _checked_tokens(
         else:
             raise _unknown(spelled, cls, published is not None)
     kakaobrain.check_scale(given)
-    return result, notes
+    return lists_from_commas(result, cls), notes
 
 
 def _translated(

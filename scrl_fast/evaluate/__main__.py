@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scrl_fast.atomic_files import write_json
-from scrl_fast.config.command_line import lists_from_commas, parse_as, take_task
+from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.errors import friendly_errors, tell, tell_result
 from scrl_fast.evaluate.config import TASK_OPTIONS
@@ -35,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with friendly_errors("scrl_fast.evaluate", debug="--debug" in argv, less_memory=LESS_MEMORY) as report:
         report.quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of a machine tells of all errors
         summaries = {name: (cls.__doc__ or "").splitlines()[0] for name, cls in TASK_OPTIONS.items()}
-        argv = lists_from_commas(argv, texts=("--checkpoints",), numbers=("--shares",))
         task = take_task(argv, summaries, f"{PROG} TASK --checkpoint=WEIGHTS [--OPTION=VALUE]...")
         options = _parse(task, argv)
         with ending_cleanly("scrl_fast.evaluate", "ended before there was a result; no file is half written"):

@@ -19,7 +19,7 @@ from scrl_fast.config.files import Settings
 from scrl_fast.config.run_folder import LOG
 from scrl_fast.errors import UsageError, friendly_errors, tell
 from scrl_fast.transfer.commands import COMMANDS, LESS_MEMORY, LESS_MEMORY_TRAINING, PROG, SUMMARIES
-from scrl_fast.transfer.compare.config import CompareConfig, with_lists
+from scrl_fast.transfer.compare.config import CompareConfig
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 from scrl_fast.transfer.recipes import RECIPES
 from scrl_fast.transfer.start_backbone import backbone_of_starts
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(argv: list[str]) -> int:
     """``compare TASK``: the task from several starts; returns the exit code, 1 also where a row failed."""
-    config = parse_command(with_lists(argv), CompareConfig, f"{PROG} compare", TASK_SUMMARIES, COMPARE_USAGE)
+    config = parse_command(argv, CompareConfig, f"{PROG} compare", TASK_SUMMARIES, COMPARE_USAGE)
     from scrl_fast.transfer.compare.comparison import Comparison
 
     return Comparison(config).run()

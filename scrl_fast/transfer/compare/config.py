@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from scrl_fast.config.backbones import RANDOM, TIMM_WEIGHTS, TORCHVISION_WEIGHTS, is_named
-from scrl_fast.config.command_line import lists_from_commas
 from scrl_fast.config.validation import (
     at_least,
     check_distinct,
@@ -107,8 +105,3 @@ class CompareConfig(TransferConfig):
         """The options that all rows share; start, share, seed and folder are not set yet."""
         shared = {item.name: getattr(self, item.name) for item in fields(TransferConfig)}
         return TransferConfig(**(shared | {"json": ""}))
-
-
-def with_lists(argv: Sequence[str]) -> list[str]:
-    """The arguments with ``--inits=a,b`` and ``--shares=0.1,1`` as the lists that the parser takes."""
-    return lists_from_commas(argv, texts=("--inits",), numbers=("--shares",))
