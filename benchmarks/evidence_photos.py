@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import importlib.util
 import json
 import math
@@ -122,12 +123,22 @@ class Work:
         if not path.exists():
             return None
         document: dict[str, Any] = json.loads(path.read_text())
+        made_from = document.get("made_from", {})
+        if other := [name for name, digest in self.digests(stage).items() if made_from.get(name, digest) != digest]:
+            raise SystemExit(f"{path} was made from another result of {', '.join(other)}: remove it")
         if stage.words and document["command"] != shown(stage):
             raise SystemExit(
                 f"{path} was made with other options: remove it and its run, or give another --work\n"
                 f"then: {document['command']}\nnow:  {shown(stage)}"
             )
         return document
+
+    def digests(self, stage: Stage) -> dict[str, str]:
+        """Of the results that the stage reads from, as far as they are there."""
+        paths = {name: self.path(name) for name in stage.needs}
+        return {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.exists()
+        }
 
     def run(self, stage: Stage) -> bool:
         """Do the stage and keep its result; False where a signal stopped it."""
@@ -141,6 +152,7 @@ class Work:
         where = environment()
         document = {"name": stage.name, "command": shown(stage), "commit": harness._commit(), "seconds": seconds}
         document |= {name: where[name] for name in ("device_name", "threads")}
+        document["made_from"] = self.digests(stage)
         self.path(stage.name).parent.mkdir(parents=True, exist_ok=True)
         write_json(str(self.path(stage.name)), {**document, "result": found})
         print(f"{time.strftime('%H:%M:%S')} {stage.name} done in {seconds} s", flush=True)

@@ -50,7 +50,7 @@ CONTINUED = Group(
 SHORT = replace(SCRATCH, name="short", starts=METHODS, epochs="short_epochs")
 """As from scratch, with every setting of the grid, for a shorter time: what the setting is chosen by."""
 CELLS = replace(SCRATCH, name="cells", backbone="evidence_encoder:resnet10_quarter_stride16", seeds="cells_seeds")
-"""As from scratch, with 7 x 7 cells in a view in place of 4 x 4: do the cells limit what SCRL learns?"""
+"""As from scratch, with 7 x 7 cells in a view in place of 4 x 4: do the cells limit what SCRL learns? Settings as there."""
 GROUPS = (SCRATCH, CONTINUED)
 """Those that detectors are trained from."""
 
@@ -223,7 +223,7 @@ PUBLISHED_COLOURS = (
 
 
 def _views_and_boxes(group: Group, budget: Budget) -> tuple[str, ...]:
-    """A box is a cell of the last feature map at least, as in the paper's recipe."""
+    """A box is a cell of the last feature map at least (four where the stride is 16), as in the paper's recipe."""
     return (f"--views.size={budget.view}", *group.views, "--boxes.per_image=8", "--boxes.min_size=32")
 
 
@@ -266,7 +266,8 @@ def few_labels(group: Group, start: str, seed: int, budget: Budget) -> list[Stag
         words = (
             *("scrl_fast.evaluate", "compare", f"--data.root={DATA_SETS[data][0]}", f"--backbone={group.backbone}"),
             *(f"--checkpoints={run_of(group, start, seed)}", f"--shares={share:g}", f"--seeds={budget.label_seeds}"),
-            *(f"--seed={seed}", "--cache=WORK/features", "--workers=1"),
+            # photographs of its own for every pre-training: draws that several shared would not be independent
+            *(f"--seed={seed * budget.label_seeds}", "--cache=WORK/features", "--workers=1"),
         )
         facts = {"group": group.name, "start": start, "seed": seed, "measure": "few", "data": data, "share": share}
         name = f"{_place(group, start, seed)}/few-{data}-{share:g}"

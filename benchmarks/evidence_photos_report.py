@@ -187,9 +187,11 @@ def table(document: Mapping[str, Any]) -> list[str]:
     """For the terminal."""
     lines = []
     for each in tables(document):
-        for head, texts in ((each.head, each.columns), *each.lines):
-            width = 2 + max(map(len, texts)) if each.columns is texts else 20
-            lines.append(f"{', '.join(filter(None, head)):48}" + "".join(f"{text:>{max(20, width)}}" for text in texts))
+        rows = [[", ".join(filter(None, head)), *texts] for head, texts in ((each.head, each.columns), *each.lines)]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines += [
+            f"{row[0]:{first}}" + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths, strict=True)) for row in rows
+        ]
         lines.append("")
     return [*lines, missing(document)]
 
@@ -202,14 +204,16 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += ["|" + "|".join(f" {text} " if text else " " for text in head) + "|", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rest]
         lines.append("")
-    where = document["environment"]
+    where, budget = document["environment"], BUDGETS[document["budget"]]
     commits = ", ".join(dict.fromkeys(stage["commit"] or "unknown" for stage in document["stages"]))
-    processors = [stage.get("device_name") or where["device_name"] for stage in document["stages"]]
+    processors = [stage.get("device_name") or "an unknown processor" for stage in document["stages"]]
     devices = ", ".join(dict.fromkeys(processors)) or where["device_name"]
     said = f"{devices}, torch {where['torch']}, commits {commits}; `{document['command']}`."
     how = (
         "several values as mean ± deviation (number), differences with a 95 % interval, paired over seeds (Student's t)"
     )
+    if budget.continued_seeds == 1:
+        how += ". ImageNet weights were continued once, so their AP has seeds of fine-tuning alone"
     return "\n".join([*lines, f"Percent; {how}. {missing(document)}. {said}"])
 
 

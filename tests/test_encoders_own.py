@@ -272,6 +272,9 @@ def test_a_plain_state_dict_fills_the_network_that_has_its_names(tmp_path) -> No
     torch.save(one.state_dict(), tmp_path / "own.pth")
     weights.load_into(wrap_module(two, size=64), tmp_path / "own.pth")
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+    weights.check_fit(weights.read(tmp_path / "own.pth"), "own_encoders:YoloLike")
+    with pytest.raises(weights.WeightsError, match="does not f"):
+        weights.check_fit(weights.read(tmp_path / "own.pth"), "resnet18")
 
 
 def test_onnx_of_an_own_encoder(tmp_path) -> None:

@@ -90,6 +90,13 @@ def test_stages_are_done_once_and_the_table_says_what_is_missing(photos, capsys)
     assert listed["scratch/random-0/roi"] == "finished" and listed["supervised"] == "open"
     assert listed["continued/scrl-0/pretrain"] == listed["scratch/byol-0/pretrain"] == "waits"
 
+    file = photos.parent / "work/results/scratch.scrl-0.pretrain.json"
+    kept = file.read_text()
+    file.write_text(kept.replace('"step"', '"steps"'))
+    with pytest.raises(SystemExit, match="was made from another result of scratch/scrl-0/pretrain: remove it"):
+        evidence.main(options(photos, *asked))
+    file.write_text(kept)
+
     file = photos.parent / "work/results/scratch.random-0.roi.json"
     file.write_text(file.read_text().replace("--workers=1", "--workers=2"))
     with pytest.raises(SystemExit, match="was made with other options"):
@@ -271,7 +278,9 @@ def test_differences_are_paired_over_seeds():
     document |= {"command": "c", "environment": {"device_name": "d", "torch": "2"}}
     line = "| from scratch: SCRL - random | - | - | +4.0 (+1.5 to +6.5) | - | - | - | - |"
     assert line in markdown(document)
-    assert "+4.0 (+1.5 to +6.5)" in "\n".join(table(document))
+    shown = [line for line in table(document) if "from scratch: " in line or line.startswith("difference")]
+    assert len(shown) == 4 and len({len(line) for line in shown}) == 1, "columns end at equal places"
+    assert "+4.0 (+1.5 to +6.5)" in shown[2]
 
 
 def test_few_labels_are_a_table_of_their_own():
@@ -282,6 +291,8 @@ def test_few_labels_are_a_table_of_their_own():
     ]
     stage = next(stage for stage in every if stage.name == "scratch/scrl-0/few-aquarium-1")
     assert {"--shares=1", "--seeds=2", "--seed=0", "--data.root=DATA/aquarium"} <= set(stage.words)
+    more = plan.few_labels(SCRATCH, "byol", 2, TINY)[0]
+    assert "--seed=4" in more.words, "no draw of another pre-training"
     rows = [row_of(stage, {"result": result})]
     document = {"rows": rows, "budget": "smoke", "stages": [], "open": []}
     document |= {"command": "c", "environment": {"device_name": "d", "torch": "2"}}

@@ -143,10 +143,10 @@ def test_starts_that_were_normalised_otherwise_are_told_before_the_first_row(mon
         return Weights(init, "torchvision", {"online": {}}, metadata={"mean": [0.5] * 3, "std": [0.2] * 3})
 
     monkeypatch.setattr("scrl_fast.weights.read_initial", read)
-    monkeypatch.setattr("scrl_fast.weights.check_fit", lambda *_: None)
+    monkeypatch.setattr("scrl_fast.weights.check_fit", lambda *_: None)  # no tensors here
     said, inits = [], ["random", "a", "gone", "done"]
     comparison = SimpleNamespace(say=said.append)
-    model = SimpleNamespace(backbone="resnet50", mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    model = SimpleNamespace(backbone="resnet50", branch="online", mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
     comparison.config = SimpleNamespace(model=model, inits=inits)
     comparison.results = SimpleNamespace(labels=inits, open=[SimpleNamespace(init=init) for init in inits[:3]])
     Comparison.check_starts(comparison)
@@ -183,14 +183,30 @@ def test_the_backbone_is_that_of_the_weights_where_none_is_named(data_root, tmp_
     named = "--model.backbone=resnet34"
     assert parse([*base, f"--init={runs['resnet18']}", named]).model.backbone == "resnet34"
     assert "states" not in capsys.readouterr().err
-    with pytest.raises(UsageError, match="is of resnet18; a comparison has one backbone"):
-        options(*base, "--inits=" + ",".join(map(str, runs.values())))
+    both = "--inits=" + ",".join(map(str, runs.values()))
+    with pytest.raises(UsageError, match="is of resnet18; one detector is compared from all starts"):
+        options(*base, both)
+    assert options(*base, both, named).model.backbone == "resnet34", "the weights' own shapes decide then"
+    (tmp_path / "options.yaml").write_text("model: {backbone: resnet34}")
+    assert options(*base, both, f"--config={tmp_path / 'options.yaml'}").model.backbone == "resnet34"
 
 
-def test_no_file_of_weights_chooses_code_as_the_backbone(data_root, tmp_path):
-    file = tmp_path / "code.safetensors"
-    write_safetensors_state(file, build_encoder("resnet18").body.state_dict(), {"backbone": "os:getcwd"})
+@pytest.mark.parametrize("stated", ["os:getcwd", "<Net>", "no_such_network"])
+def test_no_file_of_weights_chooses_code_or_what_is_no_backbone(stated, data_root, tmp_path):
+    file = tmp_path / "stated.safetensors"
+    write_safetensors_state(file, build_encoder("resnet18").body.state_dict(), {"backbone": stated})
     assert parse(["voc", f"--data.root={data_root}", f"--init={file}"]).model.backbone == "resnet50"
+
+
+def test_a_run_that_goes_on_keeps_its_backbone_without_its_first_weights(data_root, tmp_path):
+    file, run = tmp_path / "w.safetensors", tmp_path / "run"
+    write_safetensors_state(file, build_encoder("resnet10_tiny").body.state_dict(), {"backbone": "resnet10_tiny"})
+    words = ["voc", f"--data.root={data_root}", *SMALL, "--train.steps=2", "--eval.images=1", f"--run.dir={run}"]
+    words = [word for word in words if "model.backbone" not in word]
+    assert main([*words, f"--init={file}", "--train.max_steps=1"]) == 0
+    file.unlink()
+    assert parse([*words, f"--init={file}", "--resume=auto"]).model.backbone == "resnet10_tiny"
+    assert main([*words, f"--init={file}", "--resume=auto"]) == 0
 
 
 def test_a_finished_comparison_trains_nothing_again_and_takes_more_seeds(whole, data_root, weights, monkeypatch):

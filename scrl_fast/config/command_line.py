@@ -27,6 +27,7 @@ from scrl_fast.config.files import (
     renamed_options,
     renaming_notes,
     sections,
+    under_present_names,
 )
 from scrl_fast.config.run_folder import CHECKPOINTS, CONFIG, folder_of, moved_to
 from scrl_fast.config.schema import Config
@@ -48,11 +49,13 @@ class Request(Generic[Options]):
     """What a command line asks for.
 
     config: the checked options. notes: lines for the user. print_config: only print the options.
+    named: dotted names of the options that files or the command line give.
     """
 
     config: Options
     notes: list[str]
     print_config: bool
+    named: frozenset[str] = frozenset()
 
     def options(self) -> Options:
         """The options, once the notes are on stderr. Raises SystemExit(0) after printing them for --print_config."""
@@ -107,10 +110,18 @@ def parse_as(
     names, tokens, print_config = _split(argv, tuple(recipes))
     parser = make_parser(prog, cast(Any, cls), description, tuple(recipes))
     _help_if_asked(parser, tokens)
-    files = [*base, *(_recipe_or_file(name, recipes) for name in names)]
+    given = [_recipe_or_file(name, recipes) for name in names]
+    files = [*base, *given]
     tokens, notes = _checked_tokens(tokens, cls)
     config = build(cls, *files, tokens=tokens, parser=parser)
-    return Request(config, [*_notes_of(cls, files), *notes], print_config)
+    options = {token[2:].partition("=")[0] for token in tokens if token.startswith("--")}
+    options |= {name for each in given for name in _dotted(under_present_names(cls, each.options))}
+    return Request(config, [*_notes_of(cls, files), *notes], print_config, frozenset(options))
+
+
+def _dotted(options: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    for name, value in options.items():
+        yield from _dotted(value, f"{section}{name}.") if isinstance(value, dict) else (f"{section}{name}",)
 
 
 def _recipe_or_file(name: str, recipes: Mapping[str, Settings]) -> Settings:

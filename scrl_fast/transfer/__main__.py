@@ -17,12 +17,12 @@ from scrl_fast.atomic_files import write_json
 from scrl_fast.config.command_line import parse_as, take_task
 from scrl_fast.config.files import Settings
 from scrl_fast.config.run_folder import LOG
-from scrl_fast.errors import UsageError, friendly_errors, tell
+from scrl_fast.errors import UsageError, friendly_errors
 from scrl_fast.transfer.commands import COMMANDS, LESS_MEMORY, LESS_MEMORY_TRAINING, PROG, SUMMARIES
 from scrl_fast.transfer.compare.config import CompareConfig
 from scrl_fast.transfer.config import DETECTOR_DEFAULTS, TASK_DEFAULTS, TASK_SUMMARIES, TransferConfig
 from scrl_fast.transfer.recipes import RECIPES
-from scrl_fast.transfer.start_backbone import backbone_of_starts
+from scrl_fast.transfer.start_backbone import backbone_not_named
 
 USAGE = " TASK --data.root=... [--init=WEIGHTS] [--SECTION.OPTION=VALUE]..."
 COMPARE_USAGE = (
@@ -87,15 +87,15 @@ def parse_command(argv: list[str], cls: type[Options], prog: str, summaries: Map
     if defaults := DETECTOR_DEFAULTS.get(request.config.model.detector):
         settings.append(Settings(defaults, f"the defaults of {request.config.model.detector}"))
         request = parse_as(cls, argv, base=settings, **command)
-    if stated := backbone_of_starts(getattr(request.config, "inits", (request.config.init,))):
-        named, request = request.config.model, parse_as(cls, argv, base=[*settings, stated], **command)
-        if request.config.model.backbone != named.backbone:  # where it is named, that holds
-            tell(f"model.backbone={request.config.model.backbone}, as {stated.origin} states")
-    config = request.options()
+    config = request.config
     if config.task != task:
         raise UsageError(f"the task is {task}, but the options say --task={config.task}")
-    config.check_ready()
-    return config
+    if not request.print_config:
+        config.check_ready()
+    unnamed = "model.backbone" not in request.named
+    if unnamed and (default := backbone_not_named(config, getattr(config, "inits", (config.init,)))):
+        request = parse_as(cls, argv, base=[*settings, default], **command)
+    return request.options()
 
 
 def recipes() -> dict[str, Settings]:

@@ -63,7 +63,8 @@ def predict(argv: Sequence[str]) -> None:
         options["limits"] = ImageLimits.of(limits)
         done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
-    weaker = "" if done["objects"] else f", none scores above --score={args.score:g}: a lower one keeps weaker ones"
+    weaker = f", none scores above --score={args.score:g}: a lower one keeps weaker ones" if args.score else ""
+    weaker *= not done["objects"]
     tell_result(f"{done['objects']} objects in {done['images']} images{left_out}{weaker}: {args.out}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scrl_fast.config.backbones import RANDOM, TIMM_PREFIX, is_code
+from scrl_fast.config.backbones import RANDOM, TIMM_PREFIX, has_own_names, is_code
 from scrl_fast.config.defaults import VIEW_SIZE
 from scrl_fast.models import SCRL, Encoder, build_encoder, encoder_names
 from scrl_fast.weights.errors import WeightsError
@@ -60,11 +60,8 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     weights = source if isinstance(source, Weights) else read(source)
     body = encoder.body if isinstance(encoder, Encoder) else encoder
     name = encoder.name if isinstance(encoder, Encoder) else type(encoder).__name__
-    state, own = weights.encoder(branch), body.state_dict()
-    state = _best_names(state, own)
-    if weights.named and any(key not in state for key in own):  # a network of the user's own: no layout fits its names
-        state = max(state, _best_names(weights.named, own), key=lambda names: sum(key in own for key in names))
-    _refuse_misfits(state, own, weights, name)
+    own = body.state_dict()
+    state = _fitting(weights, own, name, branch)
     check_values(f"{weights.path} ({weights.layout})", state, own)
     body.load_state_dict({key: cast_like(state.get(key, tensor), tensor) for key, tensor in own.items()})
     used = [key for key in own if key in state]
@@ -72,6 +69,15 @@ def load_into(encoder: nn.Module, source: Source, *, branch: Branch = "online") 
     unexpected = tuple(key for key in state if key not in own) + weights.other
     layout = "timm" if weights.layout == OWN_NAMES and name.startswith(TIMM_PREFIX) else weights.layout
     return LoadReport(weights.path, layout, tuple(used), missing, unexpected)
+
+
+def _fitting(weights: Weights, own: Mapping[str, Tensor], name: str, branch: Branch) -> State:
+    """The tensors for a network's own, under its names. Raises WeightsError where one is missing or misshapen."""
+    state = _best_names(weights.encoder(branch), own)
+    if weights.named and any(key not in state for key in own):  # a network of the user's own: no layout fits its names
+        state = max(state, _best_names(weights.named, own), key=lambda names: sum(key in own for key in names))
+    _refuse_misfits(state, own, weights, name)
+    return state
 
 
 def _best_names(state: State, own: Mapping[str, Tensor]) -> State:
@@ -206,10 +212,14 @@ def _check_stated_backbone(weights: Weights, branch: Branch) -> None:
 
 
 def check_fit(weights: Weights, backbone: str, branch: Branch = "online") -> None:
-    """Raises WeightsError where the weights do not fill an encoder of that name, without memory for its tensors."""
-    with torch.device("meta"):
+    """Raises WeightsError where the weights do not fill an encoder of that name, as `load_into` does.
+
+    Takes no memory for tensors, but for an encoder that is code, which is built as it is.
+    Raises UsageError as `scrl_fast.models.build_encoder` does.
+    """
+    with torch.device("cpu" if has_own_names(backbone) else "meta"):
         own = build_encoder(backbone).body.state_dict()
-    _refuse_misfits(_best_names(weights.encoder(branch), own), own, weights, backbone)
+    _fitting(weights, own, backbone, branch)
 
 
 def load_encoder(source: Source, *, backbone: str = "", branch: Branch = "online") -> nn.Module:

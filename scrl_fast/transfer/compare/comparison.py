@@ -265,9 +265,11 @@ class Comparison:
                 self.say(f"{label}: its rows will fail: {error}")
                 continue
             try:
-                weights.check_fit(source, model.backbone)
-            except UsageError as error:
+                weights.check_fit(source, model.backbone, model.branch)
+            except weights.WeightsError as error:
                 misfits.append(f"{label}: {error}")
+            except UsageError as error:  # of the backbone itself
+                self.say(f"{label}: its rows will fail: {error}")
             for note in weights.normalization_notes(source, {"mean": model.mean, "std": model.std}, "model"):
                 self.say(f"{label}: {note}")
         if misfits:
