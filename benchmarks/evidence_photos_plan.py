@@ -50,7 +50,7 @@ CONTINUED = Group(
 SHORT = replace(SCRATCH, name="short", starts=METHODS, epochs="short_epochs")
 """As from scratch, with every setting of the grid, for a shorter time: what the setting is chosen by."""
 CELLS = replace(SCRATCH, name="cells", backbone="evidence_encoder:resnet10_quarter_stride16", seeds="cells_seeds")
-"""As from scratch, settings too, but with 7 x 7 cells in a view in place of 4 x 4: do the cells limit what is learned?"""
+"""As from scratch, settings too, but with 7 x 7 cells in a view in place of 4 x 4: do they limit what is learned?"""
 GROUPS = (SCRATCH, CONTINUED)
 """Those that detectors are trained from."""
 
