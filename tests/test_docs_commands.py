@@ -19,6 +19,8 @@ import pytest
 
 from scrl_fast.commands import COMMANDS, main
 from scrl_fast.config.command_line import CommandParser, Request
+from scrl_fast.transfer.compare.config import CompareConfig
+from scrl_fast.transfer.config import TransferConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +44,7 @@ RUN_AS_IT_STANDS = {
     tuple(line.split())
     for line in (
         "train --config scrl_200ep --data.source=folder --data.root=PICTURES --train.batch_size=64 --run.dir=runs/mine",
-        "evaluate pca --checkpoint=runs/mine --beside=[random] --data.root=PICTURES --plot=features.png",
+        "evaluate pca --checkpoint=runs/mine --beside=random --data.root=PICTURES --plot=features.png",
         "transfer custom --data.root=LABELLED --init=runs/mine --run.dir=runs/detector",
         "transfer predict --detector=runs/detector --images=PICTURES --out=found",
         "transfer compare custom --data.root=LABELLED --inits=random,torchvision,runs/mine --shares=0.1,1 --seeds=3",
@@ -125,6 +127,8 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     parse = CommandParser.parse
     monkeypatch.setattr(Request, "options", stop)
+    for config in (TransferConfig, CompareConfig):  # the pages' folders are not there
+        monkeypatch.setattr(config, "check_ready", lambda self: None)
     monkeypatch.setattr(CommandParser, "parse", lambda self, argv: stop(parse(self, argv)))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -151,7 +151,7 @@ def test_starts_that_were_normalised_otherwise_are_told_before_the_first_row(mon
     comparison.results = SimpleNamespace(labels=inits, open=[SimpleNamespace(init=init) for init in inits[:3]])
     Comparison.check_starts(comparison)
     assert said == [
-        "a: it was trained on images normalised otherwise than here: --model.mean=[0.5,0.5,0.5]",
+        "a: it was trained on images normalised otherwise than here: --model.mean=0.5,0.5,0.5",
         "gone: its rows will fail: there is no file gone",
     ]
 

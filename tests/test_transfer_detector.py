@@ -106,7 +106,7 @@ def test_another_normalisation_is_said(tmp_path):
     config = {"views": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}
     torch.save({"model": model, "config": config}, tmp_path / "c.pt")
     said = str(small(init=str(tmp_path / "c.pt")).init_report)
-    assert said.endswith("normalised otherwise than here: --model.mean=[0.5,0.5,0.5]")
+    assert said.endswith("normalised otherwise than here: --model.mean=0.5,0.5,0.5")
     assert "normalised" not in str(small(init=str(tmp_path / "c.pt"), mean=(0.5, 0.5, 0.5)).init_report)
 
 

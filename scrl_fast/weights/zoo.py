@@ -53,7 +53,7 @@ def normalization_notes(source: Weights, own: dict[str, Any], section: str) -> l
     said = views if isinstance(views, dict) else source.metadata
     own = {name: list(own[name]) for name in ("mean", "std")}
     differ = {name: said[name] for name in own if isinstance(said.get(name), list) and said[name] != own[name]}
-    advice = " ".join(f"--{section}.{name}={value}".replace(" ", "") for name, value in differ.items())
+    advice = " ".join(f"--{section}.{name}={','.join(map(str, value))}" for name, value in differ.items())
     return [f"it was trained on images normalised otherwise than here: {advice}"] if differ else []
 
 
