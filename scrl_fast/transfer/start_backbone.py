@@ -21,7 +21,7 @@ def backbone_not_named(config: TransferConfig, inits: Sequence[str]) -> Settings
     Raises UsageError where two files state different ones: one detector is compared from all starts.
     """
     if kept := _kept_by(config):
-        return _as_default(kept, "the run that goes on")
+        return _as_default(kept, "the run that goes on", config)
     stated: dict[str, str] = {}
     for init in inits:
         if init and not is_named(init) and (name := _stated_by(init)):
@@ -31,11 +31,12 @@ def backbone_not_named(config: TransferConfig, inits: Sequence[str]) -> Settings
         raise UsageError(
             f"inits: {said}; one detector is compared from all starts: leave some out, or name its backbone"
         )
-    return next((_as_default(name, init) for name, init in stated.items()), None)
+    return next((_as_default(name, init, config) for name, init in stated.items()), None)
 
 
-def _as_default(name: str, origin: str) -> Settings:
-    return Settings({"model": {"backbone": name}}, origin, (f"model.backbone={name}, as {origin} states",))
+def _as_default(name: str, origin: str, config: TransferConfig) -> Settings:
+    note = f"model.backbone={name}, as {origin} states"
+    return Settings({"model": {"backbone": name}}, origin, () if name == config.model.backbone else (note,))
 
 
 def _kept_by(config: TransferConfig) -> str:
