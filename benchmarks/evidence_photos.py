@@ -125,7 +125,7 @@ class Work:
         document: dict[str, Any] = json.loads(path.read_text())
         made_from = document.get("made_from", {})
         if other := [name for name, digest in self.digests(stage).items() if made_from.get(name, digest) != digest]:
-            raise SystemExit(f"{path} was made from another result of {', '.join(other)}: remove it")
+            raise SystemExit(f"{path} was made from another result of {', '.join(other)}: remove it and its run")
         if stage.words and document["command"] != shown(stage):
             raise SystemExit(
                 f"{path} was made with other options: remove it and its run, or give another --work\n"
@@ -143,7 +143,7 @@ class Work:
     def run(self, stage: Stage) -> bool:
         """Do the stage and keep its result; False where a signal stopped it."""
         print(f"{time.strftime('%H:%M:%S')} {stage.name}: {shown(stage)}", flush=True)
-        started = time.perf_counter()
+        started, made_from = time.perf_counter(), self.digests(stage)
         words = [self.placed(word) for word in stage.words]
         found = RUNNERS[words[0]](self, stage, words[1:])
         if found is None:
@@ -152,7 +152,7 @@ class Work:
         where = environment()
         document = {"name": stage.name, "command": shown(stage), "commit": harness._commit(), "seconds": seconds}
         document |= {name: where[name] for name in ("device_name", "threads")}
-        document["made_from"] = self.digests(stage)
+        document["made_from"] = made_from
         self.path(stage.name).parent.mkdir(parents=True, exist_ok=True)
         write_json(str(self.path(stage.name)), {**document, "result": found})
         print(f"{time.strftime('%H:%M:%S')} {stage.name} done in {seconds} s", flush=True)
@@ -164,7 +164,9 @@ class Work:
 
     def anywhere(self, found: dict[str, Any]) -> dict[str, Any]:
         """The values with WORK and DATA again in place of folders of this machine."""
-        text = json.dumps(found).replace(f"{self.folder}/", "WORK/").replace(f"{self.photos}/", "DATA/")
+        text = json.dumps(found, ensure_ascii=False)
+        for folder, word in sorted(((str(self.folder), "WORK"), (str(self.photos), "DATA")), key=lambda p: -len(p[0])):
+            text = text.replace(f"{folder}/", f"{word}/")
         return json.loads(text)  # type: ignore[no-any-return]
 
     # ---- what the commands read ----

@@ -1,7 +1,7 @@
 """What is measured on photographs: every stage as a command of scrl_fast, in the order in which they run.
 
-The most telling stages come first, so that a table of those that are finished says what can be said so far. In the
-words of a command, WORK and DATA stand for the folders given to the script: the repository holds no path.
+A table of the stages that are finished says what can be said so far. In the words of a command, WORK and DATA stand
+for the folders given to the script: the repository holds no path.
 """
 
 from __future__ import annotations

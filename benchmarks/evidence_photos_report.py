@@ -17,7 +17,7 @@ HEADS = {
     "scratch": "from scratch",
     "short": "from scratch",
     "cells": "from scratch, 7 x 7 cells",
-    "continued": "ImageNet weights",
+    "continued": "EfficientNet-Lite0",
 }
 PAIRS = {
     "scratch": (("byol", "random"), ("scrl", "random"), ("scrl", "byol")),
@@ -213,7 +213,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "several values as mean ± deviation (number), differences with a 95 % interval, paired over seeds (Student's t)"
     )
     if budget.continued_seeds == 1:
-        how += ". ImageNet weights were continued once, so their AP has seeds of fine-tuning alone"
+        how += ". EfficientNet-Lite0 was continued once, so its AP has seeds of fine-tuning alone"
     return "\n".join([*lines, f"Percent; {how}. {missing(document)}. {said}"])
 
 

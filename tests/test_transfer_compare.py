@@ -163,7 +163,7 @@ def test_a_start_of_another_network_is_refused_before_the_first_row(data_root, t
     with pytest.raises(SystemExit, match="2"):
         compare(words(data_root, tmp_path / "c", weights, f"--inits=random,{weights},{other}"))
     said = capsys.readouterr().err
-    assert "inits: weights of another network than model.backbone=resnet10_tiny: other.pth: " in said
+    assert "inits: weights that do not fill model.backbone=resnet10_tiny, model.branch=online: other.pth: " in said
     assert "scrl.pth: " not in said
 
 
@@ -191,7 +191,7 @@ def test_the_backbone_is_that_of_the_weights_where_none_is_named(data_root, tmp_
     assert options(*base, both, f"--config={tmp_path / 'options.yaml'}").model.backbone == "resnet34"
 
 
-@pytest.mark.parametrize("stated", ["os:getcwd", "<Net>", "no_such_network"])
+@pytest.mark.parametrize("stated", ["os:getcwd", "<Net>", "no_such_network", "timm:no_such", "resnet34"])
 def test_no_file_of_weights_chooses_code_or_what_is_no_backbone(stated, data_root, tmp_path):
     file = tmp_path / "stated.safetensors"
     write_safetensors_state(file, build_encoder("resnet18").body.state_dict(), {"backbone": stated})
@@ -206,7 +206,17 @@ def test_a_run_that_goes_on_keeps_its_backbone_without_its_first_weights(data_ro
     assert main([*words, f"--init={file}", "--train.max_steps=1"]) == 0
     file.unlink()
     assert parse([*words, f"--init={file}", "--resume=auto"]).model.backbone == "resnet10_tiny"
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("")  # as a full disk leaves it: the checkpoint holds the options as well
+    assert parse([*words, f"--init={file}", "--resume=auto"]).model.backbone == "resnet10_tiny"
+    (run / "config.yaml").write_text(config)
     assert main([*words, f"--init={file}", "--resume=auto"]) == 0
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    other = build_encoder("resnet18").body.state_dict()
+    write_safetensors_state(file, other, {"backbone": "resnet18"})
+    begins = parse([*words, f"--init={file}", "--resume=auto"])
+    assert begins.model.backbone == "resnet18", "a run without a checkpoint begins anew"
 
 
 def test_a_finished_comparison_trains_nothing_again_and_takes_more_seeds(whole, data_root, weights, monkeypatch):
@@ -377,6 +387,11 @@ def test_lists_are_taken_with_commas_or_in_brackets(data_root):
     found = options(*base, "--inits=random", "--shares=1", "--model.mean=0.5,0.5,0.5", "--optim.lr_steps=[7,9]")
     assert (found.inits, found.shares, found.optim.lr_steps) == (("random",), (1.0,), (7, 9))
     assert found.model.mean == (0.5, 0.5, 0.5)
+    for empty in ("--inits=random,", "--shares=0.1,,1", "--data.classes=fish,"):
+        with pytest.raises(UsageError, match="must not hold an empty"):
+            options(*base, empty)
+    with pytest.raises(UsageError, match=r"data\.classes"):
+        options(*base, "--data.classes", "--train.steps=5")
     for wrong, said in (
         ("--model.mean=0.5", "model.mean"),
         ("--model.mean=0.5,x,1", "model.mean"),

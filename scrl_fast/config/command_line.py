@@ -49,7 +49,7 @@ class Request(Generic[Options]):
     """What a command line asks for.
 
     config: the checked options. notes: lines for the user. print_config: only print the options.
-    named: dotted names of the options that files or the command line give.
+    named: by `parse_as`, dotted names of the options that files or the command line give.
     """
 
     config: Options
@@ -160,22 +160,29 @@ def lists_from_commas(tokens: Sequence[str], cls: type) -> list[str]:
     """The arguments with values like ``--shares=0.1,1`` as the lists that the parser takes.
 
     cls: the options. A single value is a list where the option takes any number of them. Square brackets are taken as
-    well; where an option is a text or a list, they alone make a list.
+    well. The value of an option that is a text or a list is left as it is.
+    Raises UsageError for an empty part.
     """
     lists = {f"--{name}": get_args(kind) for name, kind in option_kinds(cls).items() if get_origin(kind) is tuple}
     result: list[str] = []
-    rest = iter(tokens)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag not in lists:
-            result.append(word)
+    before = ""  # a flag of a list whose value is the next word
+    for word in tokens:
+        if before and word.startswith("--"):
+            result.append(before)  # without a value, which the parser refuses
+            before = ""
+        flag, equals, value = (before, "=", word) if before else word.partition("=")
+        before = flag if flag in lists and not equals else ""
+        if before:
             continue
-        value = (value if equals else next(rest, "")).strip()
-        if value and not value.startswith("[") and ("," in value or lists[flag][-1] is Ellipsis):
+        if flag in lists and value and not value.startswith("[") and ("," in value or lists[flag][-1] is Ellipsis):
             parts = [part.strip() for part in value.split(",")]
+            if "" in parts:
+                raise UsageError(
+                    f"{flag[2:]}={value}: must not hold an empty {'name' if lists[flag][0] is str else 'value'}"
+                )
             value = json.dumps(parts, ensure_ascii=False) if lists[flag][0] is str else f"[{','.join(parts)}]"
-        result.append(f"{flag}={value}" if value else flag)
-    return result
+        result.append(f"{flag}{equals}{value}")
+    return [*result, before] if before else result
 
 
 class CommandParser(argparse.ArgumentParser):

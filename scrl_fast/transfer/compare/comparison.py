@@ -253,7 +253,8 @@ class Comparison:
     def check_starts(self) -> None:
         """Says before the first row which starts were trained on images normalised otherwise, or cannot be read.
 
-        After the first row the options cannot change any more. Raises UsageError for weights of another network.
+        After the first row the options cannot change any more. Raises UsageError for weights that do not fill the
+        backbone: their rows would all fail.
         """
         model, misfits = self.config.model, []
         for init, label in zip(self.config.inits, self.results.labels, strict=True):
@@ -274,7 +275,8 @@ class Comparison:
                 self.say(f"{label}: {note}")
         if misfits:
             raise UsageError(
-                f"inits: weights of another network than model.backbone={model.backbone}: {'; '.join(misfits)}"
+                f"inits: weights that do not fill model.backbone={model.backbone}, model.branch={model.branch}: "
+                + "; ".join(misfits)
             )
 
     def progress(self) -> str:
