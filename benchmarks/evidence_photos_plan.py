@@ -66,7 +66,7 @@ class Budget:
     continued_epochs: int = 5
     pretraining_seeds: int = 5
     continued_seeds: int = 1
-    cells_seeds: int = 1
+    cells_seeds: int = 2
     images: int = 0
     """Of RoI linear, 0: all; else so many of each split."""
     dense_images: int = 990
