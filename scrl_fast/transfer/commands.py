@@ -63,8 +63,8 @@ def predict(argv: Sequence[str]) -> None:
         options["limits"] = ImageLimits.of(limits)
         done = predict_folder(detector, args.images, args.out, **options)
     left_out = f", {len(done['unreadable'])} images could not be read" if done["unreadable"] else ""
-    weaker = f", none scores above --score={args.score:g}: a lower one keeps weaker ones" if args.score else ""
-    weaker *= not done["objects"]
+    none_left = not done["objects"] and args.score > 0
+    weaker = f", none scores above --score={args.score:g}: a lower one keeps weaker ones" if none_left else ""
     tell_result(f"{done['objects']} objects in {done['images']} images{left_out}{weaker}: {args.out}")
 
 
